@@ -5,8 +5,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "mlx_dsa" / "evals"))
 import facts as F  # noqa: E402
+import frames  # noqa: E402
 import problems as P  # noqa: E402
 import wordlists as w  # noqa: E402
+
+# Half of the phrasings from the lists, half composed.
+for listed, composed in zip((w.SENTENCES, w.QUESTIONS), frames.compose()):
+    listed["train"] = listed["train"] * (len(composed) // len(listed["train"])) + composed
 
 HELPFUL = ["You are a helpful assistant.", "You are a careful reader.", "Answer the user's questions.",
            "You answer questions about texts."]  # fmt: skip

@@ -139,6 +139,7 @@ def write_mixture(books_path, words, out, count, seed):
     rng = random.Random(seed)
     books = Books(books_path, Tokenizer.from_file(str(HERE.parent / "tiny" / "tokenizer.json")))
     pools = json.loads(Path(words).read_text(encoding="utf-8"))
+    pools.pop("sentences")  # they go between questions in training alone
     own = C.F.PARTS["train"]["words"]
     pools["words"] += own * (len(pools["words"]) // (8 * len(own)))
     with gzip.open(out, "wt", encoding="utf-8", compresslevel=9) as file:

@@ -22,7 +22,7 @@ import distil as D  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-LENGTH = 1280  # tokens of a sequence: a head sees one token's state, so short texts teach as well
+LENGTH = 4000  # tokens of a sequence
 # What fills a sequence of LENGTH tokens, and how often.
 MIXTURE = {"facts": 0.75, "prose": 0.18, "problems": 0.07}
 
@@ -50,8 +50,8 @@ def document(rng, books, hidden, room):
 
 
 def conversation(rng, books, room):
-    """Return messages: a document with one to eight facts, and a question about every one."""
-    n = min(rng.choice((1, 2, 3, 4, 4, 4, 5, 6, 8)), max(1, room // 250))
+    """Return messages: a document with one to twelve facts, and a question about every one."""
+    n = min(rng.choice((1, 2, 3, 4, 4, 4, 6, 8, 12)), max(1, room // 250))
     value = rng.choice(("digits", "word", "mixed"))
     spec = {"facts": n, "turns": n, "value": value, "task": "single"}
     hidden, asked = C.needle_task(rng, "train", room, {}, spec)
@@ -121,7 +121,7 @@ if __name__ == "__main__":
     mix = commands.add_parser("mixture")
     mix.add_argument("books")
     mix.add_argument("out")
-    mix.add_argument("--count", type=int, default=600, help="sequences of 1,280 tokens")
+    mix.add_argument("--count", type=int, default=500, help="sequences of 4,000 tokens")
     mix.add_argument("--seed", type=int, default=7)
     run = commands.add_parser("train")
     run.add_argument("model", help="a folder that holds the model and its indexers")
