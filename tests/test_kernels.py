@@ -6,7 +6,7 @@ import pytest
 
 import emulation
 from builders import feed, make_indexers, make_model, make_tokens
-from mlx_dsa import attention, ops, patch_sparse_generate
+from mlx_dsa import crossovers, ops, patch_sparse_generate
 from mlx_dsa.ops import backends, gpu, reference
 
 # Largest difference, as a share of the largest value: two roundings.
@@ -312,7 +312,7 @@ def test_a_model_prefills_through_kernels(language, monkeypatch):
 @pytest.mark.parametrize("prefill, chunk", [("auto", 90), ("auto", 150), ("tile", 90)])
 def test_auto_is_dense_up_to_the_crossover(monkeypatch, prefill, chunk):
     """By the place of a query alone: chunks do not change the result."""
-    monkeypatch.setattr(attention, "crossover", lambda top_k: 2 * top_k)
+    monkeypatch.setattr(crossovers, "crossover", lambda top_k: 2 * top_k)
     model = make_model(layers=1)
     tokens = make_tokens(150)
     _, dense = feed(model, tokens, 150)
