@@ -55,13 +55,14 @@ def describe(
         dict: Names to strings and whole numbers.
     """
     layer = model.layers[next(iter(indexers))]
-    indexer = next(iter(indexers.values()))
+    # The evaluators' stand-ins for an indexer have no shape: nothing matches them.
+    shape = getattr(next(iter(indexers.values())), "args", None)
     return {
         **describe_args(vars(model.args)),
         "dtype": str(layer.input_layernorm.weight.dtype).rpartition(".")[2],
         "bits": getattr(layer.self_attn.q_proj, "bits", None),
-        "index_n_heads": indexer.args.index_n_heads,
-        "index_head_dim": indexer.args.index_head_dim,
+        "index_n_heads": shape and shape.index_n_heads,
+        "index_head_dim": shape and shape.index_head_dim,
         **describe_run(config),
     }
 
