@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import mlx.core as mx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeElapsedColumn
@@ -18,6 +19,7 @@ from ..bench import OpsShape, bench_ops, check_contexts
 from ..bench import bench as run_bench
 from ..bench.plot import plot as draw
 from ..evals.results import device, versions, write_text
+from ..presets import runs_float32
 from .eval.options import Numbers
 from .eval.show import print_table
 from .subject import Subject, open_subject, subject_options
@@ -80,7 +82,7 @@ def bench(
     if ops and (steps is not None or plot is not None):
         option = "--steps" if steps is not None else "--plot"
         raise click.UsageError(f"{option} has no effect with --ops. Leave one of them out.")
-    subject = open_subject(**given)()
+    subject = open_subject(**given)
     config = {"model": subject.name, **asdict(subject.config)}
     config |= {"contexts": contexts, "repeats": repeats, "chunk": chunk}
     with _journal(out) as write:
@@ -121,7 +123,7 @@ def _journal(out: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
 def _end_to_end(
     subject: Subject, contexts: list[int], repeats: int, steps: int, chunk: int, write: Callable
 ) -> dict[str, Any]:
-    model, indexers, config = subject[1:]
+    (model, indexers), config = subject.load(), subject.config
     check_contexts(contexts, steps, model)
     for context in contexts:
         if context <= config.top_k:
@@ -164,16 +166,7 @@ def _end_to_end(
 def _ops(
     subject: Subject, contexts: list[int], repeats: int, chunk: int, write: Callable
 ) -> dict[str, Any]:
-    model, indexers, config = subject[1:]
-    indexer = next(iter(indexers.values())).args
-    shape = OpsShape(
-        model.args.num_attention_heads,
-        model.args.num_key_value_heads,
-        model.args.head_dim,
-        indexer.index_n_heads,
-        indexer.index_head_dim,
-        model.layers[0].input_layernorm.weight.dtype,
-    )
+    shape, config = _ops_shape(subject), subject.config
     console = Console(stderr=True)
 
     def report(row: dict[str, Any]):
@@ -196,6 +189,24 @@ def _ops(
     )
     print_table(*_ops_table(result["rows"]))
     return result
+
+
+def _ops_shape(subject: Subject) -> OpsShape:
+    if subject.shape is not None:  # without making the model
+        shape = subject.shape
+        heads = shape.n_heads, shape.n_kv_heads, shape.head_dim
+        dtype = mx.float32 if runs_float32() else mx.bfloat16
+        return OpsShape(*heads, *shape.indexer[:2], dtype)
+    model, indexers = subject.load()
+    args, indexer = model.args, next(iter(indexers.values())).args
+    return OpsShape(
+        args.num_attention_heads,
+        args.num_key_value_heads,
+        args.head_dim,
+        indexer.index_n_heads,
+        indexer.index_head_dim,
+        model.layers[0].input_layernorm.weight.dtype,
+    )
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import click
 import mlx.nn as nn
 
-from ..bench import BENCH_SHAPES, random_model
+from ..bench import BENCH_SHAPES, BenchShape, random_model
 from ..config import SparseConfig
 from ..indexer import Indexer
 from ..ops import check_backend
-from ..presets import Preset, load_settings
+from ..presets import load_settings
 from .options import model_options, settings_from, sparse_options
 from .session import hint_at_blas
 
@@ -46,15 +46,15 @@ class Subject(NamedTuple):
 
     Args:
         name (str): As the user named it.
-        model (nn.Module): The model, not patched.
-        indexers (Mapping): Layer number to :class:`Indexer`.
-        config (SparseConfig): How they run.
+        config (SparseConfig): How it runs.
+        load (callable): Returns the model, not patched, and its indexers.
+        shape (BenchShape, optional): Of random weights.
     """
 
     name: str
-    model: nn.Module
-    indexers: Mapping[int, Indexer]
     config: SparseConfig
+    load: Callable[[], tuple[nn.Module, Mapping[int, Indexer]]]
+    shape: BenchShape | None = None
 
 
 def subject_options(command: Callable) -> Callable:
@@ -64,10 +64,8 @@ def subject_options(command: Callable) -> Callable:
     return model_options(sparse_options(command))
 
 
-def open_subject(
-    *, model_shape: str | None, bits: str | None, **given: Any
-) -> Callable[[], Subject]:
-    """Check the options, and return what loads or makes their model.
+def open_subject(*, model_shape: str | None, bits: str | None, **given: Any) -> Subject:
+    """Check the options; nothing is loaded yet.
 
     Args:
         model_shape (str, optional): ``--model-shape``.
@@ -82,24 +80,28 @@ def open_subject(
     if model_shape is None:
         if bits is not None:
             raise click.UsageError("--bits needs --model-shape.")
-        settings = settings_from(**given)
-        check_backend(settings.config.backend)
-
-        def load() -> Subject:
-            loaded: Preset = load_settings(settings)
-            name = given["model"] or f"preset {given['preset'] or 'tiny'}"
-            return Subject(name, loaded.model, loaded.indexers, settings.config)
-
-        return load
+        return _named(given)
     for name in _NOT_WITH_A_SHAPE:
         if given.pop(name) is not None:
             raise click.UsageError(f"--{name} and --model-shape exclude each other.")
     config = SparseConfig.from_dict({k: v for k, v in given.items() if v is not None})
     check_backend(config.backend)
     n_bits = int(bits or 4)
+    return Subject(
+        f"random {model_shape}, {n_bits} bits",
+        config,
+        lambda: random_model(model_shape, n_bits),
+        BENCH_SHAPES[model_shape],
+    )
 
-    def make() -> Subject:
-        name = f"random {model_shape}, {n_bits} bits"
-        return Subject(name, *random_model(model_shape, n_bits), config)
 
-    return make
+def _named(given: dict[str, Any]) -> Subject:
+    name = given["model"] or f"preset {given['preset'] or 'tiny'}"
+    settings = settings_from(**given)
+    check_backend(settings.config.backend)
+
+    def load():
+        preset = load_settings(settings)
+        return preset.model, preset.indexers
+
+    return Subject(name, settings.config, load)

@@ -34,11 +34,12 @@ def tune(chunk: int, seconds: float, **given: Any):
     --prefill auto then follows it for the same model shape, settings, device and
     versions.
     """
-    subject = open_subject(**given)()
+    subject = open_subject(**given)
     console = Console(stderr=True)
     with console.status("Measuring"):
         result = run_tune(
-            *subject[1:],
+            *subject.load(),
+            subject.config,
             chunk=chunk,
             seconds=seconds,
             report=lambda row: console.print(f"{row['keys']:,} keys measured", highlight=False),
