@@ -50,7 +50,8 @@ def tune(
         config (SparseConfig): How they run.
         chunk (int): Tokens of the prompt that are read at once. Default: ``2048``.
         repeats (int): Timings of each. Default: ``3``.
-        seconds (float): No longer length is begun after this time. Default: ``60``.
+        seconds (float): No measurement begins that would probably end after this
+          time. Default: ``60``.
         clock (callable): Seconds. Default: ``time.perf_counter``.
         report (callable): Takes each measurement: ``keys`` and milliseconds.
 
@@ -70,23 +71,29 @@ def tune(
         )
     bench = _Bench(model, indexers, config, chunk, repeats, clock)
     start = clock()
-    rows = {}
+    rows, took = {}, {}
 
     def at(keys: int) -> dict[str, Any]:
         if keys not in rows:
+            begin = clock()
             rows[keys] = {"keys": keys, **bench.measure(keys)}
+            took[keys] = clock() - begin
             report(rows[keys])
         return rows[keys]
+
+    def has_time(keys: int) -> bool:
+        nearest = max(took)
+        return clock() - start + took[nearest] * keys / nearest <= seconds
 
     ways = ["exact", "decode", *(["tile"] if config.tile_fits else [])]
     keys = [2 * config.top_k]
     while not all(_wins(at(keys[-1]), way) for way in ways):
-        if 2 * keys[-1] > longest or clock() - start > seconds:
+        if 2 * keys[-1] > longest or not has_time(2 * keys[-1]):
             break
         keys.append(2 * keys[-1])
     crossovers = dict.fromkeys(("tile", "exact", "decode"))
     for way in ways:
-        crossovers[way] = _crossover(at, keys, config.top_k, way)
+        crossovers[way] = _crossover(at, has_time, keys, config.top_k, way)
     file = store(describe(model, indexers, config), crossovers)
     ordered = [rows[n] for n in sorted(rows)]
     return {
@@ -101,7 +108,9 @@ def _wins(row: Mapping[str, float], way: str) -> bool:
     return row[way] < row["dense_decode" if way == "decode" else "dense"]
 
 
-def _crossover(at: Callable, lengths: list[int], top_k: int, way: str) -> int | None:
+def _crossover(
+    at: Callable, has_time: Callable, lengths: list[int], top_k: int, way: str
+) -> int | None:
     """Return the fewest keys at which a way wins, to a quarter of the length before."""
     winning = [n for n in lengths if _wins(at(n), way)]
     if not winning:
@@ -109,7 +118,7 @@ def _crossover(at: Callable, lengths: list[int], top_k: int, way: str) -> int | 
     low, high = winning[0] // 2, winning[0]
     for _ in range(_BISECTIONS):
         middle = (low + high) // 2
-        if middle <= top_k:
+        if middle <= top_k or not has_time(middle):
             break
         if _wins(at(middle), way):
             high = middle
@@ -144,7 +153,7 @@ class _Bench:
         self._budget = self._full_budget()
 
     def measure(self, keys: int) -> dict[str, float]:
-        """Return milliseconds a layer: of a chunk around ``keys``, and of steps."""
+        """Return milliseconds a layer: of a chunk around ``keys``, and of a step."""
         calls = self._prefill_calls(keys) | self._decode_calls(keys)
         times = {name: [] for name in calls}
         for repeat in range(self._repeats + 1):
@@ -153,9 +162,11 @@ class _Bench:
                 mx.eval(call())
                 if repeat:  # the first compiles
                     times[name].append(self._clock() - start)
+        n_calls = {name: len(self._layers) for name in calls}
+        for name in ("dense_decode", "decode"):
+            n_calls[name] *= _DECODE_STEPS
         return {
-            name: 1e3 * median(seconds) / len(self._layers)
-            for name, seconds in times.items()
+            name: 1e3 * median(seconds) / n_calls[name] for name, seconds in times.items()
         }
 
     def _prefill_calls(self, keys: int) -> dict[str, Callable]:

@@ -25,7 +25,7 @@ from .subject import open_subject, subject_options
     type=click.FloatRange(min=0),
     default=60.0,
     show_default=True,
-    help="No longer length is begun after this time.",
+    help="Begin no measurement that would probably end after this time.",
 )
 @subject_options
 def tune(chunk: int, seconds: float, **given: Any):
