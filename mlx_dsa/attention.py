@@ -14,9 +14,9 @@ from .cache import (
 )
 from .chunks import cut_chunk
 from .config import SparseConfig
+from .crossovers import PrefillPlan
 from .indexer import Indexer
 from .ops import (
-    crossover,
     index_scores,
     sparse_attention,
     tile_attention,
@@ -42,19 +42,17 @@ class SparseAttention(nn.Module):
         attention (nn.Module): The attention of an mlx-lm Qwen3 layer.
         indexer (Indexer): Its indexer, bound to the model.
         config (SparseConfig): What to select and keep.
+        plan (PrefillPlan): How a prompt is read.
     """
 
-    def __init__(self, attention: nn.Module, indexer: Indexer, config: SparseConfig):
+    def __init__(
+        self, attention: nn.Module, indexer: Indexer, config: SparseConfig, plan: PrefillPlan
+    ):
         super().__init__()
         self.attention = attention
         self.indexer = indexer
         self.config = config
-        self.prefill = config.prefill
-        # A query of a prompt attends to all keys while it sees no more than these.
-        self.dense_until = config.top_k
-        if config.prefill == "auto":
-            self.prefill = "tile" if config.tile_fits else "exact"
-            self.dense_until = crossover(config.top_k)
+        self.prefill, self.dense_until = plan
         self.evict = config.evict
         if config.evict == "retention" and not indexer.has_retention:
             self.evict = "index"

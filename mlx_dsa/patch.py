@@ -16,6 +16,7 @@ from mlx_lm.models.cache import KVCache
 from .attention import SparseAttention
 from .cache import BudgetKVCache, FullKVCache
 from .config import SparseConfig
+from .crossovers import describe, lookup, plan_prefill
 from .indexer import Indexer
 from .ops import check_backend
 
@@ -40,11 +41,16 @@ class SparsePatch:
         self._model = model
         self._caches: weakref.WeakSet = weakref.WeakSet()
         self._cold_file: Path | None = None  # one that this patch has made
+        found = None
+        if config.prefill == "auto":
+            found = lookup(describe(model, indexers, config))
+        plan = plan_prefill(found, config)
         self.layers = {
             i: SparseAttention(
                 model.layers[i].self_attn,
                 indexer.bind(model.args, model.layers[i].input_layernorm.weight.dtype),
                 config,
+                plan,
             )
             for i, indexer in sorted(indexers.items())
             if i not in config.dense_layers

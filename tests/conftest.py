@@ -10,3 +10,9 @@ import pytest
 def fixed_seed():
     """Start every test from the same random state."""
     mx.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_crossovers(tmp_path_factory, monkeypatch):
+    """Keep what was measured on this machine out of the tests."""
+    monkeypatch.setenv("MLX_DSA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

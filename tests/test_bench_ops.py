@@ -3,11 +3,12 @@
 import mlx.core as mx
 import pytest
 
-from mlx_dsa.bench_ops import OpsShape, Rates, measure_ops, measure_rates
+from mlx_dsa.bench import ops
+from mlx_dsa.bench.ops import OpsShape, Rates, measure_ops, measure_rates
 
 SHAPE = OpsShape(4, 2, 16, 2, 12, mx.float32)
 SIZES = dict(chunk=32, top_k=40, tile_size=16, n_sink=2, n_recent=4, repeats=1, n_layers=2)
-NAMES = {"dense", "score", "select", "attend", "sparse"}
+NAMES = {"dense", "score", "select", "gather", "sdpa", "attend", "sparse"}
 
 
 def test_a_row_has_times_floors_and_a_speedup():
@@ -34,3 +35,15 @@ def test_rates_are_positive():
 def test_a_context_that_is_not_sparse_is_refused():
     with pytest.raises(ValueError, match="at least 72"):
         next(measure_ops([71], SHAPE, **SIZES))
+
+
+def test_an_operation_that_fails_stops_no_other(monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(ops, "select_topk", fails)
+    (row,) = measure_ops([80], SHAPE, Rates(1e10, 1e11), **SIZES)
+    assert set(row["failed"]) == {"select", "sparse"}
+    assert row["select"] is row["sparse"] is row["speedup"] is None
+    assert row["failed"]["select"] == "no such instruction"
+    assert all(row[name] > 0 for name in NAMES - {"select", "sparse"})

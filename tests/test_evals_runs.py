@@ -250,7 +250,7 @@ def test_bad_suites(model, tmp_path, change, message):
     "arguments, message, code",
     [
         (["needle", "--lengths", "9000"], "longer than the model's 8,192 positions", 1),
-        (["needle", "--lengths", "2k"], "is not a list of numbers", 2),
+        (["needle", "--lengths", "2k"], "is not a list of whole numbers", 2),
         (["needle", "--policies", "dense,best"], "'best' is none of dense", 2),
         (["needle", "--top-k", "8"], "'top_k' must be at least", 1),
         (["needle", "--haystack", "no.txt"], "'no.txt' is not there", 1),

@@ -6,7 +6,7 @@ import pytest
 
 import emulation
 from builders import feed, make_indexers, make_model, make_tokens
-from mlx_dsa import attention, ops, patch_sparse_generate
+from mlx_dsa import crossovers, ops, patch_sparse_generate
 from mlx_dsa.ops import backends, gpu, reference
 
 # Largest difference, as a share of the largest value: two roundings.
@@ -24,6 +24,7 @@ def language(request, monkeypatch):
         if emulation.COMPILER is None:
             pytest.skip("no C++ compiler here to emulate kernels with")
         monkeypatch.setattr(gpu, "launch", emulation.launch)
+        monkeypatch.setattr(backends, "device_language", lambda: name)
     elif backends.device_language() != name:
         pytest.skip(f"MLX does not run on a {name} device here")
     return name
@@ -170,7 +171,7 @@ def tiles(B, Hq, Hkv, D, tile, n_tiles, T, K, dtype):
 )
 def test_tile_attention(language, dtype, B, Hq, Hkv, D, tile, n_tiles, T, K):
     arrays = tiles(B, Hq, Hkv, D, tile, n_tiles, T, K, dtype)
-    output = gpu.tile_attention(language, *arrays, D**-0.5)
+    output = ops.tile_attention(*arrays, D**-0.5, language)
     assert output.dtype == dtype
     expected = reference.tile_attention(*wide(*arrays[:3]), arrays[3], D**-0.5)
     assert_near(output, expected, dtype)
@@ -181,7 +182,7 @@ def test_attention_of_large_scores(language):
         pytest.skip("attention itself is MLX's own there")
     queries, keys, values, slots = tiles(1, 2, 1, 64, 16, 2, 150, 100, mx.bfloat16)
     arrays = queries * 30, keys * 30, values, slots
-    output = gpu.tile_attention(language, *arrays, 1.0)
+    output = ops.tile_attention(*arrays, 1.0, language)
     expected = reference.tile_attention(*wide(*arrays[:3]), slots, 1.0)
     assert_near(output, expected, mx.bfloat16)
 
@@ -193,7 +194,7 @@ def test_attention_of_large_scores(language):
 def no_verdicts(monkeypatch):
     monkeypatch.setattr(backends, "_verdicts", {})
     monkeypatch.setattr(backends, "device_language", lambda: "cuda")
-    monkeypatch.setattr(backends, "_PROVEN", ("cuda",))
+    monkeypatch.setattr(backends, "_PROVEN", {"cuda": ("an operation",), "metal": ()})
 
 
 def pick(backend, result=1.0, expected=1.0, gap=None):
@@ -222,10 +223,14 @@ def test_auto_leaves_a_kernel_that_is_wrong_and_says_so(no_verdicts, result, exp
     assert pick("auto") is None  # and says so once
 
 
-def test_auto_leaves_a_language_that_no_device_has_proven(no_verdicts, monkeypatch):
-    monkeypatch.setattr(backends, "_PROVEN", ("metal",))
+@pytest.mark.parametrize("cuda, crossover", [((), 64), (("another",), 128)])
+def test_auto_leaves_an_operation_that_no_device_has_proven(
+    no_verdicts, monkeypatch, cuda, crossover
+):
+    proven = {"cuda": cuda, "metal": ("an operation",)}
+    monkeypatch.setattr(backends, "_PROVEN", proven)
     assert pick("auto") is None
-    assert backends.crossover(64) == 64
+    assert backends.crossover(64) == crossover
     assert pick("cuda") == "cuda"  # as asked
 
 
@@ -234,7 +239,7 @@ def test_auto_leaves_a_kernel_that_does_not_run(no_verdicts):
         raise RuntimeError("no such instruction\nand more")
 
     with pytest.warns(UserWarning, match=r"does not run here \(no such instruction\)"):
-        assert backends.choose("auto", "an op", lambda _: None, trial) is None
+        assert backends.choose("auto", "an operation", lambda _: None, trial) is None
 
 
 def test_what_a_kernel_can_not_do(no_verdicts):
@@ -261,11 +266,15 @@ def test_there_are_no_kernels_for_a_cpu():
         mx.set_default_device(device)
 
 
-def test_trials_pass_and_their_kernels_are_used(language, monkeypatch, recwarn):
+OPERATIONS = ("tile_scores", "index_scores", "select_topk", "gather")
+
+
+# Without the kernel that attends, rows are gathered by the other.
+@pytest.mark.parametrize("attention", [(), ("tile_attention",)])
+def test_trials_pass_and_their_kernels_are_used(language, attention, monkeypatch, recwarn):
     """The public functions, through "auto", with a first use of each kernel."""
     monkeypatch.setattr(backends, "_verdicts", {})
-    monkeypatch.setattr(backends, "device_language", lambda: language)
-    monkeypatch.setattr(backends, "_PROVEN", (language,))
+    monkeypatch.setattr(backends, "_PROVEN", {language: OPERATIONS + attention})
     used = []
     launch = gpu.launch
     monkeypatch.setattr(
@@ -276,9 +285,9 @@ def test_trials_pass_and_their_kernels_are_used(language, monkeypatch, recwarn):
     ops.index_scores(*arrays)
     ops.select_topk(scores, 30, mx.array([300]), 1, 4)
     ops.tile_attention(*tiles(1, 2, 1, 64, 16, 1, 60, 20, mx.bfloat16), 0.1)
-    attention = "gather" if language == "metal" else "attend"
+    attends = attention and language == "cuda"
     # Each twice: the trial and the call.
-    assert used == 4 * ["score"] + 2 * ["select"] + 2 * [attention]
+    assert used == 4 * ["score"] + 2 * ["select"] + 2 * ["attend" if attends else "gather"]
     assert not recwarn
     assert all(backends._verdicts.values()) and len(backends._verdicts) == 4
 
@@ -290,8 +299,6 @@ def test_a_model_prefills_through_kernels(language, monkeypatch):
     indexers = make_indexers(model)
     tokens = make_tokens(150)
     rules = dict(top_k=60, tile_size=16, n_sink=2, n_recent=8, prefill="tile")
-    monkeypatch.setattr(backends, "device_language", lambda: language)
-    monkeypatch.setattr(backends, "_PROVEN", (language,))
     results = {}
     for backend in ("reference", language):
         with patch_sparse_generate(model, indexers, backend=backend, **rules):
@@ -305,7 +312,7 @@ def test_a_model_prefills_through_kernels(language, monkeypatch):
 @pytest.mark.parametrize("prefill, chunk", [("auto", 90), ("auto", 150), ("tile", 90)])
 def test_auto_is_dense_up_to_the_crossover(monkeypatch, prefill, chunk):
     """By the place of a query alone: chunks do not change the result."""
-    monkeypatch.setattr(attention, "crossover", lambda top_k: 2 * top_k)
+    monkeypatch.setattr(crossovers, "crossover", lambda top_k: 2 * top_k)
     model = make_model(layers=1)
     tokens = make_tokens(150)
     _, dense = feed(model, tokens, 150)

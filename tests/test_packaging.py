@@ -20,12 +20,12 @@ PACKAGE = ROOT / "mlx_dsa"
 LAYERS = [
     {"blas", "config"},
     {"ops"},
-    {"indexer", "selectors", "cache", "checkpoint", "chunks"},
+    {"indexer", "selectors", "cache", "checkpoint", "chunks", "crossovers"},
     {"attention"},
     {"patch"},
     {"saved"},
     {"presets"},
-    {"train", "evals", "bench", "bench_ops"},
+    {"train", "evals", "bench"},
     {"cli"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}

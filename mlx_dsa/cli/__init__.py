@@ -7,6 +7,7 @@ import warnings
 import click
 
 from .. import __version__
+from .bench import bench
 from .chat import chat
 from .compress import compress
 from .demo import demo
@@ -15,6 +16,7 @@ from .eval import evaluate
 from .generate import generate
 from .info import info
 from .train import train
+from .tune import tune
 
 
 @click.group(cls=Boundary, context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,5 +35,5 @@ def _show_warning(message, *_args, **_options):
     click.echo(f"Note: {message}", err=True)
 
 
-for _command in (chat, generate, compress, train, info, demo, evaluate):
+for _command in (chat, generate, compress, train, info, demo, evaluate, bench, tune):
     main.add_command(_command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .. import __version__, blas
+from ..crossovers import crossover_file, describe_args, describe_run, lookup
+from ..crossovers import plan_prefill
 from ..ops import check_backend
 from ..presets import INDEXER_FILES, MODEL_FILES, Settings, fetch, is_repository
 from ..presets import preset_names, read_indexers, resource, runs_float32
 from .options import dense_option, describe_config, model_options
 from .options import settings_from, sparse_options
 from .session import hint_at_blas
+from .tune import describe_crossovers
 
 
 @click.command()
@@ -81,7 +85,24 @@ def _sparse_rows(settings: Settings) -> list[tuple[str, str]]:
         ("Indexers", _indexers(settings)),
         ("Config", describe_config(settings.config)),
         ("Backend", settings.config.backend),
+        ("Tuned", _tuned(settings)),
     ]
+
+
+def _tuned(settings: Settings) -> str:
+    folder = _on_this_machine(settings.model, MODEL_FILES)
+    if folder is None:
+        return "unknown: the model is not on this machine"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # The dtype is only known once the model is loaded.
+    found = lookup({**describe_args(config), **describe_run(settings.config)})
+    if found is None:
+        return "not yet: prefill auto follows a rule (see mlx-dsa tune)"
+    plan = plan_prefill(found, replace(settings.config, prefill="auto"))
+    until = f", dense up to {plan.dense_until:,} keys" if plan.prefill != "dense" else ""
+    used = "" if settings.config.prefill == "auto" else " (not used: prefill is set)"
+    lines = "; ".join(describe_crossovers(found))
+    return f"prefill auto is {plan.prefill}{until}{used} ({lines}; in {crossover_file()})"
 
 
 def _indexers(settings: Settings) -> str:

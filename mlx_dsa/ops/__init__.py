@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 
-from . import gpu, reference, trials
+from . import backends, gpu, reference, trials
 from .backends import check_backend, choose, crossover
 from .reference import gather_rows, write_rows
 
@@ -12,6 +14,7 @@ __all__ = [
     "check_backend",
     "crossover",
     "gather_rows",
+    "gather_tiles",
     "index_scores",
     "select_topk",
     "sparse_attention",
@@ -85,6 +88,27 @@ def select_topk(
     return gpu.select_topk(language, scores, top_k, n_visible, n_sink, n_recent)
 
 
+def gather_tiles(
+    keys: mx.array, values: mx.array, slots: mx.array, backend: str = "auto"
+) -> tuple[mx.array, mx.array]:
+    """Take whole rows for tiles: see :func:`reference.gather_tiles`.
+
+    Raises:
+        ValueError: If the backend can't run here.
+    """
+    key = (keys.shape[3], keys.dtype)
+    language = choose(
+        backend,
+        "gather",
+        lambda _: gpu.gather_gap(keys),
+        lambda language: trials.gathering(language, *key),
+        *key,
+    )
+    if language is None:
+        return reference.gather_tiles(keys, values, slots)
+    return gpu.gather_tiles(language, keys, values, slots)
+
+
 def tile_attention(
     queries: mx.array,
     keys: mx.array,
@@ -95,21 +119,24 @@ def tile_attention(
 ) -> mx.array:
     """Attend from tiles of queries: see :func:`reference.tile_attention`.
 
+    Where no kernel attends, rows are gathered for MLX's own attention.
+
     Raises:
         ValueError: If the backend can't run here.
     """
-    key = (keys.shape[3], keys.dtype)
-    language = choose(
-        backend,
-        "tile_attention",
-        lambda language: gpu.attention_gap(language, keys),
-        lambda language: trials.attention(language, *key),
-        *key,
-    )
     arguments = (queries, keys, values, topk_indices, scale)
-    if language is None:
-        return reference.tile_attention(*arguments)
-    return gpu.tile_attention(language, *arguments)
+    if gpu.attends(backends.device_language(), queries):
+        key = (keys.shape[3], keys.dtype)
+        language = choose(
+            backend,
+            "tile_attention",
+            lambda _: None,
+            lambda _: trials.attention(*key),
+            *key,
+        )
+        if language is not None:
+            return gpu.tile_attention(*arguments)
+    return reference.tile_attention(*arguments, partial(gather_tiles, backend=backend))
 
 
 def sparse_attention(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import mlx.core as mx
 
-from . import reference
 from .kernel import launch
 
 # Thread groups that keep a GPU busy, threads of a selection, bytes of shared memory.
@@ -130,17 +127,16 @@ def select_topk(
     )[0]
 
 
-def attention_gap(language: str, keys: mx.array) -> str | None:
-    """Say why no kernel can attend to rows of a cache, if none can.
+def gather_gap(keys: mx.array) -> str | None:
+    """Say why the kernel can't gather rows of a cache, if it can't.
 
     Args:
-        language (str): ``"metal"`` or ``"cuda"``.
         keys (mx.array): ``[B, Hkv, T, D]``.
 
     Returns:
         str or None: The reason, short.
     """
-    row_bytes = keys.shape[3] * keys.dtype.size  # the kernel that gathers copies rows
+    row_bytes = keys.shape[3] * keys.dtype.size
     if row_bytes % _VECTOR_BYTES:
         return f"a key takes {row_bytes} bytes, which is no multiple of {_VECTOR_BYTES}"
     return None
@@ -170,11 +166,11 @@ def gather_tiles(
     )
 
 
-def attends(language: str, queries: mx.array) -> bool:
-    """Return whether attention itself is a kernel: else rows are gathered for MLX's.
+def attends(language: str | None, queries: mx.array) -> bool:
+    """Return whether a kernel attends to tiles: else rows are gathered for MLX's own.
 
     Args:
-        language (str): ``"metal"`` or ``"cuda"``.
+        language (str, optional): ``"metal"`` or ``"cuda"``.
         queries (mx.array): ``[B, Hq, L, D]``.
     """
     return (
@@ -185,19 +181,13 @@ def attends(language: str, queries: mx.array) -> bool:
 
 
 def tile_attention(
-    language: str,
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
     topk_indices: mx.array,
     scale: float,
 ) -> mx.array:
-    """Attend from tiles of queries: see :func:`reference.tile_attention`."""
-    if not attends(language, queries):
-        gather = partial(gather_tiles, language)
-        return reference.tile_attention(
-            queries, keys, values, topk_indices, scale, gather
-        )
+    """Attend from tiles on CUDA: see :func:`reference.tile_attention`."""
     B, n_heads, L, head_dim = queries.shape
     n_kv_heads, n_tiles = keys.shape[1], topk_indices.shape[1]
     n_rows = n_heads // n_kv_heads * (L // n_tiles)

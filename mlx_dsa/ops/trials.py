@@ -39,13 +39,26 @@ def selection(language: str):
     return gpu.select_topk(language, *arguments), reference.select_topk(*arguments)
 
 
-def attention(language: str, head_dim: int, dtype):
-    """Attend from tiles both ways: ``(kernel, reference)``."""
+def gathering(language: str, head_dim: int, dtype):
+    """Gather rows both ways: ``(kernel, reference)``."""
+    keys, values, slots = _tiles(head_dim, dtype)
+    return (
+        mx.stack(gpu.gather_tiles(language, keys, values, slots)),
+        mx.stack(reference.gather_tiles(keys, values, slots)),
+    )
+
+
+def attention(head_dim: int, dtype):
+    """Attend from tiles both ways, on CUDA: ``(kernel, reference)``."""
     queries = _noise(7, (1, 8, 64, head_dim), dtype)
+    arguments = (queries, *_tiles(head_dim, dtype), head_dim**-0.5)
+    return gpu.tile_attention(*arguments), reference.tile_attention(*arguments)
+
+
+def _tiles(head_dim, dtype):
     keys, values = (_noise(i, (1, 2, 400, head_dim), dtype) for i in (8, 9))
     slots = mx.sort(mx.random.randint(0, 300, (1, 2, 90), key=mx.random.key(10)), axis=-1)
-    arguments = (queries, keys[:, :, :364], values[:, :, :364], slots, head_dim**-0.5)
-    return gpu.tile_attention(language, *arguments), reference.tile_attention(*arguments)
+    return keys[:, :, :364], values[:, :, :364], slots
 
 
 def _noise(seed: int, shape: tuple[int, ...], dtype) -> mx.array:

@@ -30,7 +30,7 @@ class Numbers(click.ParamType):
         try:
             numbers = [self.kind(part) for part in value.split(",")]
         except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 1024,2048.", param, ctx)
+            self.fail(f"{value!r} is not a list of whole numbers such as 1024,2048.", param, ctx)
         if any(number < 1 for number in numbers):
             self.fail(f"{value!r} holds a number below 1.", param, ctx)
         return list(dict.fromkeys(numbers))

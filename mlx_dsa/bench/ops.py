@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .ops import select_topk, tile_attention, tile_scores
+from ..ops import gather_tiles, reference, select_topk, tile_attention, tile_scores
+from ..ops.reference import tile_slots
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,25 @@ class _Layer(NamedTuple):
     scale: float
 
 
-def measure_rates(dtype: mx.Dtype = mx.bfloat16, size: int = 8192) -> Rates:
+def measure_rates(dtype: mx.Dtype = mx.bfloat16, size: int | None = None) -> Rates:
     """Measure a large copy (read and written bytes) and a large matrix product.
 
     Args:
         dtype (mx.Dtype): Of the product. Default: ``bfloat16``.
-        size (int): Rows and columns of the product. Default: ``8192``.
+        size (int, optional): Rows and columns of the product. Default: 8192 on a GPU,
+          1024 on a CPU.
 
     Returns:
         Rates: Medians of 5.
     """
+    if size is None:
+        size = 8192 if mx.default_device().type == mx.DeviceType.gpu else 1024
     a, b = (mx.random.normal((size, size)).astype(dtype) for _ in range(2))
-    source = mx.random.normal((8 * size, size))
+    source = mx.random.normal((max(1 << 26, 8 * size * size),))
     mx.eval(a, b, source)
-    seconds = _median_seconds({"copy": lambda: [source + 1], "matmul": lambda: [a @ b]}, 5)
+    calls = {"copy": lambda: [source + 1], "matmul": lambda: [a @ b]}
+    mx.eval([call() for call in calls.values()])
+    seconds = _median_seconds(calls, 5)
     return Rates(2 * source.nbytes / seconds["copy"], 2 * size**3 / seconds["matmul"])
 
 
@@ -102,19 +108,23 @@ def measure_ops(
 
     Returns:
         iterator of dict: ``context``, medians in milliseconds a layer (``dense``,
-        ``score``, ``select``, ``attend``, and ``sparse``, all three in one go),
-        ``floor`` (the same, least), ``speedup``.
+        ``score``, ``select``, ``attend``, and ``sparse``, all three in one go;
+        ``gather`` and ``sdpa``, what ``attend`` takes as two steps), ``floor`` (the
+        same, least), ``speedup``. What can't run here is ``None``, with the reason
+        under ``failed``.
 
     Raises:
         ValueError: If a context is too short to be sparse.
     """
     forced = n_sink, n_recent
+    contexts = list(contexts)
     for context in contexts:
         if context < chunk + top_k:
             raise ValueError(
                 f"[measure_ops] 'contexts' must be at least {chunk + top_k} (chunk + "
                 f"top_k) but got {context}."
             )
+    for context in contexts:
         layers = [_layer(shape, context, chunk, seed) for seed in range(n_layers)]
         visible = mx.arange(context - chunk, context, tile_size)
 
@@ -130,22 +140,91 @@ def measure_ops(
         def attend(layer, slots):
             return tile_attention(*layer[:3], slots, layer.scale, backend)
 
-        scores = [score(layer) for layer in layers]
-        slots = [select(s) for s in scores]
+        def gather(layer, slots):
+            rows = tile_slots(slots, chunk, context)
+            return gather_tiles(layer.keys, layer.values, rows, backend)
+
+        # What each step reads comes from the reference: one that fails stops no other.
+        scores = [
+            reference.tile_scores(
+                x.index_queries, x.weights, x.index_keys[:, :, :-tile_size], tile_size
+            )
+            for x in layers
+        ]
+        slots = [
+            reference.select_topk(s, top_k - tile_size, visible, *forced) for s in scores
+        ]
         mx.eval(layers, scores, slots, visible)
+        pairs = list(zip(layers, slots))
         calls = {
             "dense": lambda: [_dense(layer) for layer in layers],
             "score": lambda: [score(layer) for layer in layers],
             "select": lambda: [select(s) for s in scores],
-            "attend": lambda: [attend(*pair) for pair in zip(layers, slots)],
+            "gather": lambda: [gather(*pair) for pair in pairs],
+            "sdpa": _tile_sdpa(layers[0], slots[0], n_layers),
+            "attend": lambda: [attend(*pair) for pair in pairs],
             "sparse": lambda: [attend(x, select(score(x))) for x in layers],
         }
-        seconds = _median_seconds(calls, repeats)
-        row = {"context": context}
-        row |= {name: 1e3 * s / n_layers for name, s in seconds.items()}
+        failed = _failures(calls)
+        seconds = _median_seconds(
+            {n: call for n, call in calls.items() if n not in failed}, repeats
+        )
+        row = {"context": context, "backend": backend}
+        for name in calls:
+            row[name] = 1e3 * seconds[name] / n_layers if name in seconds else None
         if rates is not None:
             row["floor"] = _floors(shape, rates, context, chunk, top_k, tile_size)
-        yield row | {"speedup": seconds["dense"] / seconds["sparse"]}
+        row["speedup"] = None
+        if "sparse" in seconds:
+            row["speedup"] = seconds["dense"] / seconds["sparse"]
+        yield row | ({"failed": failed} if failed else {})
+
+
+def bench_ops(
+    contexts: Iterable[int], shape: OpsShape, report: Callable[[dict], None], **given: Any
+) -> dict[str, Any]:
+    """Measure the device's rates, then the operations.
+
+    Args:
+        contexts (iterable of int): Keys after the chunk.
+        shape (OpsShape): One layer.
+        report (callable): Takes each row as it is measured.
+        given: As for :func:`measure_ops`.
+
+    Returns:
+        dict: ``rows``, ``rates`` and ``shape``.
+    """
+    rates = measure_rates(shape.dtype)
+    rows = []
+    for row in measure_ops(contexts, shape, rates, **given):
+        rows.append(row)
+        report(row)
+    described = {**vars(shape), "dtype": str(shape.dtype).rpartition(".")[2]}
+    return {"rows": rows, "rates": rates._asdict(), "shape": described}
+
+
+def _failures(calls: dict[str, Callable]) -> dict[str, str]:
+    """Return why some calls can't run: a kernel that does not compile, or no memory."""
+    failed = {}
+    for name, call in calls.items():
+        try:
+            mx.eval(call())
+        except (RuntimeError, ValueError) as error:
+            failed[name] = " ".join(str(error).split())[:200]
+    return failed
+
+
+def _tile_sdpa(layer: _Layer, slots: mx.array, n_layers: int) -> Callable:
+    """Return MLX's own attention from tiles to rows that have been gathered."""
+    n_tiles = slots.shape[1]
+    _, n_heads, chunk, head_dim = layer.queries.shape
+    keys, values = reference.gather_tiles(
+        layer.keys, layer.values, tile_slots(slots, chunk, layer.keys.shape[2])
+    )
+    rows = layer.queries.reshape(n_heads, n_tiles, -1, head_dim).swapaxes(0, 1)
+    mx.eval(keys, values)
+    tiles = layer._replace(queries=rows, keys=keys, values=values)
+    return lambda: [_dense(tiles) for _ in range(n_layers)]
 
 
 def _dense(layer: _Layer) -> mx.array:
@@ -192,6 +271,11 @@ def _floors(shape, rates, context, chunk, top_k, tile_size) -> dict[str, float]:
             2 * chunk * index_dims * (context - chunk / 2),
         ),
         "select": ((context + top_k) * tile_bytes, 0),
+        "gather": (2 * top_k * chunk // tile_size * row, 0),
+        "sdpa": (
+            top_k * chunk // tile_size * row + ends,
+            products * (top_k - tile_size / 2),
+        ),
         "attend": (
             min(context, top_k * chunk // tile_size) * row + ends,
             products * (top_k - tile_size / 2),
@@ -207,9 +291,7 @@ def _floors(shape, rates, context, chunk, top_k, tile_size) -> dict[str, float]:
 def _median_seconds(
     calls: dict[str, Callable[[], list[mx.array]]], repeats: int
 ) -> dict[str, float]:
-    """Time each call, in turns, after one that is not counted."""
-    for call in calls.values():
-        mx.eval(call())
+    """Time each call, in turns; each has run before."""
     seconds = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():

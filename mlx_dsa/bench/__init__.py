@@ -1,0 +1,21 @@
+"""What speed and memory sparse attention reaches here, and from where on it pays."""
+
+from .end_to_end import Pass, bench, check_contexts
+from .models import BENCH_SHAPES, BenchShape, random_model
+from .ops import OpsShape, Rates, bench_ops, measure_ops, measure_rates
+from .tune import tune
+
+__all__ = [
+    "BENCH_SHAPES",
+    "BenchShape",
+    "OpsShape",
+    "Pass",
+    "Rates",
+    "bench",
+    "bench_ops",
+    "check_contexts",
+    "measure_ops",
+    "measure_rates",
+    "random_model",
+    "tune",
+]

@@ -1,0 +1,229 @@
+"""Find the lengths from which sparse attention is faster than dense, on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
+
+from ..attention import SparseAttention
+from ..cache import FullKVCache
+from ..config import SparseConfig
+from ..crossovers import describe, plan_prefill, store
+from ..indexer import Indexer
+
+# Layers that are timed together, so that what a call costs to start counts once.
+_LAYERS = 4
+# Keys seen by the longest measurement, as a multiple of top_k.
+_LONGEST = 64
+# A crossover is known to a quarter of the length before it.
+_BISECTIONS = 2
+_DECODE_STEPS = 32
+
+
+def tune(
+    model: nn.Module,
+    indexers: Mapping[int, Indexer],
+    config: SparseConfig,
+    *,
+    chunk: int = 2048,
+    repeats: int = 3,
+    seconds: float = 60.0,
+    clock: Callable[[], float] = time.perf_counter,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Measure where sparse prefill and decode begin to win, and store it.
+
+    Attention layers of the model are timed on random keys: a chunk of a prompt, dense
+    and sparse in turns, and steps of decode. Lengths double from ``top_k`` until each
+    way wins, then the crossover is bisected.
+
+    Args:
+        model (nn.Module): An unpatched model of mlx-lm.
+        indexers (Mapping): Layer number to :class:`Indexer`.
+        config (SparseConfig): How they run.
+        chunk (int): Tokens of the prompt that are read at once. Default: ``2048``.
+        repeats (int): Timings of each. Default: ``3``.
+        seconds (float): No measurement begins that would probably end after this
+          time. Default: ``60``.
+        clock (callable): Seconds. Default: ``time.perf_counter``.
+        report (callable): Takes each measurement: ``keys`` and milliseconds.
+
+    Returns:
+        dict: ``crossovers`` (``tile``, ``exact``, ``decode``: keys, or ``None`` where
+        sparse never won), ``longest`` (keys up to which it was looked for), ``rows``
+        (each measurement), ``file`` (where it is stored).
+
+    Raises:
+        ValueError: If the model has no positions beyond ``top_k``.
+    """
+    longest = min(_LONGEST * config.top_k, model.args.max_position_embeddings)
+    if longest < 2 * config.top_k:
+        raise ValueError(
+            f"[tune] 'top_k' must be at most half of the model's {longest:,} positions "
+            f"but got {config.top_k}: nothing shorter is sparse."
+        )
+    bench = _Bench(model, indexers, config, chunk, repeats, clock)
+    start = clock()
+    rows, took = {}, {}
+
+    def at(keys: int) -> dict[str, Any]:
+        if keys not in rows:
+            begin = clock()
+            rows[keys] = {"keys": keys, **bench.measure(keys)}
+            took[keys] = clock() - begin
+            report(rows[keys])
+        return rows[keys]
+
+    def has_time(keys: int) -> bool:
+        nearest = max(took)
+        return clock() - start + took[nearest] * keys / nearest <= seconds
+
+    ways = ["exact", "decode", *(["tile"] if config.tile_fits else [])]
+    keys = [2 * config.top_k]
+    while not all(_wins(at(keys[-1]), way) for way in ways):
+        if 2 * keys[-1] > longest or not has_time(2 * keys[-1]):
+            break
+        keys.append(2 * keys[-1])
+    crossovers = dict.fromkeys(("tile", "exact", "decode"))
+    for way in ways:
+        crossovers[way] = _crossover(at, has_time, keys, config.top_k, way)
+    file = store(describe(model, indexers, config), crossovers)
+    ordered = [rows[n] for n in sorted(rows)]
+    return {
+        "crossovers": crossovers,
+        "longest": keys[-1],
+        "rows": ordered,
+        "file": str(file),
+    }
+
+
+def _wins(row: Mapping[str, float], way: str) -> bool:
+    return row[way] < row["dense_decode" if way == "decode" else "dense"]
+
+
+def _crossover(
+    at: Callable, has_time: Callable, lengths: list[int], top_k: int, way: str
+) -> int | None:
+    """Return the fewest keys at which a way wins, to a quarter of the length before."""
+    winning = [n for n in lengths if _wins(at(n), way)]
+    if not winning:
+        return None
+    low, high = winning[0] // 2, winning[0]
+    for _ in range(_BISECTIONS):
+        middle = (low + high) // 2
+        if middle <= top_k or not has_time(middle):
+            break
+        if _wins(at(middle), way):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _steps(attentions: list, caches: list, x: mx.array) -> mx.array:
+    """Take steps of decode, each from what the one before gave."""
+    for _ in range(_DECODE_STEPS):
+        for attention, cache in zip(attentions, caches):
+            x = mx.fast.rms_norm(attention(x, None, cache), None, 1e-6)
+        mx.async_eval(x)
+    return x
+
+
+class _Bench:
+    """Time attention layers of a model after random keys."""
+
+    def __init__(self, model, indexers, config, chunk, repeats, clock):
+        self._repeats = repeats
+        self._clock = clock
+        self._config = config
+        self._chunk = chunk
+        self._args = model.args
+        self._dtype = model.layers[0].input_layernorm.weight.dtype
+        self._layers = [
+            (model.layers[i].self_attn, indexers[i].bind(model.args, self._dtype))
+            for i in sorted(indexers)[:_LAYERS]
+        ]
+        self._budget = self._full_budget()
+
+    def measure(self, keys: int) -> dict[str, float]:
+        """Return milliseconds a layer: of a chunk around ``keys``, and of a step."""
+        calls = self._prefill_calls(keys) | self._decode_calls(keys)
+        times = {name: [] for name in calls}
+        for repeat in range(self._repeats + 1):
+            for name, call in calls.items():
+                start = self._clock()
+                mx.eval(call())
+                if repeat:  # the first compiles
+                    times[name].append(self._clock() - start)
+        n_calls = {name: len(self._layers) for name in calls}
+        for name in ("dense_decode", "decode"):
+            n_calls[name] *= _DECODE_STEPS
+        return {
+            name: 1e3 * median(seconds) / n_calls[name] for name, seconds in times.items()
+        }
+
+    def _prefill_calls(self, keys: int) -> dict[str, Callable]:
+        tile_size, top_k = self._config.tile_size, self._config.top_k
+        # Both costs grow evenly over a chunk, so it stands for its middle.
+        start = keys - min(self._chunk, 2 * (keys - top_k)) // 2
+        start = -(-start // tile_size) * tile_size
+        n = max(1, 2 * (keys - start))
+        x = self._noise(1, n, self._args.hidden_size)
+        caches = [self._filled(indexer, start) for _, indexer in self._layers]
+
+        def call(mode):
+            layers = self._sparse(prefill=mode, cache="full")
+
+            def run():
+                outputs = [layer(x, None, c) for layer, c in zip(layers, caches)]
+                for cache in caches:
+                    cache.trim(n)
+                return outputs
+
+            return run
+
+        modes = ["dense", "exact", *(["tile"] if self._config.tile_fits else [])]
+        return {mode: call(mode) for mode in modes}
+
+    def _decode_calls(self, keys: int) -> dict[str, Callable]:
+        dense = [KVCache() for _ in self._layers]
+        for cache in dense:
+            cache.update_and_fetch(*self._entries(keys))
+        attentions = [attention for attention, _ in self._layers]
+        x = self._noise(1, 1, self._args.hidden_size)
+        return {
+            "dense_decode": lambda: _steps(attentions, dense, x),
+            "decode": lambda: _steps(*self._budget, x),
+        }
+
+    def _full_budget(self):
+        """Return layers and their caches, full and past a prompt."""
+        layers = self._sparse(prefill="dense", cache="budget")
+        caches = [layer.make_cache(i) for i, layer in enumerate(layers)]
+        prompt = self._noise(1, self._config.top_k, self._args.hidden_size)
+        mx.eval([layer(prompt, None, cache) for layer, cache in zip(layers, caches)])
+        return layers, caches
+
+    def _sparse(self, **changes: Any) -> list[SparseAttention]:
+        config = replace(self._config, cold_bits=None, cold_file=None, **changes)
+        plan = plan_prefill(None, config)
+        return [SparseAttention(*layer, config, plan) for layer in self._layers]
+
+    def _filled(self, indexer: Indexer, n: int) -> FullKVCache:
+        cache = FullKVCache()
+        cache.append(*self._entries(n), self._noise(1, 1, n, indexer.args.index_head_dim))
+        return cache
+
+    def _entries(self, n: int) -> tuple[mx.array, mx.array]:
+        shape = (1, self._args.num_key_value_heads, n, self._args.head_dim)
+        return self._noise(*shape), self._noise(*shape)
+
+    def _noise(self, *shape: int) -> mx.array:
+        return mx.random.normal(shape).astype(self._dtype)

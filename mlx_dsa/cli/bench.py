@@ -1,0 +1,269 @@
+"""mlx-dsa bench: dense against sparse, on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import mlx.core as mx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import TimeElapsedColumn
+
+from ..bench import OpsShape, bench_ops, check_contexts
+from ..bench import bench as run_bench
+from ..bench.plot import plot as draw
+from ..evals.results import device, versions, write_text
+from ..presets import runs_float32
+from .eval.options import Numbers
+from .eval.show import print_table
+from .subject import Subject, open_subject, subject_options
+
+
+@click.command()
+@click.option(
+    "--contexts",
+    type=Numbers(),
+    metavar="N,...",
+    default="4096,8192",
+    show_default=True,
+    help="Tokens of the prompts.",
+)
+@click.option("--ops", is_flag=True, help="Time the operations of prefill one by one.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Passes of each kind, taken in turns; their medians count.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    help="Steps of decode that count, rounded up to blocks of 32.  [default: 96]",
+)
+@click.option(
+    "--chunk",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Tokens of the prompt that are read at once.",
+)
+@click.option(
+    "--out",
+    metavar="FILE.json",
+    type=click.Path(dir_okay=False),
+    help="Write the results; FILE.jsonl holds them as they come.",
+)
+@click.option(
+    "--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help="Draw the results."
+)
+@subject_options
+def bench(
+    contexts: list[int],
+    ops: bool,
+    repeats: int,
+    steps: int | None,
+    chunk: int,
+    out: str | None,
+    plot: str | None,
+    **given: Any,
+):
+    """Time dense mlx-lm and sparse attention on the same prompts, in turns.
+
+    Both read prompts of random tokens and then decode. The last line of standard
+    output is one JSON.
+    """
+    if ops and (steps is not None or plot is not None):
+        option = "--steps" if steps is not None else "--plot"
+        raise click.UsageError(f"{option} has no effect with --ops. Leave one of them out.")
+    subject = open_subject(**given)
+    config = {"model": subject.name, **asdict(subject.config)}
+    config |= {"contexts": contexts, "repeats": repeats, "chunk": chunk}
+    with _journal(out) as write:
+        if ops:
+            result = _ops(subject, contexts, repeats, chunk, write)
+        else:
+            config["steps"] = steps = steps or 96
+            result = _end_to_end(subject, contexts, repeats, steps, chunk, write)
+        result |= {"config": config, "device": device(), "versions": versions()}
+        if out:
+            write_text(out, json.dumps(result, indent=1) + "\n")
+    if plot:
+        name = result["device"].get("device_name", result["device"]["device"])
+        draw(result["rows"], f"{subject.name}, top_k {subject.config.top_k}, {name}", plot)
+    for path in filter(None, (out, plot)):
+        click.echo(f"Wrote {path}")
+    click.echo(json.dumps(result))
+
+
+@contextmanager
+def _journal(out: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Write each measurement as it comes; the file goes when all are in the result."""
+    if out is None:
+        yield lambda line: None
+        return
+    path = Path(out).with_suffix(".jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+
+        def write(line: dict[str, Any]):
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
+        yield write
+    path.unlink()
+
+
+def _end_to_end(
+    subject: Subject, contexts: list[int], repeats: int, steps: int, chunk: int, write: Callable
+) -> dict[str, Any]:
+    (model, indexers), config = subject.load(), subject.config
+    check_contexts(contexts, steps, model)
+    for context in contexts:
+        if context <= config.top_k:
+            click.echo(
+                f"Note: {context:,} tokens are no more than top_k {config.top_k:,}: "
+                f"sparse attention is dense there.",
+                err=True,
+            )
+    console = Console(stderr=True)
+    rows = []
+    with _progress(console) as progress:
+
+        def report(line: dict[str, Any]):
+            write(line)
+            decode = sum(line["decode_ms"]) / len(line["decode_ms"])
+            console.print(
+                f"{line['context']:,} tokens, {line['kind']}: first token "
+                f"{line['ttft_s']:.3f} s, decode {decode:.2f} ms a token",
+                highlight=False,
+            )
+
+        found = run_bench(
+            model,
+            indexers,
+            config,
+            contexts,
+            repeats=repeats,
+            steps=steps,
+            chunk=chunk,
+            report=report,
+            progress=progress,
+        )
+        for row in found:
+            rows.append(row)
+            write(row)
+    print_table(*_table(rows))
+    return {"rows": rows}
+
+
+def _ops(
+    subject: Subject, contexts: list[int], repeats: int, chunk: int, write: Callable
+) -> dict[str, Any]:
+    shape, config = _ops_shape(subject), subject.config
+    console = Console(stderr=True)
+
+    def report(row: dict[str, Any]):
+        write(row)
+        console.print(f"{row['context']:,} keys measured", highlight=False)
+        for name, reason in row.get("failed", {}).items():
+            console.print(f"{name} failed: {reason}", highlight=False, markup=False)
+
+    result = bench_ops(
+        contexts,
+        shape,
+        report,
+        chunk=chunk,
+        top_k=config.top_k,
+        tile_size=config.tile_size,
+        n_sink=config.n_sink,
+        n_recent=config.n_recent,
+        backend=config.backend,
+        repeats=repeats,
+    )
+    print_table(*_ops_table(result["rows"]))
+    return result
+
+
+def _ops_shape(subject: Subject) -> OpsShape:
+    if subject.shape is not None:  # without making the model
+        shape = subject.shape
+        heads = shape.n_heads, shape.n_kv_heads, shape.head_dim
+        dtype = mx.float32 if runs_float32() else mx.bfloat16
+        return OpsShape(*heads, *shape.indexer[:2], dtype)
+    model, indexers = subject.load()
+    args, indexer = model.args, next(iter(indexers.values())).args
+    return OpsShape(
+        args.num_attention_heads,
+        args.num_key_value_heads,
+        args.head_dim,
+        indexer.index_n_heads,
+        indexer.index_head_dim,
+        model.layers[0].input_layernorm.weight.dtype,
+    )
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    bar = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        transient=True,
+    )
+    task = bar.add_task("")
+    if console.is_terminal:
+        bar.start()
+    try:
+        yield lambda done, total, text: bar.update(
+            task, completed=done, total=total, description=text
+        )
+    finally:
+        bar.stop()
+
+
+def _table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    header = ["tokens", "", "prefill s", "tokens/s", "first token s", "decode ms"]
+    header += ["memory GB", "peak GB"]
+    cells = []
+    for row in rows:
+        for kind in ("dense", "sparse"):
+            r = row[kind]
+            cells.append(
+                [
+                    f"{row['context']:,}" if kind == "dense" else "",
+                    kind,
+                    f"{r['prefill_s']:.3f}",
+                    f"{r['prefill_tokens_s']:,.0f}",
+                    f"{r['ttft_s']:.3f}",
+                    f"{r['decode_ms']:.2f}",
+                    f"{r['active_memory_gb']:.3f}",
+                    f"{r['peak_memory_gb']:.3f}",
+                ]
+            )
+        speedup = row["speedup"]
+        times = (f"x{speedup[n]:.2f}" for n in ("prefill", "prefill", "ttft", "decode"))
+        cells.append(["", "speed-up", *times, "", ""])
+    return header, cells
+
+
+_STEPS = ("dense", "score", "select", "gather", "sdpa", "attend", "sparse")
+
+
+def _ops_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    header = ["keys", "ms a layer", *_STEPS, "speed-up"]
+    cells = []
+    for row in rows:
+        times = ["failed" if row[n] is None else f"{row[n]:.3f}" for n in _STEPS]
+        speedup = "" if row["speedup"] is None else f"x{row['speedup']:.2f}"
+        cells.append([f"{row['context']:,}", row["backend"], *times, speedup])
+        cells.append(["", "floor", *(f"{row['floor'][n]:.3f}" for n in _STEPS), ""])
+    return header, cells

@@ -1,0 +1,107 @@
+"""What bench and tune run: a model that is loaded, or one of random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import click
+import mlx.nn as nn
+
+from ..bench import BENCH_SHAPES, BenchShape, random_model
+from ..config import SparseConfig
+from ..indexer import Indexer
+from ..ops import check_backend
+from ..presets import load_settings
+from .options import model_options, settings_from, sparse_options
+from .session import hint_at_blas
+
+_OPTIONS = (
+    click.option(
+        "--model-shape",
+        type=click.Choice(list(BENCH_SHAPES)),
+        help="In place of a model: random weights of this shape, with random indexers.",
+    ),
+    click.option(
+        "--bits",
+        type=click.Choice(["2", "3", "4", "6", "8", "16"]),
+        help="With --model-shape: bits of a weight, 16 for none quantised.  [default: 4]",
+    ),
+    click.option(
+        "--evict",
+        type=click.Choice(["retention", "index", "window"]),
+        help="What orders entries for eviction.",
+    ),
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "reference", "metal", "cuda"]),
+        help="Kernels to use.",
+    ),
+)
+_NOT_WITH_A_SHAPE = ("preset", "model", "indexer", "config")
+
+
+class Subject(NamedTuple):
+    """What is measured.
+
+    Args:
+        name (str): As the user named it.
+        config (SparseConfig): How it runs.
+        load (callable): Returns the model, not patched, and its indexers.
+        shape (BenchShape, optional): Of random weights.
+    """
+
+    name: str
+    config: SparseConfig
+    load: Callable[[], tuple[nn.Module, Mapping[int, Indexer]]]
+    shape: BenchShape | None = None
+
+
+def subject_options(command: Callable) -> Callable:
+    """Add the options that name what is measured."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return model_options(sparse_options(command))
+
+
+def open_subject(*, model_shape: str | None, bits: str | None, **given: Any) -> Subject:
+    """Check the options; nothing is loaded yet.
+
+    Args:
+        model_shape (str, optional): ``--model-shape``.
+        bits (str, optional): ``--bits``.
+        given: The other options by name, ``None`` where not given.
+
+    Raises:
+        click.UsageError: If options exclude each other.
+        ValueError: If a value is not valid.
+    """
+    hint_at_blas()
+    if model_shape is None:
+        if bits is not None:
+            raise click.UsageError("--bits needs --model-shape.")
+        return _named(given)
+    for name in _NOT_WITH_A_SHAPE:
+        if given.pop(name) is not None:
+            raise click.UsageError(f"--{name} and --model-shape exclude each other.")
+    config = SparseConfig.from_dict({k: v for k, v in given.items() if v is not None})
+    check_backend(config.backend)
+    n_bits = int(bits or 4)
+    return Subject(
+        f"random {model_shape}, {n_bits} bits",
+        config,
+        lambda: random_model(model_shape, n_bits),
+        BENCH_SHAPES[model_shape],
+    )
+
+
+def _named(given: dict[str, Any]) -> Subject:
+    name = given["model"] or f"preset {given['preset'] or 'tiny'}"
+    settings = settings_from(**given)
+    check_backend(settings.config.backend)
+
+    def load():
+        preset = load_settings(settings)
+        return preset.model, preset.indexers
+
+    return Subject(name, settings.config, load)

@@ -1,0 +1,222 @@
+"""Dense against sparse: passes in turns, medians, rows, what is written."""
+
+import json
+import sys
+
+import mlx.core as mx
+import pytest
+from builders import make_indexers, make_model
+from click.testing import CliRunner
+
+from mlx_dsa import SparseConfig
+from mlx_dsa.bench import BENCH_SHAPES, bench, models, random_model
+from mlx_dsa.bench.models import BenchShape
+from mlx_dsa.cli import main
+
+command = sys.modules["mlx_dsa.cli.bench"]  # cli.bench is the command
+CONFIG = dict(top_k=24, n_sink=2, n_recent=8, tile_size=8, evict="index")
+SMALL = BenchShape(64, 2, 128, 4, 2, 32, 101, True, (2, 12, 8), 16)
+KEYS = {
+    "prefill_s", "prefill_tokens_s", "ttft_s", "decode_ms", "active_memory_gb",
+    "peak_memory_gb",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def subject():
+    model = make_model()
+    return model, make_indexers(model), SparseConfig(**CONFIG)
+
+
+@pytest.fixture
+def small_shape(monkeypatch):
+    monkeypatch.setitem(BENCH_SHAPES, "tiny", SMALL)
+
+
+class Clock:
+    """Seconds that pass by what is called: `cost[kind]` at each reading."""
+
+    def __init__(self, costs):
+        self.costs = iter(costs)
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += next(self.costs, 1.0)
+        return self.now
+
+
+def test_passes_are_taken_in_turns(subject):
+    lines = []
+    rows = list(bench(*subject, [30, 40], repeats=2, steps=1, report=lines.append))
+    order = [(line["context"], line["repeat"], line["kind"]) for line in lines]
+    assert order == [
+        (context, repeat, kind)
+        for context in (30, 40)
+        for repeat in range(2)
+        for kind in ("dense", "sparse")
+    ]
+    assert [row["context"] for row in rows] == [30, 40]
+    assert all(len(line["decode_ms"]) == 1 for line in lines)  # a whole block
+
+
+def test_medians_and_speedups_on_a_fake_clock(subject):
+    # Readings of a pass: start, prompt read, first token, blocks begin, one block ends.
+    warm_up = [0, 9, 9, 9]
+    passes = [
+        [0, 3, 1, 5, 3.2], [0, 2, 1, 5, 1.6],
+        [0, 6, 1, 5, 6.4], [0, 1, 1, 5, 0.8],
+        [0, 5, 1, 5, 0.32], [0, 9, 3, 5, 3.2],
+    ]  # fmt: skip
+    clock = Clock(sum([warm_up, warm_up, *passes], []))
+    (row,) = bench(*subject, [41], repeats=3, steps=32, clock=clock)
+    dense, sparse = row["dense"], row["sparse"]
+    assert (dense["prefill_s"], sparse["prefill_s"]) == pytest.approx((5, 2))
+    assert (dense["ttft_s"], sparse["ttft_s"]) == pytest.approx((6, 3))
+    assert (dense["decode_ms"], sparse["decode_ms"]) == pytest.approx((100, 50))
+    assert dense["prefill_tokens_s"] == pytest.approx(40 / 5)
+    assert row["speedup"] == pytest.approx({"prefill": 2.5, "ttft": 2, "decode": 2})
+    assert next(clock.costs, None) is None  # no reading was left over
+
+
+def test_decode_counts_whole_blocks(subject):
+    lines = []
+    list(bench(*subject, [30], repeats=1, steps=33, report=lines.append))
+    assert [len(line["decode_ms"]) for line in lines] == [2, 2]
+
+
+def test_a_dense_model_is_not_charged_for_indexers(subject, monkeypatch):
+    from mlx_dsa.bench import end_to_end
+
+    plain = [r["dense"] for r in bench(*subject, [30], repeats=1, steps=1)][0]
+    monkeypatch.setattr(end_to_end, "_nbytes", lambda indexers: 10**9)
+    less = [r["dense"] for r in bench(*subject, [30], repeats=1, steps=1)][0]
+    for name in ("active_memory_gb", "peak_memory_gb"):
+        assert plain[name] - less[name] == pytest.approx(1, abs=0.01)
+
+
+def test_the_model_is_left_as_it_was(subject):
+    model = subject[0]
+    attentions = [layer.self_attn for layer in model.layers]
+    list(bench(*subject, [30], repeats=1, steps=1))
+    assert [layer.self_attn for layer in model.layers] == attentions
+    assert not hasattr(model, "make_cache")
+
+
+def test_contexts_beyond_the_positions_are_refused(subject):
+    with pytest.raises(ValueError, match="4,096 positions"):
+        list(bench(*subject, [30, 4090]))
+    with pytest.raises(ValueError, match="at least 2"):
+        list(bench(*subject, [1]))
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_random_models_have_the_shape_and_the_bits(small_shape, bits):
+    model, indexers = random_model("tiny", bits)
+    projection = model.layers[1].self_attn.q_proj
+    assert getattr(projection, "bits", 16) == bits
+    assert sorted(indexers) == [0, 1]
+    assert indexers[0].args.index_head_dim == 12 and indexers[0].has_retention
+    x = model.layers[0].self_attn.q_proj(mx.random.normal((1, 50, 64)))
+    assert 0.5 < x.std().item() < 2  # of order one, as the input
+    logits = model(mx.array([[1, 2, 3]]))
+    assert mx.isfinite(logits).all() and logits.std().item() > 0
+
+
+def test_packed_weights_use_all_their_bits(small_shape):
+    weight = random_model("tiny", 4)[0].layers[0].mlp.up_proj.weight
+    for shift in range(0, 32, 4):
+        digits = (weight >> shift) & 15
+        assert len(set(digits.flatten().tolist())) == 16
+
+
+def test_shapes_are_those_of_the_published_models():
+    assert set(BENCH_SHAPES) == {"qwen3-8b", "qwen3-4b", "qwen3-0.6b", "tiny"}
+    shape = BENCH_SHAPES["qwen3-8b"]
+    # The published indexers: 2,003,427 parameters a layer.
+    n_heads, dims, _ = shape.indexer
+    width = n_heads * dims + dims
+    assert (shape.hidden_size + 1) * width + shape.hidden_size * n_heads == 2_003_427
+
+
+@pytest.mark.parametrize("shape, bits", [("qwen", 4), ("tiny", 5)])
+def test_unknown_shapes_and_bits_are_refused(shape, bits):
+    with pytest.raises(ValueError, match=r"\[bench\] '(model_shape|bits)' must be one of"):
+        models.random_model(shape, bits)
+
+
+# The command.
+
+
+def run(*arguments):
+    options = ["--model-shape", "tiny", "--bits", "16", "--repeats", "1"]
+    return CliRunner().invoke(main, ["bench", *options, *map(str, arguments)])
+
+
+def test_the_last_line_is_one_json(small_shape, tmp_path):
+    out, plot = tmp_path / "new" / "bench.json", tmp_path / "bench.png"
+    result = run(
+        "--contexts", "80,200", "--top-k", 100, "--steps", 1, "--chunk", 64,
+        "--out", out, "--plot", plot,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    last = json.loads(result.stdout.splitlines()[-1])
+    assert set(last) == {"rows", "config", "device", "versions"}
+    assert json.loads(out.read_text()) == last
+    assert [row["context"] for row in last["rows"]] == [80, 200]
+    for row in last["rows"]:
+        assert set(row["dense"]) == set(row["sparse"]) == KEYS
+        assert {"prefill", "decode", "ttft"} <= set(row["speedup"])
+    assert last["config"]["top_k"] == 100 and last["config"]["model"].startswith("random")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert not out.with_suffix(".jsonl").exists()
+    notes = [line for line in result.stderr.splitlines() if line.startswith("Note: 80 ")]
+    assert len(notes) == 1 and "sparse attention is dense there" in notes[0]
+
+
+def test_an_interruption_leaves_what_was_measured(small_shape, tmp_path, monkeypatch):
+    def stops(*arguments, report, **given):
+        report({"context": 80, "kind": "dense", "decode_ms": [1.0], "ttft_s": 1.0})
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(command, "run_bench", stops)
+    result = run("--contexts", 80, "--out", tmp_path / "bench.json")
+    assert result.exit_code == 130 and "Stopped." in result.output
+    (line,) = (tmp_path / "bench.jsonl").read_text().splitlines()
+    assert json.loads(line)["context"] == 80
+    assert not (tmp_path / "bench.json").exists()
+
+
+def test_operations_of_a_shape(small_shape, tmp_path):
+    result = run(
+        "--ops", "--contexts", "250,400", "--top-k", 100, "--chunk", 128,
+        "--out", tmp_path / "ops.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    last = json.loads(result.stdout.splitlines()[-1])
+    assert [row["context"] for row in last["rows"]] == [250, 400]
+    assert last["shape"]["index_head_dim"] == 12
+    assert all(row["gather"] > 0 and row["floor"]["sdpa"] > 0 for row in last["rows"])
+
+
+@pytest.mark.parametrize(
+    "options, code, words",
+    [
+        (("--contexts", "4k"), 2, "whole numbers"),
+        (("--contexts", "0"), 2, "below 1"),
+        (("--contexts", "2000000"), 1, "positions"),
+        (("--model-shape", "qwen9"), 2, "qwen9"),
+        (("--model", "somewhere"), 2, "exclude each other"),
+        (("--bits", "5"), 2, "5"),
+        (("--top-k", "3"), 1, "top_k"),
+        (("--ops", "--plot", "x.png"), 2, "no effect"),
+        (("--ops", "--contexts", "100"), 1, "contexts"),
+        (("--out", "/proc/none/x.json"), 1, "/proc/none"),
+    ],
+)
+def test_bad_input_is_one_line(small_shape, options, code, words):
+    result = run(*options)
+    errors = [line for line in result.output.splitlines() if line.startswith("Error")]
+    assert result.exit_code == code, result.output
+    assert len(errors) == 1 and words in errors[0]
+    assert "Traceback" not in result.output
