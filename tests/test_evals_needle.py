@@ -39,7 +39,7 @@ def test_generation_is_mlx_lms(subject):
     assert ours[0].ids == theirs
 
 
-@pytest.mark.parametrize("name", ["dense", "sparse", "full"])
+@pytest.mark.parametrize("name", ["dense", "sparse", "full", "tiered"])
 def test_a_batch_says_what_each_says_alone(subject, name):
     rng = np.random.default_rng(0)
     talks = [
@@ -161,3 +161,26 @@ def test_the_worse_verdict_wins_a_draw():
     assert verdict({0: "read", 1: "evicted"}) == "evicted"
     assert verdict({0: "read", 1: "not selected", 2: "read"}) == "read"
     assert verdict(None) is None
+
+
+@pytest.fixture(scope="module")
+def talkative():
+    return make_subject(tied=False, top_k=96)
+
+
+@pytest.mark.parametrize("setting", ["in-prompt", "before-question", "two-turns"])
+def test_texts_read_together_are_answered_as_each_alone(talkative, setting):
+    options = dict(GRID, setting=setting, lengths=[200], limit=3)
+    if setting == "before-question":
+        options["per_document"] = 4
+    policies = make_policies(NAMES, talkative.config)
+    alone = needle(talkative, policies, **options)["items"]
+    together = needle(talkative, policies, batch_size=4, **options)["items"]
+
+    def heard(records):
+        names = ("reply", "correct", "first_correct", "verdict", "lost", "hash")
+        return {(r["policy"], r["item"]): {n: r.get(n) for n in names} for r in records}
+
+    assert len({r["reply"] for r in alone}) > len(alone) / 4
+    assert {r["policy"] for r in together} == {p.label for p in policies}
+    assert heard(together) == heard(alone)

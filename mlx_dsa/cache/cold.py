@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +43,12 @@ class MemoryStore:
         packed = [part for row in rows for part in self._pack(row)]
         self._buffers = self._write(packed, L)
         self.size += L
+
+    def copy(self, arrays: Sequence[mx.array]) -> MemoryStore:
+        """Return a store like this one that holds other arrays, such as some batch rows."""
+        store = copy.copy(self)
+        store._buffers = list(arrays)
+        return store
 
     def fetch(self, slots: mx.array, missing: mx.array) -> list[mx.array]:
         """Take rows back.
@@ -136,6 +143,13 @@ class FileStore:
         self.size += block.shape[0]
         self._file = np.memmap(
             self.path, block.dtype, "r", self.begin, shape=(self.size, *row)
+        )
+
+    def copy(self, arrays: Sequence[mx.array]) -> FileStore:
+        """Refuse: two copies would write to one place."""
+        raise ValueError(
+            "[FileStore] a cache whose cold entries are in a file can't be copied. Keep "
+            "them in memory: cold_bits=16."
         )
 
     def fetch(self, slots: mx.array, missing: mx.array) -> list[mx.array]:

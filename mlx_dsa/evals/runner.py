@@ -40,6 +40,32 @@ class World:
             rows = np.array(mx.distributed.all_gather(mx.array(padded)[None], group=self.group))
         return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
+    def journals(self, out):
+        """Return where this process keeps its journal, and those that others have left."""
+        out = Path(out)
+        mine = [journal_path(out, rank) for rank in range(self.size)]
+        left = sorted(set(out.parent.glob(f"{out.name}.*.jsonl")) - set(mine))
+        return mine[self.rank], left if self.rank == 0 else []
+
+
+class Share(World):
+    """One of several processes that know nothing of each other.
+
+    Each leaves its part of a run in a journal of its own; a later run joins them.
+
+    Args:
+        index (int): which part, from 0.
+        count (int): of how many.
+    """
+
+    def __init__(self, index, count):
+        super().__init__()
+        self.index, self.count = index, count
+
+    def journals(self, out):
+        """Return where this process keeps its journal, and nothing else."""
+        return journal_path(out, self.index), []
+
 
 def connect():
     """Join the processes that `mlx.launch` started, if it started any."""
@@ -62,8 +88,12 @@ def run_units(units, work, *, config, out=None, world=None, progress=None):
         list of dict: the records in the order of the units, on every process.
     """
     world = world or World()
-    journal = Journal(journal_path(out, world.rank), config) if out else None
-    done = {} if journal is None else dict(journal.done)
+    journal, done = None, {}
+    if out:
+        mine, left = world.journals(out)
+        journal = Journal(mine, config)
+        for found in (journal, *(Journal(path, config) for path in left)):
+            done.update(found.done)
     finished = {key for keys in world.gather(sorted(done)) for key in keys}
     todo = [unit for unit in units if unit.key not in finished]
     mine = todo[world.rank :: world.size]
@@ -99,8 +129,8 @@ def evaluate(kind, config, units, work, summarise, *, out=None, world=None, prog
 
     Returns:
         dict: kind, config, versions, device, wall_s, rows, pairs, items. Where `out` is given it is
-        also written there, by the first process, and the journal is removed; if it is there already
-        and of the same config, it is returned as it is.
+        also written there, by the first process, and the journals are removed; if it is there already
+        and of the same config, it is returned as it is. ``None`` from a `Share`, which has a part.
 
     Raises:
         ValueError: if `out` is there and is another run's.
@@ -111,7 +141,11 @@ def evaluate(kind, config, units, work, summarise, *, out=None, world=None, prog
     finished = _finished(kind, config, out, world)
     if finished:
         return finished
+    if isinstance(world, Share):
+        units = units[world.index :: world.count]
     records = run_units(units, work, config=config, out=out, world=world, progress=progress)
+    if isinstance(world, Share):
+        return None
     rows, pairs, items = summarise(records)
     result = {
         "kind": kind,
@@ -128,7 +162,9 @@ def evaluate(kind, config, units, work, summarise, *, out=None, world=None, prog
         if world.rank == 0:
             write_result(out, result)
         world.gather(None)
-        journal_path(out, world.rank).unlink()
+        mine, left = world.journals(out)
+        for path in (mine, *left):
+            path.unlink()
     return result
 
 
