@@ -10,7 +10,7 @@ from mlx_dsa.evals.documents import load_documents
 from mlx_dsa.evals.generation import answer, converse, read
 from mlx_dsa.evals.haystack import Haystack
 from mlx_dsa.evals.needle_items import NeedleSpec, make_items
-from mlx_dsa.evals.policies import NAMES
+from mlx_dsa.evals.policies import NAMES, pairings
 from mlx_dsa.evals.watch import verdict
 
 GRID = dict(lengths=[256], depths=[0.2, 0.6], limit=2, max_tokens=5)
@@ -163,6 +163,21 @@ def test_the_worse_verdict_wins_a_draw():
     assert verdict(None) is None
 
 
+def test_a_sweep_may_say_what_goes_with_a_top_k(subject):
+    sweep = [{"top_k": 64, "n_recent": 8}, 96]
+    policies = make_policies(["dense", "full", "tiered", {"policy": "kept", "top_k": 80}], subject.config, sweep)
+    found = {p.label: p.config and (p.config.top_k, p.config.n_recent) for p in policies}
+    assert found == {
+        "dense": None,
+        **{f"{n}@{k}": (k, r) for n in ("full", "tiered") for k, r in ((64, 8), (96, 16))},
+        "kept@80": (80, 16),
+    }  # fmt: skip
+    to_dense = [(label, "dense") for label in found if label != "dense"]
+    assert pairings(policies, "dense") == to_dense
+    tiered = [("tiered@64", "full@64"), ("tiered@96", "full@96")]
+    assert pairings(policies, ["tiered/full", "kept/full", "none"]) == tiered
+
+
 @pytest.fixture(scope="module")
 def talkative():
     return make_subject(tied=False, top_k=96)
@@ -170,7 +185,7 @@ def talkative():
 
 @pytest.mark.parametrize("setting", ["in-prompt", "before-question", "two-turns"])
 def test_texts_read_together_are_answered_as_each_alone(talkative, setting):
-    options = dict(GRID, setting=setting, lengths=[200], limit=3)
+    options = dict(GRID, setting=setting, lengths=[200])
     if setting == "before-question":
         options["per_document"] = 4
     policies = make_policies(NAMES, talkative.config)
