@@ -155,13 +155,13 @@ def report(suite, results, quick=False):
     if quick:
         lines += ["Made with --quick: too few cases to rely on.", ""]
     first = next(iter(results.values()))
-    wall = sum(r["wall_s"] for r in results.values())
+    work = sum(r["work_s"] for r in results.values())
     about = [f"{k} {v}" for k, v in first["versions"].items()]
     machine, model = first["device"], first["config"]["model"]
     where = f"{machine['device']}, {machine['system']} {machine['machine']}"
     lines += [
         f"Model: {model['name']}, in {model['dtype']}. {', '.join(about)}. {where}, "
-        f"{machine['cpus']} processors. {wall:,.0f} s in all.",
+        f"{machine['cpus']} processors. {work:,.0f} s of work in all.",
         "",
         "Intervals are 95%: Wilson for shares of right answers, bootstrap over texts for the rest. "
         "Comparisons are in pairs, on the very same items, by McNemar's exact test. *Could have "
