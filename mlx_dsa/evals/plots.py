@@ -87,7 +87,7 @@ def _retention(panels, title, plt):
         for row in (r for r in rows if r["top_k"]):
             point = (row["top_k"], row["value"], row["low"], row["high"])
             series.setdefault(_kind(row["policy"]), []).append(point)
-        _lines(axis, series, spread=0.03)
+        _lines(axis, series, spread=0.04)
         for row in (r for r in rows if not r["top_k"]):
             axis.axhline(row["value"], color=_INK, linewidth=1, linestyle="--", label=row["policy"])
         ticks = axis.get_xticks()
