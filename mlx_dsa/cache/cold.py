@@ -68,6 +68,11 @@ class MemoryStore:
         return self._unpack(self._rows())
 
     @property
+    def token_nbytes(self) -> int:
+        """Bytes that one token's entry takes, over the batch."""
+        return sum(b[:, :, :1].nbytes for b in self._buffers)
+
+    @property
     def nbytes(self) -> int:
         """Bytes in memory, as allocated."""
         return sum(b.nbytes for b in self._buffers)
@@ -163,6 +168,11 @@ class FileStore:
     def fetch_all(self) -> list[mx.array]:
         """Return all keys and values ``[B, Hkv, size, D]``."""
         return self._to_arrays(np.array(self._file))
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes in the file that one token's entry takes, over the batch."""
+        return 0 if self._file is None else self._file[:1].nbytes
 
     @property
     def nbytes(self) -> int:

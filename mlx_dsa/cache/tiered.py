@@ -37,6 +37,7 @@ class TieredKVCache(FullKVCache):
         self._hot: list[mx.array] | None = None
         self._slots_in_hot: mx.array | None = None  # [B, capacity], -1: not hot
         self._recalled: mx.array | None = None
+        self.n_selections = 0  # since the split
 
     @property
     def split(self) -> bool:
@@ -87,6 +88,7 @@ class TieredKVCache(FullKVCache):
             mx.where(missing[:, None, :, None], c, h) for c, h in zip(cold, hot)
         ]
         self._recalled = self._recalled + missing.sum()
+        self.n_selections += 1
         self._map(slots)
         self._tie_all()
         return self._hot
@@ -176,6 +178,7 @@ class TieredKVCache(FullKVCache):
     @state.setter
     def state(self, state: Sequence[Any]):
         self._hot = self._slots_in_hot = self._recalled = None
+        self.n_selections = 0
         store, self.cold = self.cold, self._make_store()
         if len(state) == 4:
             FullKVCache.state.fset(self, state)
