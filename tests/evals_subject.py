@@ -10,10 +10,14 @@ from mlx_dsa import Preset, SparseConfig
 from mlx_dsa.presets import resource
 
 
-def make_subject(**config):
-    """Build the model, its tokenizer and random indexers, with a small config."""
+def make_subject(tied=True, **config):
+    """Build the model, its tokenizer and random indexers, with a small config.
+
+    A tied model repeats its input; one that is not says something else each time.
+    """
     mx.random.seed(0)
-    model = qwen3.Model(qwen3.ModelArgs.from_dict(SIZES))
+    sizes = {**SIZES, "tie_word_embeddings": tied}
+    model = qwen3.Model(qwen3.ModelArgs.from_dict(sizes))
     model.eval()
     mx.eval(model.parameters())
     settings = {"top_k": 64, "n_sink": 4, "n_recent": 16, **config}

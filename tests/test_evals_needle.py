@@ -10,7 +10,7 @@ from mlx_dsa.evals.documents import load_documents
 from mlx_dsa.evals.generation import answer, converse, read
 from mlx_dsa.evals.haystack import Haystack
 from mlx_dsa.evals.needle_items import NeedleSpec, make_items
-from mlx_dsa.evals.policies import NAMES
+from mlx_dsa.evals.policies import NAMES, pairings
 from mlx_dsa.evals.watch import verdict
 
 GRID = dict(lengths=[256], depths=[0.2, 0.6], limit=2, max_tokens=5)
@@ -39,7 +39,7 @@ def test_generation_is_mlx_lms(subject):
     assert ours[0].ids == theirs
 
 
-@pytest.mark.parametrize("name", ["dense", "sparse", "full"])
+@pytest.mark.parametrize("name", ["dense", "sparse", "full", "tiered"])
 def test_a_batch_says_what_each_says_alone(subject, name):
     rng = np.random.default_rng(0)
     talks = [
@@ -161,3 +161,41 @@ def test_the_worse_verdict_wins_a_draw():
     assert verdict({0: "read", 1: "evicted"}) == "evicted"
     assert verdict({0: "read", 1: "not selected", 2: "read"}) == "read"
     assert verdict(None) is None
+
+
+def test_a_sweep_may_say_what_goes_with_a_top_k(subject):
+    sweep = [{"top_k": 64, "n_recent": 8}, 96]
+    policies = make_policies(["dense", "full", "tiered", {"policy": "kept", "top_k": 80}], subject.config, sweep)
+    found = {p.label: p.config and (p.config.top_k, p.config.n_recent) for p in policies}
+    assert found == {
+        "dense": None,
+        **{f"{n}@{k}": (k, r) for n in ("full", "tiered") for k, r in ((64, 8), (96, 16))},
+        "kept@80": (80, 16),
+    }  # fmt: skip
+    to_dense = [(label, "dense") for label in found if label != "dense"]
+    assert pairings(policies, "dense") == to_dense
+    tiered = [("tiered@64", "full@64"), ("tiered@96", "full@96")]
+    assert pairings(policies, ["tiered/full", "kept/full", "none"]) == tiered
+
+
+@pytest.fixture(scope="module")
+def talkative():
+    return make_subject(tied=False, top_k=96)
+
+
+@pytest.mark.parametrize("setting", ["in-prompt", "before-question", "two-turns"])
+def test_texts_read_together_are_answered_as_each_alone(talkative, setting):
+    options = dict(GRID, setting=setting, lengths=[200])
+    if setting == "before-question":
+        options["per_document"] = 4
+    policies = make_policies(NAMES, talkative.config)
+    alone = needle(talkative, policies, **options)["items"]
+    together = needle(talkative, policies, batch_size=4, **options)["items"]
+
+    def heard(records):
+        names = ("reply", "correct", "first_correct", "verdict", "lost", "hash")
+        return {(r["policy"], r["item"]): {n: r.get(n) for n in names} for r in records}
+
+    assert len({r["reply"] for r in alone}) > len(alone) / 4
+    assert {r["policy"] for r in together} == {p.label for p in policies}
+    assert heard(together) == heard(alone)

@@ -161,7 +161,8 @@ def test_progress_counts_what_was_done_before(tmp_path):
             with pytest.raises(KeyboardInterrupt):
                 run_units(units, work, **options)
         else:
-            assert run_units(units, work, **options) == [{"i": i} for i in range(4)]
+            records, seconds = run_units(units, work, **options)
+            assert records == [{"i": i} for i in range(4)] and seconds > 0
     assert told == [(0, 4), (1, 4), (2, 4), (2, 4), (3, 4), (4, 4)]
 
 
@@ -229,10 +230,50 @@ def test_a_suite_makes_a_report_and_goes_on_where_it_was(model, tmp_path):
     assert (folder / "report.md").read_text().count("|") == report.count("|")
 
 
+def test_processes_that_know_nothing_of_each_other_share_a_suite(model, tmp_path):
+    file = tmp_path / "small.json"
+    runs = [{**run, "name": run["name"] + "1"} for run in SUITE["runs"][:2]]
+    picture = {"name": "both", "title": "Both", "runs": ["n1"]}
+    file.write_text(json.dumps({**SUITE, "runs": runs, "pictures": [picture]}))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert _run(model, "suite", file, "--out", whole).exit_code == 0
+    for share in ("2/3", "1/3", "2/3"):
+        done = _run(model, "suite", file, "--run", "n1", "--share", share, "--out", parts)
+        assert done.exit_code == 0, done.output
+    # The third process never came: what it leaves is made by the run that joins.
+    assert [p.name for p in sorted(parts.iterdir())] == ["n1.json.1.jsonl", "n1.json.jsonl"]
+    held = [p.read_text().count("\n") - 1 for p in sorted(parts.iterdir())]
+    assert sum(held) == 4 and min(held) >= 1  # of 3 policies on 2 texts
+    assert _run(model, "suite", file, "--run", "n1", "--out", parts).exit_code == 0
+    assert [p.name for p in sorted(parts.iterdir())] == ["n1.json", "n1.png"]
+    assert _run(model, "suite", file, "--out", parts).exit_code == 0
+    assert (parts / "report.md").exists() and (parts / "both.png").exists()
+    for name in ("n1.json", "p1.json"):
+        assert _timeless(parts / name) == _timeless(whole / name)
+
+
+@pytest.mark.parametrize(
+    "arguments, message, code",
+    [
+        (["--run", "m"], "no run 'm': the runs are n, p, r", 1),
+        (["--share", "3/2"], "'3/2' is not a part", 2),
+        (["--share", "0/2"], "'0/2' is not a part", 2),
+        (["--share", "half"], "'half' is not a part", 2),
+    ],
+)
+def test_parts_that_are_not_there(model, tmp_path, arguments, message, code):
+    file = tmp_path / "small.json"
+    file.write_text(json.dumps(SUITE))
+    done = _run(model, "suite", file, *arguments)
+    assert done.exit_code == code and message in done.output
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"runs": []}, 'a list of "runs"'),
+        ({"pictures": [{"name": "a", "runs": ["q"]}]}, "no run 'q'"),
         ({"runs": [{"name": "a", "kind": "needles"}]}, "'kind' must be one of needle"),
         ({"runs": [{"kind": "needle"}]}, "needs a name of its own"),
         ({"runs": [{"name": "a", "kind": "ppl", "lengths": [1]}]}, "unknown key 'lengths'"),

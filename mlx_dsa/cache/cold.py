@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -43,6 +44,12 @@ class MemoryStore:
         self._buffers = self._write(packed, L)
         self.size += L
 
+    def copy(self, arrays: Sequence[mx.array]) -> MemoryStore:
+        """Return a store like this one that holds other arrays, such as some batch rows."""
+        store = copy.copy(self)
+        store._buffers = list(arrays)
+        return store
+
     def fetch(self, slots: mx.array, missing: mx.array) -> list[mx.array]:
         """Take rows back.
 
@@ -59,6 +66,11 @@ class MemoryStore:
     def fetch_all(self) -> list[mx.array]:
         """Return all keys and values ``[B, Hkv, size, D]``."""
         return self._unpack(self._rows())
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes that one token's entry takes, over the batch."""
+        return sum(b[:, :, :1].nbytes for b in self._buffers)
 
     @property
     def nbytes(self) -> int:
@@ -138,6 +150,13 @@ class FileStore:
             self.path, block.dtype, "r", self.begin, shape=(self.size, *row)
         )
 
+    def copy(self, arrays: Sequence[mx.array]) -> FileStore:
+        """Refuse: two copies would write to one place."""
+        raise ValueError(
+            "[FileStore] a cache whose cold entries are in a file can't be copied. Keep "
+            "them in memory: cold_bits=16."
+        )
+
     def fetch(self, slots: mx.array, missing: mx.array) -> list[mx.array]:
         """Take rows back: see :meth:`MemoryStore.fetch`."""
         at, wanted = np.array(slots), np.array(missing)
@@ -149,6 +168,11 @@ class FileStore:
     def fetch_all(self) -> list[mx.array]:
         """Return all keys and values ``[B, Hkv, size, D]``."""
         return self._to_arrays(np.array(self._file))
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes in the file that one token's entry takes, over the batch."""
+        return 0 if self._file is None else self._file[:1].nbytes
 
     @property
     def nbytes(self) -> int:

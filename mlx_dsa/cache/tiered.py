@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -37,6 +37,7 @@ class TieredKVCache(FullKVCache):
         self._hot: list[mx.array] | None = None
         self._slots_in_hot: mx.array | None = None  # [B, capacity], -1: not hot
         self._recalled: mx.array | None = None
+        self.n_selections = 0  # since the split
 
     @property
     def split(self) -> bool:
@@ -87,6 +88,7 @@ class TieredKVCache(FullKVCache):
             mx.where(missing[:, None, :, None], c, h) for c, h in zip(cold, hot)
         ]
         self._recalled = self._recalled + missing.sum()
+        self.n_selections += 1
         self._map(slots)
         self._tie_all()
         return self._hot
@@ -167,10 +169,25 @@ class TieredKVCache(FullKVCache):
 
     @property
     def state(self) -> list[Any]:
-        """Arrays to evaluate; a split cache can't be rebuilt from them."""
+        """What a copy needs; of one that is split, with its store."""
         if not self.split:
             return super().state
-        return [*self._hot, self.index_keys, self.offset, *self.cold.arrays]
+        at_hand = [*self._hot, self.index_keys, self.offset]
+        return [*at_hand, self._slots_in_hot, self._recalled, *self.cold.arrays]
+
+    @state.setter
+    def state(self, state: Sequence[Any]):
+        self._hot = self._slots_in_hot = self._recalled = None
+        self.n_selections = 0
+        store, self.cold = self.cold, self._make_store()
+        if len(state) == 4:
+            FullKVCache.state.fset(self, state)
+            return
+        *hot, index_keys, self.offset, self._slots_in_hot, self._recalled = state[:6]
+        self.cold = store.copy(state[6:])
+        self._hot, self._size = hot, self.offset
+        nothing = mx.zeros((*hot[0].shape[:2], self._size, 0), hot[0].dtype)
+        self._buffers = [nothing, nothing, index_keys]
 
     @classmethod
     def from_state(cls, state):

@@ -35,6 +35,12 @@ def compress(file: str, out: str, force: bool, system: str | None, **given: Any)
         raise click.UsageError(f"{path} exists. Name another file, or give --force.")
     document = read_text(file)
     settings = settings_from(**given)
+    if settings.config.cache == "tiered":
+        raise click.UsageError(
+            "a tiered cache can't be saved. Leave --cache out, or use --cache full."
+        )
+    if not path.parent.is_dir():
+        raise click.UsageError(f"there is no folder {path.parent}.")
     with open_session(settings, dense=False, temp=0.0, seed=0) as session:
         conversation = Conversation(session.model, session.tokenizer, system=system)
         start = time.perf_counter()

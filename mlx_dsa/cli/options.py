@@ -39,6 +39,12 @@ _SPARSE = (
         help="With --cache tiered: a new file for the cold entries, deleted at the end.",
     ),
     click.option(
+        "--cold-bits",
+        type=click.Choice(["4", "8", "16"]),
+        callback=lambda context, option, value: value and int(value),
+        help="With --cache tiered: bits of a cold number in memory; 16 as it is. Default: 8.",
+    ),
+    click.option(
         "--prefill",
         type=click.Choice(["auto", "dense", "exact", "tile"]),
         help="How the prompt is read.",
@@ -105,7 +111,7 @@ def settings_from(
     """
     given = {name: value for name, value in given.items() if value is not None}
     if dense:
-        for name in ("indexer", "top_k", "cache", "cold_file", "prefill"):
+        for name in ("indexer", "top_k", "cache", "cold_file", "cold_bits", "prefill"):
             if name in given:
                 option = name.removesuffix("_file").replace("_", "-")
                 raise click.UsageError(

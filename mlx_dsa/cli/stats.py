@@ -7,6 +7,21 @@ from typing import Any, NamedTuple
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import KVCache
 
+from ..cache import TieredKVCache
+
+
+class Cold(NamedTuple):
+    """What the cold store of a tiered cache costs.
+
+    Args:
+        token_bytes (int): Bytes of a token's cold entries, over all layers.
+        recalled (float): Entries that a step brought back to a layer, on average
+          over the conversation.
+    """
+
+    token_bytes: int
+    recalled: float
+
 
 class Report(NamedTuple):
     """What an answer took.
@@ -23,6 +38,7 @@ class Report(NamedTuple):
         generation_tps (float): Tokens of the answer a second.
         first (float, optional): Seconds to its first token.
         peak_memory (float): Peak memory of the process in GB.
+        cold (Cold, optional): What a tiered cache cost.
     """
 
     seen: int
@@ -35,6 +51,7 @@ class Report(NamedTuple):
     generation_tps: float
     first: float | None
     peak_memory: float
+    cold: Cold | None = None
 
 
 def measure(
@@ -64,6 +81,7 @@ def measure(
         generation_tps=response.generation_tps if response else 0.0,
         first=first,
         peak_memory=response.peak_memory if response else 0.0,
+        cold=_cold(layers),
     )
 
 
@@ -72,6 +90,11 @@ def describe(report: Report, *, dense: bool = False) -> str:
     memory = f"KV {megabytes(report.kv_bytes)}"
     if not dense:
         memory += f" (dense {megabytes(report.dense_bytes)})"
+    if report.cold is not None:
+        memory += (
+            f", cold {report.cold.token_bytes:,} B a token, "
+            f"{report.cold.recalled:.1f} entries recalled a step and layer"
+        )
     parts = [
         f"{report.seen:,} tokens seen",
         f"{entries(report)} entries kept a layer",
@@ -92,6 +115,17 @@ def entries(report: Report) -> str:
 def megabytes(count: int) -> str:
     """Return a number of bytes in MB (1e6 bytes)."""
     return f"{count / 1e6:,.1f} MB"
+
+
+def _cold(layers: list[Any]) -> Cold | None:
+    split = [c for c in layers if isinstance(c, TieredKVCache) and c.n_selections]
+    if not split:
+        return None
+    selections = sum(c.n_selections for c in split)
+    return Cold(
+        sum(c.cold.token_nbytes for c in split),
+        sum(c.recalled for c in split) / selections,
+    )
 
 
 def _dense_bytes(layer: Any) -> int:

@@ -12,6 +12,7 @@ import mlx.core as mx
 from .documents import HUB, load_hub, read_lines
 from .extract import INVALID, flexible, matches, strict
 from .generation import converse
+from .policies import pairings
 from .problems import make_problems
 from .prompts import frame
 from .runner import Unit, evaluate
@@ -246,18 +247,13 @@ def _rows(records, policies):
 
 def _pairs(records, policies, compare):
     outcomes = {p.label: [r for r in records if r["policy"] == p.label] for p in policies}
-    if compare not in outcomes:
-        return []
     return [
         {
             "policy": label,
-            "against": compare,
+            "against": against,
             "reading": reading,
-            **paired_proportions(
-                [r[reading] for r in mine], [r[reading] for r in outcomes[compare]]
-            ),
+            **paired_proportions(*([r[reading] for r in outcomes[p]] for p in (label, against))),
         }
-        for label, mine in outcomes.items()
-        if label != compare
+        for label, against in pairings(policies, compare)
         for reading in ("strict", "flexible")
     ]

@@ -11,6 +11,7 @@ from .documents import load_documents
 from .generation import converse
 from .haystack import Haystack
 from .needle_items import NeedleSpec, make_items
+from .policies import pairings
 from .runner import Unit, evaluate
 from .stats import paired_proportions, wilson
 from .subject import check_lengths, describe, fingerprint, policies_config
@@ -54,7 +55,8 @@ def needle(
         numbers (bool): whether half of the haystack is word problems. Default: ``False``.
         max_tokens (int): tokens an answer may have. Default: ``48``.
         batch_size (int): texts at once. Default: ``1``.
-        compare (str): the label of the policy that others are compared with. Default: ``"dense"``.
+        compare (str or list of str): what is compared with what, as in `pairings`.
+            Default: ``"dense"``.
         name (str): what the model was loaded as. Default: ``None``.
         out, world, progress: as in `evaluate`.
 
@@ -217,15 +219,13 @@ def _pairs(records, policies, compare):
     outcomes = {}
     for r in records:
         outcomes.setdefault((r["policy"], r["length"]), []).append(r["correct"])
-    if compare not in {p.label for p in policies}:
-        return []
     return [
         {
             "policy": policy,
-            "against": compare,
+            "against": against,
             "length": length,
-            **paired_proportions(values, outcomes[compare, length]),
+            **paired_proportions(outcomes[policy, length], outcomes[against, length]),
         }
-        for (policy, length), values in outcomes.items()
-        if policy != compare
+        for policy, against in pairings(policies, compare)
+        for length in dict.fromkeys(r["length"] for r in records)
     ]

@@ -16,6 +16,34 @@ def plot(result, path):
     Raises:
         ValueError: if matplotlib is missing, or there is nothing to draw.
     """
+    _save(lambda plt: _PLOTS[result["kind"]](result, plt), path)
+
+
+def plot_retention(results, title, path):
+    """Draw the accuracy of needle results against retention, a panel for each, as a PNG.
+
+    Args:
+        results (list of dict): of `needle`.
+        title (str): above them.
+        path (Path): where to.
+
+    Raises:
+        ValueError: if matplotlib is missing.
+    """
+    panels = [(_setting(result), result["rows"], length) for result, length in _cells(results)]
+    _save(lambda plt: _retention(panels, title, plt), path)
+
+
+def _cells(results):
+    return [(r, length) for r in results for length in sorted({row["length"] for row in r["rows"]})]
+
+
+def _setting(result):
+    lengths = {row["length"] for row in result["rows"]}
+    return f"{result['config']['setting']}, {min(lengths):,} tokens"
+
+
+def _save(draw, path):
     try:
         import matplotlib
     except ImportError:
@@ -24,7 +52,7 @@ def plot(result, path):
     import matplotlib.pyplot as plt
 
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = _PLOTS[result["kind"]](result, plt)
+        figure = draw(plt)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
@@ -38,38 +66,42 @@ def _needle(result, plt):
     kinds = {}
     for row in result["rows"]:
         kinds.setdefault(_kind(row["policy"]), set()).add(row["top_k"])
-    return (_retention if max(map(len, kinds.values())) >= 3 else _grid)(result, plt)
+    if max(map(len, kinds.values())) < 3:
+        return _grid(result, plt)
+    config = result["config"]
+    panels = [(f"{length:,} tokens", result["rows"], length) for _, length in _cells([result])]
+    return _retention(panels, f"Needle ({config['task']}, {config['setting']})", plt)
 
 
 def _kind(label):
     return label.split("@")[0]
 
 
-def _retention(result, plt):
-    """Accuracy against retention, one panel a length and one line a kind of policy."""
-    rows = [r for r in result["rows"] if r["depth"] is None]
-    lengths = sorted({r["length"] for r in rows})
-    size = (1.5 + 4 * len(lengths), 3.6)
-    figure, axes = plt.subplots(1, len(lengths), figsize=size, squeeze=False, layout="constrained")
-    for axis, length in zip(axes[0], lengths):
+def _retention(panels, title, plt):
+    """Accuracy against retention: panels (title, rows, length), one line a kind of policy."""
+    size = (1.5 + 4 * len(panels), 3.6)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for axis, (name, rows, length) in zip(axes[0], panels):
+        rows = [r for r in rows if r["depth"] is None and r["length"] == length]
         series = {}
-        for row in (r for r in rows if r["length"] == length and r["top_k"]):
+        for row in (r for r in rows if r["top_k"]):
             point = (row["top_k"], row["value"], row["low"], row["high"])
             series.setdefault(_kind(row["policy"]), []).append(point)
-        _lines(axis, series)
-        for row in (r for r in rows if r["length"] == length and not r["top_k"]):
+        _lines(axis, series, spread=0.04)
+        for row in (r for r in rows if not r["top_k"]):
             axis.axhline(row["value"], color=_INK, linewidth=1, linestyle="--", label=row["policy"])
         ticks = axis.get_xticks()
         axis.set_xticks(ticks, [f"{t:,.0f}\n1/{length / t:.3g}" for t in ticks])
         axis.set_ylim(-0.03, 1.03)
-        axis.set_title(f"{length:,} tokens", fontsize=9)
-        axis.set_xlabel("entries kept, and their share")
+        axis.set_title(f"{name}, n = {min(r['n'] for r in rows)}", fontsize=9)
+        axis.set_xlabel("top_k, and its share of the context")
         axis.set_ylabel("accuracy, Wilson 95%")
+        handles = dict(zip(*reversed(axis.get_legend_handles_labels())))
         axis.get_legend().remove()
-    axes[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    config = result["config"]
-    n = min(r["n"] for r in rows)
-    figure.suptitle(f"Needle ({config['task']}, {config['setting']}), n = {n} a point", fontsize=10)
+    axes[0][-1].legend(
+        handles.values(), handles, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
@@ -135,11 +167,12 @@ def _heat_map(axis, title, columns, depths, found):
     return image
 
 
-def _lines(axis, series, logarithmic=True):
-    """Draw {label: [(x, value, low, high)]} with error bars."""
-    for colour, (label, points) in zip(_COLOURS * 4, series.items()):
+def _lines(axis, series, logarithmic=True, spread=0.0):
+    """Draw {label: [(x, value, low, high)]} with error bars, lines moved apart by `spread` octaves."""
+    for i, (colour, (label, points)) in enumerate(zip(_COLOURS * 4, series.items())):
         points = sorted(points)
-        x, y = [p[0] for p in points], [p[1] for p in points]
+        shift = 2 ** (spread * (i - (len(series) - 1) / 2))
+        x, y = [p[0] * shift for p in points], [p[1] for p in points]
         errors = [
             [max(0.0, v - low) for _, v, low, _ in points],
             [max(0.0, high - v) for _, v, _, high in points],
@@ -160,7 +193,7 @@ def _ppl(result, plt):
     """The ratio of perplexities against K, one line a kind of policy."""
     series = {}
     top_k = {r["policy"]: r.get("top_k") for r in result["rows"]}
-    for pair in result["pairs"]:
+    for pair in (p for p in result["pairs"] if p["against"] == "dense"):
         point = (top_k[pair["policy"]], pair["ratio"], pair["ratio_low"], pair["ratio_high"])
         series.setdefault(_kind(pair["policy"]), []).append(point)
     if not series:

@@ -6,7 +6,7 @@ needle) it puts into the token's index key, which the cache keeps, moves and dro
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -50,8 +50,10 @@ class RandomIndexer(WindowIndexer):
 
     def token_scores(self, batch, length, offset):
         """Return what each token is worth `[batch, length]`, positive."""
+        # The same for all rows: a text's set does not depend on what is read beside it.
         key = mx.random.key(1_000_003 * self.layer + offset)
-        return mx.random.uniform(0.01, 1.0, (batch, length), key=key)
+        scores = mx.random.uniform(0.01, 1.0, (length,), key=key)
+        return mx.broadcast_to(scores, (batch, length))
 
 
 class MarkedIndexer(WindowIndexer):
@@ -221,16 +223,38 @@ def make_policies(specs, config, top_k=()):
     Args:
         specs (list): as for `make_policy`.
         config (SparseConfig): the settings to start from.
-        top_k (list of int): Default: ``()``, that of the config alone.
+        top_k (list): numbers, or dicts with "top_k" and what else goes with it, such as "n_recent".
+            Default: ``()``, that of the config alone.
     """
     policies = []
     for spec in specs:
         fixed = spec == "dense" or (isinstance(spec, dict) and "top_k" in spec)
-        for k in (None,) if fixed or not top_k else top_k:
-            base = config if k is None else replace(config, top_k=k)
+        for k in ({},) if fixed or not top_k else top_k:
+            changes = k if isinstance(k, dict) else {"top_k": k}
+            base = SparseConfig.from_dict({**vars(config), **changes})
             policies.append(make_policy(spec, base))
     labels = [p.label for p in policies]
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:
         raise ValueError(f"[make_policies] two policies are called {twice[0]!r}. Give one a label.")
     return policies
+
+
+def pairings(policies, compare):
+    """Return which policies are compared with which, as labels in pairs.
+
+    Args:
+        policies (list of Policy): those of a run.
+        compare (str or list of str): a label, with which all others are compared; or two names with
+            a stroke between them, such as "tiered/full", whose policies of equal top_k are compared.
+    """
+    labels = [p.label for p in policies]
+    pairs = []
+    for wanted in [compare] if isinstance(compare, str) else compare:
+        first, _, second = wanted.rpartition("/")
+        for label in labels:
+            name, at, top_k = label.partition("@")
+            against = second + at + top_k if first else second
+            if against in labels and against != label and first in ("", name):
+                pairs.append((label, against))
+    return pairs

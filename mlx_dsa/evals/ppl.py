@@ -13,7 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from .documents import load_documents, windows_of
 from .generation import chunk_size, read
-from .policies import DENSE
+from .policies import DENSE, pairings
 from .runner import Unit, evaluate
 from .stats import bootstrap
 from .subject import check_lengths, describe, fingerprint, policies_config
@@ -37,6 +37,7 @@ def ppl(
     limit=None,
     batch_size=1,
     seed=0,
+    compare="dense",
     name=None,
     out=None,
     world=None,
@@ -58,6 +59,8 @@ def ppl(
         limit (int): windows in all, spread evenly. Default: ``None``.
         batch_size (int): windows at once. Default: ``1``.
         seed (int): of the bootstrap. Default: ``0``.
+        compare (str or list of str): what is compared with what, as in `pairings`, besides all
+            with the dense model. Default: ``"dense"``.
         name, out, world, progress: as in `needle`.
 
     Returns:
@@ -92,6 +95,7 @@ def ppl(
         "batch_size": batch_size,
         "seed": seed,
         "policies": policies_config(sparse),
+        "compare": compare,
         "windows": fingerprint([w["ids"] for w in windows]),
     }
     units = [
@@ -105,7 +109,8 @@ def ppl(
         return _score(subject, sparse, batch, hidden, length, first, buckets)
 
     def summarise(records):
-        return *_tables(records, sparse, seed), records
+        rows, pairs = _tables(records, sparse, seed)
+        return rows, pairs + _between(records, sparse, compare, seed), records
 
     return evaluate("ppl", config, units, work, summarise, out=out, world=world, progress=progress)
 
@@ -225,6 +230,17 @@ def _tables(records, policies, seed):
         rows.append(row)
         pairs.append({"policy": policy.label, "against": "dense", **_pair(mine, seed)})
     return rows, pairs
+
+
+def _between(records, policies, compare, seed):
+    """Return the comparisons of policies with each other, where they score the same tokens."""
+    pairs = []
+    for policy, against in pairings(policies, compare):
+        both = [[r for r in records if r["policy"] == label] for label in (policy, against)]
+        if sum(r["n"] for r in both[0]) and all(a["n"] == b["n"] for a, b in zip(*both)):
+            other = [{**a, "dense_nll": b["nll"]} for a, b in zip(*both)]
+            pairs.append({"policy": policy, "against": against, **_pair(other, seed)})
+    return pairs
 
 
 def _row(records, key, seed):

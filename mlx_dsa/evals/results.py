@@ -23,6 +23,7 @@ class Journal:
     def __init__(self, path, config):
         self.path = Path(path)
         self.done = {}
+        self.seconds = 0.0  # that the units took
         config = json.loads(json.dumps(config))
         if self.path.exists():
             self._read(config)
@@ -48,6 +49,7 @@ class Journal:
                 f"({', '.join(differ)}). Remove it, or choose another --out."
             )
         self.done = {line["unit"]: line["records"] for line in lines[1:]}
+        self.seconds = sum(line["seconds"] for line in lines[1:])
 
     def _append(self, line):
         with open(self.path, "a", encoding="utf-8") as file:
@@ -55,9 +57,9 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def add(self, unit, records):
-        """Store the records of a finished unit."""
-        self._append({"unit": unit, "records": records})
+    def add(self, unit, records, seconds):
+        """Store the records of a finished unit, and how long it took."""
+        self._append({"unit": unit, "seconds": round(seconds, 3), "records": records})
         self.done[unit] = json.loads(json.dumps(records))
 
 

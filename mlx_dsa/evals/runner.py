@@ -40,6 +40,32 @@ class World:
             rows = np.array(mx.distributed.all_gather(mx.array(padded)[None], group=self.group))
         return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
+    def journals(self, out):
+        """Return where this process keeps its journal, and those that others have left."""
+        out = Path(out)
+        mine = [journal_path(out, rank) for rank in range(self.size)]
+        left = sorted(set(out.parent.glob(f"{out.name}.*.jsonl")) - set(mine))
+        return mine[self.rank], left if self.rank == 0 else []
+
+
+class Share(World):
+    """One of several processes that know nothing of each other.
+
+    Each leaves its part of a run in a journal of its own; a later run joins them.
+
+    Args:
+        index (int): which part, from 0.
+        count (int): of how many.
+    """
+
+    def __init__(self, index, count):
+        super().__init__()
+        self.index, self.count = index, count
+
+    def journals(self, out):
+        """Return where this process keeps its journal, and nothing else."""
+        return journal_path(out, self.index), []
+
 
 def connect():
     """Join the processes that `mlx.launch` started, if it started any."""
@@ -59,27 +85,37 @@ def run_units(units, work, *, config, out=None, world=None, progress=None):
         progress (callable): is told (units done, units in all, key). Default: ``None``.
 
     Returns:
-        list of dict: the records in the order of the units, on every process.
+        (list of dict, float): the records in the order of the units, on every process, and the
+        seconds that the units took, added up over processes and sessions.
     """
     world = world or World()
-    journal = Journal(journal_path(out, world.rank), config) if out else None
-    done = {} if journal is None else dict(journal.done)
+    journal, done, seconds = None, {}, 0.0
+    if out:
+        mine, left = world.journals(out)
+        journal = Journal(mine, config)
+        for found in (journal, *(Journal(path, config) for path in left)):
+            done.update(found.done)
+            seconds += found.seconds
     finished = {key for keys in world.gather(sorted(done)) for key in keys}
     todo = [unit for unit in units if unit.key not in finished]
     mine = todo[world.rank :: world.size]
     for i, unit in enumerate(mine):
         if progress:
             progress(len(units) - len(todo) + min(i * world.size, len(todo)), len(units), unit.key)
+        start = time.perf_counter()
         records = work(unit.payload)
+        took = time.perf_counter() - start
+        seconds += took
         if journal:
-            journal.add(unit.key, records)
+            journal.add(unit.key, records, took)
         done[unit.key] = records
     everything = {}
     for part in world.gather(done):
         everything.update(part)
     if progress:
         progress(len(units), len(units), "done")
-    return [record for unit in units for record in everything[unit.key]]
+    records = [record for unit in units for record in everything[unit.key]]
+    return records, sum(world.gather(seconds))
 
 
 def journal_path(out, rank=0):
@@ -98,9 +134,10 @@ def evaluate(kind, config, units, work, summarise, *, out=None, world=None, prog
         summarise (callable): takes all records and returns (rows, pairs, items).
 
     Returns:
-        dict: kind, config, versions, device, wall_s, rows, pairs, items. Where `out` is given it is
-        also written there, by the first process, and the journal is removed; if it is there already
-        and of the same config, it is returned as it is.
+        dict: kind, config, versions, device, wall_s (of this session), work_s (over all sessions and
+        processes), rows, pairs, items. Where `out` is given it is
+        also written there, by the first process, and the journals are removed; if it is there already
+        and of the same config, it is returned as it is. ``None`` from a `Share`, which has a part.
 
     Raises:
         ValueError: if `out` is there and is another run's.
@@ -111,7 +148,13 @@ def evaluate(kind, config, units, work, summarise, *, out=None, world=None, prog
     finished = _finished(kind, config, out, world)
     if finished:
         return finished
-    records = run_units(units, work, config=config, out=out, world=world, progress=progress)
+    if isinstance(world, Share):
+        units = units[world.index :: world.count]
+    records, seconds = run_units(
+        units, work, config=config, out=out, world=world, progress=progress
+    )
+    if isinstance(world, Share):
+        return None
     rows, pairs, items = summarise(records)
     result = {
         "kind": kind,
@@ -119,6 +162,7 @@ def evaluate(kind, config, units, work, summarise, *, out=None, world=None, prog
         "versions": versions(),
         "device": {**device(), "processes": world.size},
         "wall_s": round(time.perf_counter() - start, 1),
+        "work_s": round(seconds, 1),
         "rows": rows,
         "pairs": pairs,
         "items": items,
@@ -128,7 +172,9 @@ def evaluate(kind, config, units, work, summarise, *, out=None, world=None, prog
         if world.rank == 0:
             write_result(out, result)
         world.gather(None)
-        journal_path(out, world.rank).unlink()
+        mine, left = world.journals(out)
+        for path in (mine, *left):
+            path.unlink()
     return result
 
 

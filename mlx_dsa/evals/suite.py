@@ -11,7 +11,7 @@ from ..config import SparseConfig
 from .gsm8k import gsm8k
 from .memory import memory
 from .needle import needle
-from .plots import plot
+from .plots import plot, plot_retention
 from .policies import make_policies
 from .ppl import ppl
 from .results import write_text
@@ -35,7 +35,8 @@ def read_suite(path):
 
     Returns:
         dict: with "runs", and where given "name", "title", "preset", "config" (fields of
-        SparseConfig for all runs), and "dtype", in which the model then computes.
+        SparseConfig for all runs), "dtype", in which the model then computes, and "pictures": each
+        with a "name", a "title" and the needle "runs" whose accuracy by retention it shows.
 
     Raises:
         ValueError: if it is not there, no JSON, or a run in it is not valid.
@@ -55,7 +56,24 @@ def read_suite(path):
         raise ValueError(
             f"[suite] 'dtype' must be one of {', '.join(DTYPES)} but got {suite['dtype']!r}."
         )
+    for picture in suite.get("pictures", []):
+        select_runs(suite, picture["runs"])
     return suite
+
+
+def select_runs(suite, names):
+    """Return the runs of these names.
+
+    Raises:
+        ValueError: if there is none of a name.
+    """
+    runs = {run["name"]: run for run in suite["runs"]}
+    unknown = [name for name in names if name not in runs]
+    if unknown:
+        raise ValueError(
+            f"[suite] there is no run {unknown[0]!r}: the runs are {', '.join(runs)}."
+        )
+    return [run for name, run in runs.items() if name in names]
 
 
 def _check(run, names):
@@ -75,30 +93,39 @@ def _check(run, names):
             )
 
 
-def run_suite(subject, suite, folder, *, quick=False, name=None, world=None, progress=None):
+def run_suite(
+    subject, suite, folder, *, only=(), quick=False, name=None, world=None, progress=None
+):
     """Make every run of a suite that is not made yet, and write the report.
 
     Args:
         subject (Preset): the model with its tokenizer, indexers and config.
         suite (dict): from `read_suite`.
         folder (Path): gets a .json and a .png for each run, and report.md.
+        only (list of str): names of runs: make these alone, and no report. Default: ``()``, all.
         quick (bool): take each run's "quick" options. Default: ``False``.
         name (str): what the model was loaded as. Default: ``None``.
         world, progress: as in `evaluate`; `progress` is told the run's name in the key.
 
     Returns:
-        dict: the results by run.
+        dict: the results by run; none from a `Share`.
     """
     folder = Path(folder)
     if "dtype" in suite:
         subject.model.set_dtype(getattr(mx, suite["dtype"]))
+    first = world is None or world.rank == 0
+    base = subject._replace(config=_config(subject.config, suite.get("config", {})))
     results = {}
-    for run in suite["runs"]:
-        base = subject._replace(config=_config(subject.config, suite.get("config", {})))
-        results[run["name"]] = _run(base, run, folder, quick, name, world, progress)
-        if world is None or world.rank == 0:
-            plot(results[run["name"]], folder / f"{run['name']}.png")
-    if world is None or world.rank == 0:
+    for run in select_runs(suite, only) if only else suite["runs"]:
+        result = _run(base, run, folder, quick, name, world, progress)
+        if result and first:
+            plot(result, folder / f"{run['name']}.png")
+        if result:
+            results[run["name"]] = result
+    if first and len(results) == len(suite["runs"]):
+        for picture in suite.get("pictures", []):
+            shown = [results[run] for run in picture["runs"]]
+            plot_retention(shown, picture.get("title", ""), folder / f"{picture['name']}.png")
         write_text(folder / "report.md", report(suite, results, quick))
     return results
 
@@ -128,13 +155,13 @@ def report(suite, results, quick=False):
     if quick:
         lines += ["Made with --quick: too few cases to rely on.", ""]
     first = next(iter(results.values()))
-    wall = sum(r["wall_s"] for r in results.values())
+    work = sum(r["work_s"] for r in results.values())
     about = [f"{k} {v}" for k, v in first["versions"].items()]
     machine, model = first["device"], first["config"]["model"]
     where = f"{machine['device']}, {machine['system']} {machine['machine']}"
     lines += [
         f"Model: {model['name']}, in {model['dtype']}. {', '.join(about)}. {where}, "
-        f"{machine['cpus']} processors. {wall:,.0f} s in all.",
+        f"{machine['cpus']} processors. {work:,.0f} s of work in all.",
         "",
         "Intervals are 95%: Wilson for shares of right answers, bootstrap over texts for the rest. "
         "Comparisons are in pairs, on the very same items, by McNemar's exact test. *Could have "
@@ -142,6 +169,8 @@ def report(suite, results, quick=False):
         "disagreed. *Right where it is*: the share among the items that the other answered right.",
         "",
     ]
+    for picture in suite.get("pictures", []):
+        lines += [f"![{picture['name']}]({picture['name']}.png)", ""]
     for run in suite["runs"]:
         result = results[run["name"]]
         lines += [f"## {run.get('title', run['name'])}", "", markdown(*table(result)), ""]

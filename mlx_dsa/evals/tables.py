@@ -37,6 +37,9 @@ def _needle(result):
         "peak, GB",
         "wrong answers",
     ]
+    turns = "first_turn" in result["rows"][0]
+    if turns:
+        header.insert(4, "first turn")
     rows = []
     for row in (r for r in result["rows"] if r["depth"] is None):
         lost = ", ".join(f"{n} {state}" for state, n in sorted(row.get("verdicts", {}).items()))
@@ -46,6 +49,7 @@ def _needle(result):
                 f"{row['length']:,}",
                 percent(row["retention"]),
                 str(row["n"]),
+                *([percent(row["first_turn"])] if turns else []),
                 percent(row["value"], row["low"], row["high"]),
                 f"{row['read_s']:.2f}",
                 f"{row['peak_gb']:.2f}",
@@ -66,7 +70,7 @@ def _ppl(result):
         "KL",
         "same top token",
     ]
-    pairs = {p["policy"]: p for p in result["pairs"]}
+    pairs = {p["policy"]: p for p in result["pairs"] if p["against"] == "dense"}
     dense = {r["beside"]: r for r in result["rows"] if r["policy"] == "dense"}
     rows = []
     for row in (r for r in result["rows"] if r["policy"] != "dense"):

@@ -110,8 +110,9 @@ _POLICIES = (
         "--compare",
         default="dense",
         show_default=True,
-        metavar="NAME",
-        help="What the others are compared with, in pairs.",
+        metavar="NAME,...",
+        callback=lambda context, option, value: value.split(",") if "," in value else value,
+        help="What the others are compared with, in pairs; or A/B: all A with the B of equal top-k.",
     ),
 )
 

@@ -66,10 +66,8 @@ def ppl(
 ):
     """Perplexity of the tokens that have more than top-k before them.
 
-    The dense model predicts the very same tokens; comparisons are always with it.
+    The dense model predicts the very same tokens, and each policy is compared with it.
     """
-    if compare != "dense":
-        raise click.UsageError("ppl compares with dense only.")
     run = open_run(**given)
     with progress_bar(run.given["world"]) as progress:
         result = run_ppl(
@@ -84,6 +82,7 @@ def ppl(
             limit=limit or (2 if quick else 16),
             batch_size=batch_size,
             seed=seed,
+            compare=compare,
             progress=progress,
             **run.given,
         )

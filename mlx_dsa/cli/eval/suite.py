@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from ...evals.suite import read_suite, run_suite
+from ...evals.runner import Share
+from ...evals.suite import read_suite, run_suite, select_runs
 from ...presets import load_settings
 from ..options import model_options, settings_from
 from ..session import hint_at_blas
@@ -14,8 +15,31 @@ from .options import open_world, subject_name
 from .show import progress_bar
 
 
+def _share(context: click.Context, option: click.Parameter, value: str | None) -> Share | None:
+    """Return the part that --share names, counted from 1."""
+    if value is None:
+        return None
+    index, _, count = value.partition("/")
+    if not (index.isdigit() and count.isdigit() and 0 < int(index) <= int(count)):
+        raise click.BadParameter(f"{value!r} is not a part such as 2/4.")
+    return Share(int(index) - 1, int(count))
+
+
 @click.command()
 @click.argument("file", metavar="FILE")
+@click.option(
+    "--run",
+    "only",
+    multiple=True,
+    metavar="NAME",
+    help="Make this run only, and no report; may be repeated. Without it, those that are not made yet.",
+)
+@click.option(
+    "--share",
+    metavar="I/N",
+    callback=_share,
+    help="Make part I of N of each run, for processes side by side; without it, the parts are joined.",
+)
 @click.option("--quick", is_flag=True, help="A few items of each run, to see that it works.")
 @click.option(
     "--out",
@@ -26,6 +50,8 @@ from .show import progress_bar
 @model_options
 def suite(
     file: str,
+    only: tuple[str, ...],
+    share: Share | None,
     quick: bool,
     out: str | None,
     preset: str | None,
@@ -38,16 +64,19 @@ def suite(
     What is there already is not made again: an interrupted suite goes on.
     """
     plan = read_suite(file)
+    select_runs(plan, only)
     if preset is None and model is None:
         preset = plan.get("preset")
     settings = settings_from(preset=preset, model=model, indexer=indexer, config=config)
     title = plan.get("name", Path(file).stem) + ("-quick" if quick else "")
     folder = Path(out) if out else Path(file).parent / "results" / title
-    world = open_world()
+    world = share or open_world()
     hint_at_blas()
     subject = load_settings(settings)
     called = subject_name(settings, preset, model, config)
     with progress_bar(world) as progress:
-        run_suite(subject, plan, folder, quick=quick, name=called, world=world, progress=progress)
+        run_suite(
+            subject, plan, folder, only=only, quick=quick, name=called, world=world, progress=progress
+        )
     if world.rank == 0:
-        click.echo(f"Wrote {folder / 'report.md'}")
+        click.echo(f"Wrote {folder if only or share else folder / 'report.md'}")
