@@ -223,15 +223,20 @@ def test_auto_leaves_a_kernel_that_is_wrong_and_says_so(no_verdicts, result, exp
     assert pick("auto") is None  # and says so once
 
 
-@pytest.mark.parametrize("cuda, crossover", [((), 64), (("another",), 128)])
+@pytest.mark.parametrize("cuda", [(), ("another",)])
 def test_auto_leaves_an_operation_that_no_device_has_proven(
-    no_verdicts, monkeypatch, cuda, crossover
+    no_verdicts, monkeypatch, cuda
 ):
     proven = {"cuda": cuda, "metal": ("an operation",)}
     monkeypatch.setattr(backends, "_PROVEN", proven)
     assert pick("auto") is None
-    assert backends.crossover(64) == crossover
     assert pick("cuda") == "cuda"  # as asked
+
+
+@pytest.mark.parametrize("language, keys", [(None, 64), ("cuda", 320), ("metal", 256)])
+def test_a_gpu_is_dense_for_longer(monkeypatch, language, keys):
+    monkeypatch.setattr(backends, "device_language", lambda: language)
+    assert backends.crossover(64) == keys
 
 
 def test_auto_leaves_a_kernel_that_does_not_run(no_verdicts):

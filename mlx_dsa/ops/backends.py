@@ -13,7 +13,10 @@ _TOLERANCE = 1e-2
 # Operations whose kernels have run on a device and were faster there: "auto" takes
 # no others. Names: "tile_scores", "index_scores", "select_topk", "gather",
 # "tile_attention".
-_PROVEN: dict[str, tuple[str, ...]] = {"cuda": (), "metal": ()}
+_PROVEN: dict[str, tuple[str, ...]] = {
+    "cuda": ("tile_scores", "select_topk", "tile_attention"),
+    "metal": (),
+}
 _verdicts: dict[tuple, bool] = {}
 
 
@@ -55,8 +58,8 @@ def crossover(top_k: int) -> int:
     Args:
         top_k (int): Keys that a query attends to.
     """
-    # On a GPU by count of operations; docs/log.md tells what has been measured.
-    return 2 * top_k if _PROVEN.get(device_language()) else top_k
+    # CPU and H200 as measured (docs/log.md); Apple GPUs by a guess that `tune` replaces.
+    return {None: 1, "cuda": 5, "metal": 4}[device_language()] * top_k
 
 
 def choose(
