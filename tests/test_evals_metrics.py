@@ -62,6 +62,28 @@ def test_perplexity_sees_what_is_dropped(subject, path):
     assert result["rows"][0]["n"] == (2 * 135 if path == "prefill" else 2 * 11)
 
 
+def test_two_policies_are_compared_over_the_same_tokens(subject):
+    specs = ["full", "window", {"policy": "window", "top_k": 80}]
+    policies = make_policies(specs, subject.config)
+    options = dict(length=200, path="decode", decode_tokens=12, limit=2)
+    result = ppl(subject, policies, compare=["full/window", "window@80"], **options)
+    pairs = {(p["policy"], p["against"]): p for p in result["pairs"]}
+    names = ("full@64", "window@64", "window@80")
+    between = [(names[0], names[1]), (names[0], names[2]), (names[1], names[2])]
+    assert list(pairs) == [(name, "dense") for name in names] + between
+    for first, second in between:
+        pair = pairs[first, second]
+        both = [pairs[name, "dense"]["difference"] for name in (first, second)]
+        assert pair["difference"] == pytest.approx(both[0] - both[1], abs=1e-12)
+        assert pair["low"] <= pair["difference"] <= pair["high"] and pair["n"] == 22
+        assert pair["difference"] != 0
+    # Where fewer keys leave more tokens to score, the tokens are not the same.
+    options["path"] = "prefill"
+    result = ppl(subject, policies, compare=["full/window", "window@80"], **options)
+    against = [(p["policy"], p["against"]) for p in result["pairs"] if p["against"] != "dense"]
+    assert against == between[:1]
+
+
 def test_the_decode_path_is_token_by_token(subject):
     policies = make_policies([{"policy": "full", "prefill": "exact"}], subject.config)
     decode = ppl(subject, policies, length=200, path="decode", decode_tokens=12, limit=1)

@@ -198,14 +198,8 @@ def _record(policy, window, scored, begin, low, buckets):
     edges = np.linspace(max(low, begin), positions[-1] + 1, buckets + 1).astype(int)
     for start, stop in zip(edges, edges[1:]):
         inside = (positions >= start) & (positions < stop)
-        record["buckets"].append(
-            {
-                "from": int(start),
-                "to": int(stop),
-                "n": int(inside.sum()),
-                **_sums(scored[:, inside]),
-            }
-        )
+        place = {"from": int(start), "to": int(stop), "n": int(inside.sum())}
+        record["buckets"].append({**place, **_sums(scored[:, inside])})
     return record
 
 
