@@ -177,6 +177,22 @@ def test_a_planned_step_writes_two_rows_and_no_more(small, tmp_path):
     assert counts[True] - counts[False] == Counter()
 
 
+@pytest.mark.parametrize("evict", ["retention", "index", "window"])
+def test_a_step_copies_no_cache(evict):
+    """Neither to write a row nor because attention would want another layout."""
+    model = make_model(layers=1, heads=4, kv_heads=4, head_dim=64)
+    rules = dict(top_k=1000, n_recent=64, evict=evict)
+    with patch_sparse_generate(model, with_heads(model), **rules):
+        (cache,) = make_prompt_cache(model)
+        feed_calls(model, make_tokens(1110), [1100] + [1] * 10, [cache])
+        for seed in range(4):
+            token = make_tokens(1, seed)
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            mx.eval(model(token, cache=[cache]))
+            assert mx.get_peak_memory() - before < cache.keys.nbytes / 2
+
+
 def test_other_scores_keep_other_positions(small):
     model, indexers = small
     tokens = make_tokens(61)

@@ -235,8 +235,10 @@ class BudgetKVCache(FullKVCache):
 
     def _take(self, slots: mx.array):
         self._positions = mx.take_along_axis(self.positions, slots, axis=1)
+        # Gathered rows come with their heads inside: attention would copy them a step.
         self._buffers = [
-            gather_rows(self._fetch(i), slots) for i in range(len(self._buffers))
+            mx.contiguous(gather_rows(self._fetch(i), slots))
+            for i in range(len(self._buffers))
         ]
         self._size = slots.shape[1]
         self._tie(*self._buffers[2:], self._positions)
