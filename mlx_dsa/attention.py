@@ -169,6 +169,21 @@ class SparseAttention(nn.Module):
             self.prune(cache)
         return output
 
+    def take(self, x: mx.array, keys: mx.array, values: mx.array, cache: FullKVCache):
+        """Add tokens that were attended to elsewhere, as reading them here would.
+
+        Args:
+            x (mx.array): Normalised hidden states ``[B, L, dim]``.
+            keys (mx.array): ``[B, Hkv, L, D]``, rotated.
+            values (mx.array): ``[B, Hkv, L, D]``.
+            cache (FullKVCache): Changed in place.
+        """
+        self._append(x, keys, values, cache)
+        if isinstance(cache, BudgetKVCache) and self.eviction.rule == "index":
+            n = min(x.shape[1], self.config.observation_window)
+            window = self.indexer.project_queries(x[:, -n:], cache.offset - n)
+            cache.observe(*window, self.config.observation_window)
+
     def prune(self, cache: BudgetKVCache):
         """Cut a cache to its budget, where it holds more, as at the end of a prompt.
 

@@ -106,6 +106,19 @@ def test_several_questions_about_one_text(tokenizer, haystack):
             NeedleSpec(**{"setting": "before-question", "per_document": 4, **wrong})
 
 
+def test_several_questions_in_one_conversation(tokenizer, haystack):
+    spec = NeedleSpec(setting="before-question", per_document=4, turns=2)
+    items = make_items(spec, haystack, tokenizer, [700], [0.5], 2)
+    for four in (items[:4], items[4:]):
+        assert len({tuple(item.turns[0].ids) for item in four}) == 1
+        judged = [item.turns[2].values for item in four]
+        assert len(set(judged)) == 4
+        assert [item.turns[1].values for item in four] == judged[1:] + judged[:1]
+    for wrong in ({"setting": "two-turns"}, {"turns": 5}, {"turns": 0}, {"task": "multi-key"}):
+        with pytest.raises(ValueError, match="'turns' needs setting"):
+            NeedleSpec(**{"setting": "before-question", "turns": 2, **wrong})
+
+
 def test_an_answer_that_names_everything_is_wrong():
     turn = Turn([], ("4711",), ("815",))
     assert turn.correct("It is 4711.")

@@ -1,8 +1,12 @@
 """The needle evaluator: controls that must fail, and a control that must not differ."""
 
+import sys
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from builders import make_indexers
 from evals_subject import make_subject
 
 from mlx_dsa.evals import make_policies, make_policy, needle
@@ -112,6 +116,34 @@ def test_a_text_is_read_once_for_all_its_questions(subject, name, monkeypatch):
             alone = converse(subject.model, [talk], max_tokens=5, stop_ids=stop_ids)
         reply = tokenizer.decode(alone[0].replies[0].ids).strip()
         assert reply == next(r["reply"] for r in together["items"] if r["item"] == item.key)
+
+
+READERS = ["full", "retention", "index", "window", "digits", {"policy": "tiered", "cold_bits": 16}, "kept"]
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_policies_that_read_densely_share_one_reading(turns, monkeypatch):
+    module = sys.modules["mlx_dsa.evals.needle"]  # the package has a function of that name
+
+    subject = make_subject(tied=False)
+    subject = subject._replace(indexers=make_indexers(subject.model, retention_dim=4))
+    config = replace(subject.config, prefill="dense")
+    options = dict(GRID, setting="before-question", per_document=2, turns=turns, batch_size=2)
+    policies = make_policies(["dense", *READERS], config)
+    reads = []
+    inner = module.DenseReading
+    monkeypatch.setattr(
+        module, "DenseReading", lambda m, ids: reads.append(ids.shape) or inner(m, ids)
+    )
+    together = needle(subject, policies, **options)
+    assert sum(shape[0] for shape in reads) == 4
+    assert all(item["peak_gb"] is None for item in together["items"])
+    for policy in policies:  # one policy alone reads for itself
+        alone = needle(subject, [policy], **options)["items"]
+        mine = [item for item in together["items"] if item["policy"] == policy.label]
+        for a, b in zip(alone, mine, strict=True):
+            assert [a[k] for k in ("item", "reply")] == [b[k] for k in ("item", "reply")]
+            assert a.get("lost") == b.get("lost")
 
 
 def test_what_the_controls_keep(subject):

@@ -106,7 +106,9 @@ class Heard:
     read_s: float = 0.0
 
 
-def converse(model, conversations, *, max_tokens, stop_ids, begin=None, finished=None):
+def converse(
+    model, conversations, *, max_tokens, stop_ids, begin=None, finished=None, taken=None
+):
     """Hold several conversations whose first turns are equally long.
 
     Conversations with the very same first turn that is not asked, such as several questions about
@@ -121,12 +123,15 @@ def converse(model, conversations, *, max_tokens, stop_ids, begin=None, finished
             when these are to answer, and else an empty list. Default: ``None``.
         finished (callable): is told (conversations, their caches, rows of them) when the last
             answer of these is complete. Default: ``None``.
+        taken (tuple): caches that hold the distinct first turns already, all but the last token,
+            and the seconds that took. Default: ``None``.
 
     Returns:
         list of Heard: one a conversation.
     """
     heard = [Heard([]) for _ in conversations]
-    caches, waiting = make_prompt_cache(model), []
+    caches, before = taken or (make_prompt_cache(model), 0.0)
+    waiting = []
     rows = list(range(len(conversations)))
     if conversations[0][0][1]:
         waiting.append((rows, rows, caches, 0))
@@ -136,9 +141,9 @@ def converse(model, conversations, *, max_tokens, stop_ids, begin=None, finished
         start = perf_counter()
         if begin:
             begin([])
-        read(model, mx.array(unique), caches)
+        read(model, mx.array(unique)[:, -1 if taken else 0 :], caches)
         for one in heard:
-            one.read_s = (perf_counter() - start) / len(unique)
+            one.read_s = (perf_counter() - start + before) / len(unique)
         waiting.append((rows, [unique.index(first) for first in firsts], caches, 1))
     while waiting:
         members, rows, caches, turn = waiting.pop()

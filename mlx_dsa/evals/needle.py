@@ -11,6 +11,7 @@ from .documents import load_documents
 from .generation import converse
 from .haystack import Haystack
 from .needle_items import NeedleSpec, make_items
+from .reading import DenseReading
 from .policies import pairings
 from .runner import Unit, evaluate
 from .stats import paired_proportions, wilson
@@ -31,6 +32,7 @@ def needle(
     phrasing="train",
     distractors=3,
     per_document=1,
+    turns=1,
     haystack=None,
     numbers=False,
     max_tokens=48,
@@ -50,7 +52,7 @@ def needle(
         lengths (list of int): tokens of the whole prompt, exactly.
         depths (list of float): where the fact stands: 0 the start of the text, 1 its end.
         limit (int): texts for each length and depth. Default: ``4``.
-        task, setting, value, phrasing, distractors, per_document, seed: as in `NeedleSpec`.
+        task, setting, value, phrasing, distractors, per_document, turns, seed: as in `NeedleSpec`.
         haystack (str): the prose, as `load_documents` takes it. Default: ``None``, bundled books.
         numbers (bool): whether half of the haystack is word problems. Default: ``False``.
         max_tokens (int): tokens an answer may have. Default: ``48``.
@@ -64,7 +66,7 @@ def needle(
         dict: the result; see docs/evaluation.md.
     """
     check_lengths("needle", subject, [length + max_tokens for length in lengths])
-    spec = NeedleSpec(task, setting, value, phrasing, distractors, per_document, seed)
+    spec = NeedleSpec(task, setting, value, phrasing, distractors, per_document, seed, turns)
     texts = [d.text for d in load_documents(haystack)]
     prose = Haystack(texts, subject.tokenizer, numbers, seed)
     items = make_items(spec, prose, subject.tokenizer, lengths, depths, limit)
@@ -72,7 +74,7 @@ def needle(
         raise ValueError("[needle] there are no cases: 'limit' and 'depths' must not be empty.")
     config = {
         **describe(subject, name),
-        **asdict(spec),
+        **_fields(spec),
         "lengths": list(lengths),
         "depths": list(depths),
         "limit": limit,
@@ -84,14 +86,16 @@ def needle(
         "compare": compare,
         "cases": fingerprint([[t.ids for t in item.turns] for item in items]),
     }
+    # All policies of a batch in a row, so that one dense reading of its texts serves them.
     units = [
         Unit(f"{policy.label}/{i}", (policy, batch))
-        for policy in policies
         for i, batch in enumerate(_batches(items, batch_size))
+        for policy in policies
     ]
+    readings = _Readings(subject.model, setting, policies)
 
     def work(payload):
-        return _run(subject, *payload, max_tokens)
+        return _run(subject, *payload, max_tokens, readings)
 
     def summarise(records):
         return _rows(records, policies), _pairs(records, policies, compare), records
@@ -99,6 +103,11 @@ def needle(
     return evaluate(
         "needle", config, units, work, summarise, out=out, world=world, progress=progress
     )
+
+
+def _fields(spec):
+    """Return what a spec says; what it leaves as it always was stays out of the results' identity."""
+    return {k: v for k, v in asdict(spec).items() if (k, v) != ("turns", 1)}
 
 
 def _batches(items, size):
@@ -114,8 +123,35 @@ def _batches(items, size):
             yield [item for text in texts[i : i + size] for item in text]
 
 
-def _run(subject, policy, batch, max_tokens):
+class _Readings:
+    """The dense reading of the batch at hand, for the policies that read densely.
+
+    Only texts that no question is part of are read so, and only where it serves two policies.
+    """
+
+    def __init__(self, model, setting, policies):
+        self._model = model
+        self._pays = setting == "before-question" and sum(map(self._dense, policies)) > 1
+        self._of = self._reading = None
+
+    @staticmethod
+    def _dense(policy):
+        return policy.config is None or policy.config.prefill == "dense"
+
+    def read(self, policy, batch):
+        """Return the reading that a policy can start from, or ``None``; the model is unpatched."""
+        if not (self._pays and self._dense(policy)):
+            return None
+        texts = list(dict.fromkeys(tuple(item.turns[0].ids) for item in batch))
+        if texts != self._of:
+            self._of, self._reading = texts, None  # the old one goes first
+            self._reading = DenseReading(self._model, mx.array(texts))
+        return self._reading
+
+
+def _run(subject, policy, batch, max_tokens, readings):
     tokenizer = subject.tokenizer
+    reading = readings.read(policy, batch)
     conversations = [[(turn.ids, bool(turn.values)) for turn in item.turns] for item in batch]
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -128,8 +164,10 @@ def _run(subject, policy, batch, max_tokens):
             stop_ids=set(tokenizer.eos_token_ids),
             begin=watch.begin,
             finished=watch.finished,
+            taken=reading and (reading.caches(subject.model, patch), reading.seconds),
         )
-    peak = mx.get_peak_memory() / 1e9
+    # A shared reading is in memory beside what the policy needs.
+    peak = None if reading else round(mx.get_peak_memory() / 1e9, 4)
     return [_record(policy, *of, tokenizer, peak) for of in zip(batch, heard, watch.lost)]
 
 
@@ -147,7 +185,7 @@ def _record(policy, item, heard, lost, tokenizer, peak):
         "expected": item.expected,
         "reply": replies[-1][:200],
         "read_s": round(heard.read_s, 4),
-        "peak_gb": round(peak, 4),
+        "peak_gb": peak,
     }
     if len(correct) > 1:
         record["first_correct"] = correct[0]
@@ -171,7 +209,7 @@ def _token_marks(policy, batch, tokenizer):
             continue
         for i, token in enumerate(ids):
             if any(c.isdigit() for c in tokenizer.decode([token])):
-                row[max(0, i - 20) : i + 1] = 1
+                row[max(0, i - 20) : i + 2] = 1
     return mx.array(np.stack(list(rows.values())))
 
 
@@ -201,7 +239,7 @@ def _row(policy, length, depth, cell):
         "high": high,
         "retention": min(1.0, policy.top_k / length) if policy.top_k else 1.0,
         "read_s": statistics.median(r["read_s"] for r in cell),
-        "peak_gb": max(r["peak_gb"] for r in cell),
+        "peak_gb": max((r["peak_gb"] for r in cell if r["peak_gb"]), default=None),
     }
     if "first_correct" in cell[0]:
         row["first_turn"] = sum(r["first_correct"] for r in cell) / len(cell)

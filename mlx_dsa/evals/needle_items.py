@@ -69,6 +69,8 @@ class NeedleSpec:
         per_document (int): how many of a text's facts are asked for, each in a conversation of its
             own; only in setting "before-question", where the text is then read once for all.
         seed (int): of everything random.
+        turns (int): questions one after the other in each conversation, each about another fact;
+            the last is judged, the first reported too; only in setting "before-question".
     """
 
     task: str = "single"
@@ -78,6 +80,7 @@ class NeedleSpec:
     distractors: int = 3
     per_document: int = 1
     seed: int = 0
+    turns: int = 1
 
     def __post_init__(self):
         for name, allowed in (("task", TASKS), ("setting", SETTINGS)):
@@ -94,6 +97,11 @@ class NeedleSpec:
             raise ValueError(
                 "[NeedleSpec] 'per_document' needs setting 'before-question', task 'single' and no fewer "
                 f"facts than it asks for, but got {self.per_document} of {self.distractors + 1}."
+            )
+        if self.turns != 1 and not (several and 1 <= self.turns <= self.distractors + 1):
+            raise ValueError(
+                "[NeedleSpec] 'turns' needs setting 'before-question', task 'single' and no fewer facts "
+                f"than it asks for, but got {self.turns} of {self.distractors + 1}."
             )
 
 
@@ -119,7 +127,7 @@ def _case(rng, spec):
             _Question(f.question, (f.value,), tuple(g.value for g in facts if g is not f), (i,))
             for i, f in enumerate(facts)
         ]
-        talks = [questions[1::-1]] if two else [[q] for q in questions[: spec.per_document]]
+        talks = [questions[1::-1]] if two else _talks(questions, spec)
         return [f.sentence for f in facts], talks
     others = ()
     if spec.task == "key-value":
@@ -135,6 +143,13 @@ def _case(rng, spec):
     hidden = sorted(task.sentences, key=lambda s: not any(is_correct(s, v) for v in task.values))
     needed = sum(any(is_correct(s, v) for v in task.values) for s in hidden)
     return hidden, [[_Question(task.question, task.values, others, tuple(range(needed)))]]
+
+
+def _talks(questions, spec):
+    """Return conversations of `turns` questions, each of which ends with a question of its own."""
+    n = len(questions)
+    ahead = range(spec.turns - 1, -1, -1)
+    return [[questions[(j + i) % n] for i in ahead] for j in range(spec.per_document)]
 
 
 def make_items(spec, haystack, tokenizer, lengths, depths, n):

@@ -146,7 +146,7 @@ class Policy:
         label (str): what it is called in results, such as "sparse@128".
         config (SparseConfig): its settings. Default: ``None``, the dense model.
         scorer (str): what scores the tokens: the trained "index", the baselines "window" (sinks and
-            the newest), "random" and "digits" (digits and the 20 tokens before each, an untrained
+            the newest), "random" and "digits" (digits, the 20 tokens before each and the one after, an untrained
             rule), or the controls "kept" and "evicted" (the needle's tokens above, or below, all
             others). Default: ``"index"``.
     """

@@ -62,6 +62,11 @@ class Share(World):
         super().__init__()
         self.index, self.count = index, count
 
+    def part(self, units):
+        """Return this part of the units: neighbours, which may have work in common."""
+        n = len(units)
+        return units[self.index * n // self.count : (self.index + 1) * n // self.count]
+
     def journals(self, out):
         """Return where this process keeps its journal, and nothing else."""
         return journal_path(out, self.index), []
@@ -149,7 +154,7 @@ def evaluate(kind, config, units, work, summarise, *, out=None, world=None, prog
     if finished:
         return finished
     if isinstance(world, Share):
-        units = units[world.index :: world.count]
+        units = world.part(units)
     records, seconds = run_units(
         units, work, config=config, out=out, world=world, progress=progress
     )

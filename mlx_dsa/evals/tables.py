@@ -52,7 +52,7 @@ def _needle(result):
                 *([percent(row["first_turn"])] if turns else []),
                 percent(row["value"], row["low"], row["high"]),
                 f"{row['read_s']:.2f}",
-                f"{row['peak_gb']:.2f}",
+                "-" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}",
                 lost or ("-" if row["value"] == 1 else f"{round(row['n'] * (1 - row['value']))}"),
             ]
         )

@@ -1,0 +1,76 @@
+"""Read texts once with dense attention, for every policy that reads them so."""
+
+from contextlib import contextmanager
+from time import perf_counter
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from .generation import chunk_size
+
+
+class DenseReading:
+    """What an unpatched model made of texts, all but their last token.
+
+    Args:
+        model: unpatched.
+        ids (mx.array): `[B, L]`, L of at least 2.
+    """
+
+    def __init__(self, model, ids):
+        start = perf_counter()
+        inputs = [[] for _ in model.layers]
+        caches = make_prompt_cache(model)
+        last = ids.shape[1] - 1
+        with _listening(model, inputs):
+            for first in range(0, last, chunk_size()):
+                model(ids[:, first : min(first + chunk_size(), last)], cache=caches)
+                mx.eval([c.state for c in caches], [heard[-1] for heard in inputs])
+        self._inputs = [mx.concatenate(heard, axis=1) for heard in inputs]
+        # mlx-lm's state differs by version.
+        self._entries = [(c.keys[..., :last, :], c.values[..., :last, :]) for c in caches]
+        mx.eval(self._inputs, self._entries)
+        self.seconds = perf_counter() - start
+
+    def caches(self, model, patch):
+        """Return the caches that a policy would have, had it read the texts itself.
+
+        Args:
+            model: the same, patched or not.
+            patch (SparsePatch): the patch in force; ``None`` for the dense model.
+        """
+        caches = make_prompt_cache(model)
+        layers = patch.layers if patch else {}
+        for i, cache in enumerate(caches):
+            if i in layers:
+                layers[i].take(self._inputs[i], *self._entries[i], cache)
+            else:
+                cache.update_and_fetch(*self._entries[i])
+        mx.eval([c.state for c in caches])
+        return caches
+
+
+class _Listener(nn.Module):
+    """Keep what an attention layer is given."""
+
+    def __init__(self, attention, heard):
+        super().__init__()
+        self.attention = attention
+        self._heard = heard
+
+    def __call__(self, x, mask=None, cache=None):
+        self._heard.append(x)
+        return self.attention(x, mask, cache)
+
+
+@contextmanager
+def _listening(model, inputs):
+    wrapped = [layer.self_attn for layer in model.layers]
+    try:
+        for layer, attention, heard in zip(model.layers, wrapped, inputs):
+            layer.self_attn = _Listener(attention, heard)
+        yield
+    finally:
+        for layer, attention in zip(model.layers, wrapped):
+            layer.self_attn = attention
