@@ -1,9 +1,14 @@
 """Shared by all tests: load MLX as the program does, and keep runs repeatable."""
 
-import mlx_dsa  # noqa: F401  (loads OpenBLAS before mlx.core where it is wanted)
+import os
 
-import mlx.core as mx
-import pytest
+# Small products wait longer for a second thread of OpenBLAS than they take.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import mlx_dsa  # noqa: E402, F401  (loads OpenBLAS before mlx.core where it is wanted)
+
+import mlx.core as mx  # noqa: E402
+import pytest  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
