@@ -15,6 +15,7 @@ from .cache import (
 from .chunks import cut_chunk
 from .config import SparseConfig
 from .crossovers import PrefillPlan
+from .eviction import Eviction
 from .indexer import Indexer
 from .ops import (
     index_scores,
@@ -22,12 +23,8 @@ from .ops import (
     tile_attention,
     tile_scores,
 )
-from .selectors import pool_neighbours, select_evicted, select_kept, select_topk
+from .selectors import select_topk
 
-# Positions beside a token that are kept with it.
-_POOL_RADIUS = 4
-# Steps of decode after which what a step left open is made for all of them at once.
-_LATE = 32
 # Bytes of a cold file between two layers; what is not written takes no space.
 _COLD_REGION = 1 << 36
 
@@ -53,9 +50,7 @@ class SparseAttention(nn.Module):
         self.indexer = indexer
         self.config = config
         self.prefill, self.dense_until = plan
-        self.evict = config.evict
-        if config.evict == "retention" and not indexer.has_retention:
-            self.evict = "index"
+        self.eviction = Eviction(indexer, config)
 
     def make_cache(self, layer: int) -> FullKVCache:
         """Make the empty cache that this layer needs.
@@ -131,19 +126,11 @@ class SparseAttention(nn.Module):
         keys = attention.rope(keys, offset=offset)
         return queries, keys, values.transpose(0, 2, 1, 3)
 
-    def _project_late(self, x: mx.array, offset: int) -> list[mx.array]:
-        """Compute what a budget cache keeps beside keys and values."""
-        entries = [self.indexer.project_keys(x, offset)]
-        if self.evict == "retention":
-            retention = self.indexer.retention(x)
-            entries.append(mx.stack([retention, retention], axis=-1)[:, None])
-        return entries
-
     def _append(self, x, keys, values, cache: FullKVCache):
         if isinstance(cache, BudgetKVCache):
-            cache.settle(self._project_late)
+            cache.settle(self.eviction.project)
             cache.sort()
-            cache.append(keys, values, *self._project_late(x, cache.offset))
+            cache.append(keys, values, *self.eviction.project(x, cache.offset))
         else:
             cache.append(keys, values, self.indexer.project_keys(x, cache.offset))
 
@@ -165,7 +152,7 @@ class SparseAttention(nn.Module):
         if has_budget and cache.size() <= cache.budget:
             cache.window = None  # the prompt ends here without a prune
         if has_budget and cache.size() == cache.budget:
-            self._replace(x, keys, values, cache)
+            self.eviction.replace(x, keys, values, cache)
             return self._attend_all(queries, cache.keys, cache.values, causal=False)
         offset = cache.offset
         self._append(x, keys, values, cache)
@@ -177,22 +164,10 @@ class SparseAttention(nn.Module):
         slots = select_topk(scores, top_k, mx.array([T]), *self._forced)
         output = self.attend_selected(queries, cache, slots)
         if has_budget:
-            if self.evict == "index":
+            if self.eviction.rule == "index":
                 cache.observe(index_queries, weights, self.config.observation_window)
             self.prune(cache)
         return output
-
-    def _replace(self, x, keys, values, cache: BudgetKVCache):
-        """Write a token's entry over the one that is worth least."""
-        # Recent entries are never dropped, so their scores may come late.
-        if cache.n_late >= min(self.config.n_recent, _LATE):
-            cache.settle(self._project_late)
-        scores = cache.worth
-        if self.evict == "index":
-            index_queries, weights = self.indexer.project_queries(x, cache.offset)
-            scores = self.score(index_queries, weights, cache.index_keys)[:, 0]
-        slots = select_evicted(scores, cache.positions, cache.offset, *self._forced)
-        cache.replace(slots, keys, values, x)
 
     def prune(self, cache: BudgetKVCache):
         """Cut a cache to its budget, where it holds more, as at the end of a prompt.
@@ -200,26 +175,7 @@ class SparseAttention(nn.Module):
         Args:
             cache (BudgetKVCache): The cache, changed in place.
         """
-        cache.settle(self._project_late)
-        if cache.size() <= cache.budget:
-            return
-        scores = worth = None
-        if self.evict == "index":
-            scores = self._window_scores(cache)
-        elif self.evict == "retention":
-            scores = worth = pool_neighbours(
-                cache.retention, cache.positions, _POOL_RADIUS
-            )
-        slots = select_kept(scores, cache.size(), cache.budget, *self._forced)
-        cache.prune(slots, worth)
-
-    def _window_scores(self, cache: BudgetKVCache) -> mx.array:
-        """Average each entry's scores over the observed queries that see it."""
-        queries, weights, positions = cache.window
-        scores = self.score(queries, weights, cache.index_keys)
-        seen = cache.positions[:, None] <= mx.array(positions, mx.int32)[:, None]
-        total = mx.where(seen, scores, 0).sum(axis=1)
-        return total / seen.sum(axis=1)
+        self.eviction.prune(cache)
 
     def _prefill(self, x, queries, keys, values, cache) -> mx.array:
         L = x.shape[1]
@@ -234,7 +190,7 @@ class SparseAttention(nn.Module):
         )
         n_dense = cuts[0]
         n_window = 0
-        if is_budget and self.evict == "index":
+        if is_budget and self.eviction.rule == "index":
             n_window = min(L, self.config.observation_window)
         # Index queries are made for the sparse part and for the window alone.
         first = min(n_dense, L - n_window)

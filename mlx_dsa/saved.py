@@ -20,7 +20,7 @@ from .cache import BudgetKVCache, FullKVCache
 from .patch import SparsePatch
 
 _CLASSES = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache)}
-_FORMAT = "mlx-dsa cache 1"
+_FORMAT = "mlx-dsa cache 2"
 # What a kept cache depends on; how it was computed may differ.
 _KEPT_BY = ("top_k", "cache", "n_sink", "n_recent", "evict", "dense_layers")
 

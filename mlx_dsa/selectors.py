@@ -90,6 +90,56 @@ def pool_neighbours(scores: mx.array, positions: mx.array, radius: int) -> mx.ar
     return pooled
 
 
+def plan_evicted(
+    scores: mx.array | None,
+    n_entries: int,
+    n_steps: int,
+    n_sink: int,
+    n_recent: int,
+) -> mx.array:
+    """Select the entries that the next steps replace, one a step.
+
+    Before each step one more entry is no longer recent, and may go from then on.
+
+    Args:
+        scores (mx.array, optional): Worth of each entry ``[B, T]`` in float32, in the
+          order of positions; without it the oldest go.
+        n_entries (int): Entries there are, ``T``.
+        n_steps (int): Steps, at most ``n_recent``.
+        n_sink (int): First entries, never selected.
+        n_recent (int): The newest entries at each step, the new one counted, neither.
+
+    Returns:
+        mx.array: Slots ``[B, n_steps]`` (``[1, n_steps]`` without scores), int32.
+    """
+    if scores is None:
+        return mx.arange(n_sink, n_sink + n_steps, dtype=mx.int32)[None]
+    return _plan(scores, n_steps, n_sink, n_entries - n_recent + 1)
+
+
+@mx.compile
+def _plan(scores, n_steps, n_sink, end) -> mx.array:
+    slots = mx.arange(scores.shape[1], dtype=mx.int32)
+    keys = order_keys(scores, slots)
+    now, later = keys[:, n_sink:end], keys[:, end : end + n_steps - 1]
+    if now.shape[1] > n_steps:
+        now = mx.partition(now, kth=n_steps - 1, axis=-1)[:, :n_steps]
+    keys = mx.concatenate([now, later], axis=1)
+    steps = mx.arange(n_steps)
+    arrivals = mx.concatenate([mx.zeros(now.shape[1], steps.dtype), steps[1:]])
+    here = arrivals[:, None] <= steps
+    # Of the entries that are worth less than one, a step takes away one if there is
+    # any: with n of them come by then, n - step - (steps that found none) are left.
+    less = keys[:, None, :] < keys[:, :, None]
+    n_come = less.astype(mx.float32) @ here.astype(mx.float32)
+    idle = mx.cummax(steps + 1 - n_come, axis=-1, inclusive=False)
+    none_left = n_come - steps + mx.maximum(idle, 0) == 0
+    # What went before has none below it either, but is worth less.
+    lowest = mx.array(-1 << 63, mx.int64)
+    evicted = mx.where(none_left & here, keys[:, :, None], lowest).max(axis=1)
+    return (evicted & 0xFFFFFFFF).astype(mx.int32)
+
+
 def select_evicted(
     scores: mx.array | None,
     positions: mx.array,

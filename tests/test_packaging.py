@@ -21,6 +21,7 @@ LAYERS = [
     {"blas", "config"},
     {"ops"},
     {"indexer", "selectors", "cache", "checkpoint", "chunks", "crossovers"},
+    {"eviction"},
     {"attention"},
     {"patch"},
     {"saved"},

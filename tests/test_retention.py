@@ -1,6 +1,8 @@
 """Eviction by the retention heads: what is kept, when, and without heads."""
 
+import re
 import warnings
+from collections import Counter
 
 import mlx.core as mx
 import numpy as np
@@ -12,8 +14,10 @@ from mlx_dsa import (
     Indexer,
     IndexerArgs,
     SparseConfig,
+    load_cache,
     load_indexers,
     patch_sparse_generate,
+    save_cache,
     save_indexers,
 )
 from mlx_dsa.selectors import pool_neighbours
@@ -32,6 +36,13 @@ def with_heads(model, hidden=8):
 def small():
     model = make_model(**SHAPES["gqa2"])
     return model, with_heads(model)
+
+
+def count_operations(array, tmp_path):
+    """Count the operations that are still to run for an array."""
+    file = tmp_path / "graph.dot"
+    mx.export_to_dot(str(file), array)
+    return Counter(re.findall(r'label ="(\w+)", shape=rectangle', file.read_text()))
 
 
 def first_layer_scores(model, indexer, tokens):
@@ -85,13 +96,16 @@ class Simulation:
             self.kept.remove(min(candidates, key=lambda p: (self.worth[p], p)))
 
 
+# Too few recent ones for a plan, plans that end and are cut short, one plan in sight.
+@pytest.mark.parametrize("n_recent", [3, 4, 5, 12, 21])
 @pytest.mark.parametrize("calls", [[60] + [1] * 40, [7] * 9 + [1] * 5 + [30] + [1] * 20])
-def test_kept_positions_follow_the_scores(small, calls):
+def test_kept_positions_follow_the_scores(small, calls, n_recent):
     model, indexers = small
+    rules = {**RULES, "n_recent": n_recent}
     tokens = make_tokens(sum(calls), batch=2)
     scores = first_layer_scores(model, indexers[0], tokens)
-    runs = [Simulation(row, 24, 3, 5) for row in scores]
-    with patch_sparse_generate(model, indexers, **RULES):
+    runs = [Simulation(row, 24, 3, n_recent) for row in scores]
+    with patch_sparse_generate(model, indexers, **rules):
         cache, start = make_prompt_cache(model), 0
         for length in calls:
             model(tokens[:, start : start + length], cache=cache)
@@ -100,6 +114,67 @@ def test_kept_positions_follow_the_scores(small, calls):
                 run.step() if length == 1 else run.append(length)
                 assert sorted(cache[0].positions[row].tolist()) == sorted(run.kept)
             assert cache[0].offset == start
+
+
+@pytest.mark.parametrize("n_recent", [3, 5, 12])
+def test_entries_follow_evictions(small, n_recent):
+    """A slot holds all that belongs to the position it names, in a plan and after."""
+    indexers = {0: small[1][0]}
+    model = make_model(layers=1)
+    tokens = make_tokens(90, batch=2)
+    with patch_sparse_generate(model, indexers, top_k=100, cache="full"):
+        full = make_prompt_cache(model)
+        feed_calls(model, tokens, [90], full)
+    own = first_layer_scores(model, indexers[0], tokens)
+    for n_steps in (1, 2, 9, 29):
+        with patch_sparse_generate(
+            model, indexers, **{**RULES, "n_recent": n_recent}
+        ) as patch:
+            (cache,) = make_prompt_cache(model)
+            feed_calls(model, tokens, [60] + [1] * n_steps, [cache])
+            patch.prune([cache])  # drops nothing, and makes what steps left open
+        positions = np.array(cache.positions)
+        assert cache.offset == 60 + n_steps
+        for row, at in enumerate(positions):
+            for name in ("keys", "values", "index_keys"):
+                theirs = np.array(getattr(full[0], name))[row][:, at]
+                gap = np.abs(np.array(getattr(cache, name))[row] - theirs)
+                assert gap.max() < 1e-5
+            assert np.abs(np.array(cache.retention)[row] - own[row, at]).max() < 1e-5
+
+
+def test_a_saved_plan_goes_on_as_if_never_saved(small, tmp_path):
+    model, indexers = small
+    rest = make_tokens(60, seed=9)
+    rules = {**RULES, "n_recent": 12}
+    for n_steps in (0, 1, 7, 12, 13, 24):
+        with patch_sparse_generate(model, indexers, **rules) as patch:
+            cache = make_prompt_cache(model)
+            feed_calls(model, make_tokens(90), [60] + [1] * n_steps, cache)
+            save_cache(tmp_path / "a.kv", cache, patch)
+            calls = [1] * 15 + [20] + [1] * 5
+            expected = mx.concatenate(feed_calls(model, rest, calls, cache), axis=1)
+            loaded = load_cache(tmp_path / "a.kv", patch).caches
+            again = mx.concatenate(feed_calls(model, rest, calls, loaded), axis=1)
+        assert mx.array_equal(expected, again)
+
+
+def test_a_planned_step_writes_two_rows_and_no_more(small, tmp_path):
+    """Between plans the graph of a step is that of a dense one."""
+    model, indexers = small
+    rules = {**RULES, "n_recent": 12}
+    counts = {}
+    for sparse in (False, True):
+        patch = patch_sparse_generate(model, indexers, **rules) if sparse else None
+        cache = make_prompt_cache(model)
+        feed_calls(model, make_tokens(70), [60] + [1] * 4, cache)
+        out = model(make_tokens(1), cache=cache)
+        counts[sparse] = count_operations(out, tmp_path)
+        if patch:
+            patch.restore()
+    assert counts[True]["SliceUpdate"] == counts[False]["SliceUpdate"] > 0
+    # A dense cache has rows to spare, and slices them off.
+    assert counts[True] - counts[False] == Counter()
 
 
 def test_other_scores_keep_other_positions(small):

@@ -7,7 +7,7 @@ from builders import SHAPES, make_indexers, make_model
 from probe import Probe, clear_probe
 from simulate import MARGIN, generate_calls, whole_calls
 
-from mlx_dsa.selectors import select_evicted, select_kept, select_topk
+from mlx_dsa.selectors import plan_evicted, select_evicted, select_kept, select_topk
 from numpy_reference import ReferenceModel, Rules
 
 
@@ -248,3 +248,24 @@ def test_probe_sees_a_wrong_selection():
     assert probe.program([96], **dict(rules, n_recent=6)) != expected
     probe.indexers[0].wk.weight *= -1
     assert probe.program([96], **rules) != expected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_planned_evictions_are_those_of_single_steps(seed):
+    noise = np.random.default_rng(seed)
+    T = int(noise.integers(4, 70))
+    n_sink = int(noise.integers(0, T - 2))
+    n_recent = int(noise.integers(1, T - n_sink + 1))
+    n_steps = int(noise.integers(1, n_recent + 1))
+    scores = tied_scores(3, T, seed)
+    if seed % 2:
+        scores = noise.standard_normal((3, T)).astype(np.float32)
+    rules = (n_steps, n_sink, n_recent)
+    planned = plan_evicted(mx.array(scores), T, *rules).tolist()
+    oldest = plan_evicted(None, T, *rules).tolist()
+    for row, plan in zip([*scores, np.zeros(T)], [*planned, *oldest], strict=True):
+        left = set(range(n_sink, T))
+        for step, slot in enumerate(plan):
+            candidates = [s for s in left if s <= T - n_recent + step]
+            assert slot == min(candidates, key=lambda s: (row[s], s))
+            left.remove(slot)

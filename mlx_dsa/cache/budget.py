@@ -28,10 +28,12 @@ class Window(NamedTuple):
 class BudgetKVCache(FullKVCache):
     """Keep at most ``budget`` entries once the prompt has been read.
 
-    Slots are in the order of their positions until :meth:`replace` overwrites
-    one; :meth:`sort` puts them back in order. A step writes the key and the value
-    of its token; what else an entry holds is not read while it is recent, so it is
-    made for several tokens at once, by :meth:`settle`.
+    Slots are in the order of their positions until a step overwrites one;
+    :meth:`sort` puts them back in order. Where the entries that the next steps
+    replace are known, :meth:`plan` lays them last, and a step writes to a slot that
+    is known without looking; else it writes where it is told to. It writes the key
+    and the value of its token; what else an entry holds is not read while it is
+    recent, so it is made for several tokens at once, by :meth:`settle`.
 
     Args:
         budget (int): Entries to keep.
@@ -54,7 +56,9 @@ class BudgetKVCache(FullKVCache):
         self._positions: mx.array | None = None  # None: slot = position
         self._sorted = True
         self.window: Window | None = None
-        self._late: list[tuple[mx.array, mx.array]] = []
+        # Hidden states of the latest steps, and their slots, where no plan tells them.
+        self._late: list[tuple[mx.array, mx.array | None]] = []
+        self.n_planned = 0
 
     @property
     def n_late(self) -> int:
@@ -64,7 +68,16 @@ class BudgetKVCache(FullKVCache):
     @property
     def positions(self) -> mx.array | None:
         """Positions of the entries ``[B, size]``, int32; ``None`` when empty."""
-        return super().positions if self._positions is None else self._positions
+        if self._positions is None:
+            return super().positions
+        if not self._late or self._late[0][1] is not None:
+            return self._positions
+        # Steps of a plan leave their positions to be written when they are wanted.
+        end = self._size - self.n_planned
+        new = mx.arange(self.offset - self.n_late, self.offset, dtype=mx.int32)
+        new = mx.broadcast_to(new, (self._positions.shape[0], self.n_late))
+        before, after = self._positions[:, : end - self.n_late], self._positions[:, end:]
+        return mx.concatenate([before, new, after], axis=1)
 
     @property
     def evicted(self) -> bool:
@@ -138,6 +151,38 @@ class BudgetKVCache(FullKVCache):
         self._take(slots)
         self.window = None
 
+    def plan(self, slots: mx.array):
+        """Lay the entries that the next steps replace last, in their order.
+
+        Args:
+            slots (mx.array): Their slots ``[B, n]`` or ``[1, n]``, int32, of a sorted
+              cache.
+        """
+        B, n = self._buffers[0].shape[0], slots.shape[1]
+        order = mx.broadcast_to(mx.arange(self._size), (B, self._size))
+        last = mx.broadcast_to(mx.arange(self._size, self._size + n), (B, n))
+        order = mx.put_along_axis(order, mx.broadcast_to(slots, (B, n)), last, axis=1)
+        self._take(mx.argsort(order, axis=-1).astype(mx.int32))
+        self.n_planned = n
+        self._sorted = False
+
+    def replace_planned(self, keys: mx.array, values: mx.array, x: mx.array):
+        """Overwrite the planned entry with the next token's.
+
+        Args:
+            keys (mx.array): ``[B, Hkv, 1, D]``.
+            values (mx.array): ``[B, Hkv, 1, D]``.
+            x (mx.array): The token's hidden state ``[B, 1, dim]``, for
+              :meth:`settle`.
+        """
+        slot = self._size - self.n_planned
+        for buffer, new in zip(self._buffers, (keys, values)):
+            buffer[..., slot : slot + 1, :] = new
+        self._late.append((x, None))
+        self.offset += 1
+        self.n_planned -= 1
+        self._sorted = self.n_planned == 0
+
     def replace(self, slots: mx.array, keys: mx.array, values: mx.array, x: mx.array):
         """Overwrite one entry a batch row with the next token's.
 
@@ -167,19 +212,26 @@ class BudgetKVCache(FullKVCache):
         """
         if not self._late:
             return
+        self._positions = self.positions
         x, slots = zip(*self._late)
-        self._late = []
-        x, slots = mx.concatenate(x, axis=1), mx.stack(slots, axis=1)
+        x = mx.concatenate(x, axis=1)
+        end = self._size - self.n_planned
         entries = project(x, self.offset - x.shape[1])
         for i, new in enumerate(entries, start=2):
-            self._buffers[i] = write_rows(self._buffers[i], new, slots, axis=2)
-        self._tie(*self._buffers[2:])
+            if slots[0] is None:
+                self._buffers[i][..., end - x.shape[1] : end, :] = new
+            else:
+                at = mx.stack(slots, axis=1)
+                self._buffers[i] = write_rows(self._buffers[i], new, at, axis=2)
+        self._late = []
+        self._tie(*self._buffers[2:], self._positions)
 
     def sort(self):
         """Put the slots in the order of their positions."""
         if not self._sorted:
             self._take(mx.argsort(self._positions, axis=-1).astype(mx.int32))
             self._sorted = True
+            self.n_planned = 0
 
     def _take(self, slots: mx.array):
         self._positions = mx.take_along_axis(self.positions, slots, axis=1)
@@ -204,13 +256,16 @@ class BudgetKVCache(FullKVCache):
         late = [None, None]
         if self._late:
             x, slots = zip(*self._late)
-            late = [mx.concatenate(x, axis=1), mx.stack(slots, axis=1)]
+            late = [mx.concatenate(x, axis=1), None]
+            if slots[0] is not None:
+                late[1] = mx.stack(slots, axis=1)
         window = [None, None, None]
         if self.window is not None:
             window = [*self.window[:2], mx.array(self.window.positions, mx.int32)]
         return [
             *(self.keys, self.values, self.index_keys, self.offset),
-            *(self._positions, int(self._sorted), self.budget),
+            *(self.positions if self.evicted else None, int(self._sorted)),
+            *(self.budget, self.n_planned),
             *window,
             *late,
             *(self._fetch(i) for i in range(3, len(self._buffers or ()))),
@@ -219,13 +274,14 @@ class BudgetKVCache(FullKVCache):
     @state.setter
     def state(self, state: Sequence[Any]):
         keys, values, index_keys, self.offset, *state = state
-        self._positions, in_order, self.budget, *state = state
+        self._positions, in_order, self.budget, self.n_planned, *state = state
         *window, late_x, late_slots = state[:5]
         self._buffers = None if keys is None else [keys, values, index_keys, *state[5:]]
         self._late = []
         if late_x is not None:
             self._late = [
-                (late_x[:, i : i + 1], late_slots[:, i]) for i in range(late_x.shape[1])
+                (late_x[:, i : i + 1], None if late_slots is None else late_slots[:, i])
+                for i in range(late_x.shape[1])
             ]
         self._size = 0 if keys is None else keys.shape[2]
         self._sorted = bool(in_order)

@@ -45,7 +45,7 @@ from .subject import Subject, open_subject, subject_options
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
-    help="Steps of decode that count, rounded up to blocks of 32.  [default: 96]",
+    help="Steps of decode that count, rounded up to blocks of 64.  [default: 128]",
 )
 @click.option(
     "--chunk",
@@ -89,7 +89,7 @@ def bench(
         if ops:
             result = _ops(subject, contexts, repeats, chunk, write)
         else:
-            config["steps"] = steps = steps or 96
+            config["steps"] = steps = steps or 128
             result = _end_to_end(subject, contexts, repeats, steps, chunk, write)
         result |= {"config": config, "device": device(), "versions": versions()}
         if out:
