@@ -58,6 +58,13 @@ def resident_bytes():
         return 0
 
 
+def active_bytes(cache):
+    """Return the memory of arrays when nothing is left to be computed."""
+    mx.eval(cache.state)
+    mx.synchronize()
+    return mx.get_active_memory()
+
+
 def soak(steps, check_every=1000, tell=lambda line: None):
     """Decode random tokens, and check what is kept every so often.
 
@@ -98,15 +105,15 @@ def soak(steps, check_every=1000, tell=lambda line: None):
                 assert sorted(cache.positions[0].tolist()) == sorted(kept.positions.tolist())
                 checks += 1
             if step == 1000:
-                early = mx.get_active_memory(), resident_bytes()
+                early = active_bytes(cache), resident_bytes()
             if step % max(1, steps // 10) == 0:
                 speed = (time.perf_counter() - start) / step
-                tell(f"{step:,} steps, {1e6 * speed:.0f} us each, {mx.get_active_memory():,} bytes active")
+                tell(f"{step:,} steps, {1e6 * speed:.0f} us each, {active_bytes(cache):,} bytes active")
         return {
             "steps": steps,
             "checks": checks,
             "offset": cache.offset,
-            "active_bytes": [early[0], mx.get_active_memory()],
+            "active_bytes": [early[0], active_bytes(cache)],
             "resident_bytes": [early[1], resident_bytes()],
             "oldest_kept": sorted(kept.positions.tolist())[RULES["n_sink"]],
         }
