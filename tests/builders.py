@@ -98,7 +98,15 @@ def randomize_norms(model):
 
 
 def make_indexers(
-    model, *, seed=1, n_heads=3, head_dim=12, rope_dim=8, layers=None, norm=False
+    model,
+    *,
+    seed=1,
+    n_heads=3,
+    head_dim=12,
+    rope_dim=8,
+    layers=None,
+    norm=False,
+    retention_dim=0,
 ):
     """Build random indexers for a model: every layer, or those in `layers`."""
     mx.random.seed(seed)
@@ -108,6 +116,7 @@ def make_indexers(
         index_head_dim=head_dim,
         index_rope_dim=rope_dim,
         norm=norm,
+        retention_dim=retention_dim,
     )
     indexers = {}
     for layer in range(len(model.layers)) if layers is None else layers:
