@@ -10,7 +10,7 @@ from mlx_dsa import Preset, SparseConfig
 from mlx_dsa.presets import resource
 
 
-def make_subject(tied=True, **config):
+def make_subject(tied=True, retention_dim=0, **config):
     """Build the model, its tokenizer and random indexers, with a small config.
 
     A tied model repeats its input; one that is not says something else each time.
@@ -22,4 +22,4 @@ def make_subject(tied=True, **config):
     mx.eval(model.parameters())
     settings = {"top_k": 64, "n_sink": 4, "n_recent": 16, **config}
     tokenizer = load(resource("weights/tiny"))
-    return Preset(model, tokenizer, make_indexers(model), SparseConfig(**settings))
+    return Preset(model, tokenizer, make_indexers(model, retention_dim=retention_dim), SparseConfig(**settings))

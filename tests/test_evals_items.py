@@ -76,7 +76,8 @@ def test_items(task, setting, value, tokenizer, haystack):
     assert [i.turns for i in items] == [i.turns for i in again]
     for item in items:
         prompt = item.turns[:2] if setting == "before-question" else item.turns[:1]
-        assert sum(len(turn.ids) for turn in prompt) == item.length
+        total = sum(len(turn.ids) for turn in prompt)
+        assert total == item.length or setting == "before-question" and total < item.length
         asked = item.turns[-1]
         document = item.turns[0].ids
         # The tokens are those of the text as a whole, but for the window's first word.
@@ -88,6 +89,10 @@ def test_items(task, setting, value, tokenizer, haystack):
         assert all(any(v.lower() in s for s in shown) for v in asked.values)
         # The question does not give the answer away.
         assert value == "word" or not any(v in item.question for v in asked.values)
+    if setting == "before-question":
+        assert len({(item.length, len(item.turns[0].ids)) for item in items}) == 2
+        totals = [sum(len(t.ids) for t in item.turns) for item in items]
+        assert max(totals[:4]) == 700 or max(totals[4:]) == 1000
 
 
 def test_several_questions_about_one_text(tokenizer, haystack):
@@ -98,9 +103,10 @@ def test_several_questions_about_one_text(tokenizer, haystack):
     for four in (items[i : i + 4] for i in range(0, 24, 4)):
         assert len({tuple(item.turns[0].ids) for item in four}) == 1
         assert len({item.question for item in four}) == 4
-        assert max(sum(len(t.ids) for t in item.turns) for item in four) == 700
         for item in four:
             assert abs(item.spans[0][0] / 700 - item.depth) < 0.15
+    assert len({len(item.turns[0].ids) for item in items}) == 1
+    assert max(sum(len(t.ids) for t in item.turns) for item in items) == 700
     for wrong in ({"setting": "in-prompt"}, {"distractors": 2}, {"task": "multi-key"}):
         with pytest.raises(ValueError, match="'per_document' needs setting"):
             NeedleSpec(**{"setting": "before-question", "per_document": 4, **wrong})

@@ -6,9 +6,11 @@ several questions at once, and a list of keys with values.
 [1] Hsieh et al., RULER: What's the Real Context Size of Your Long-Context Language Models?, 2024.
 """
 
+import itertools
 import random
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .facts import is_correct, make_facts, make_key_value, make_multi_query, make_multi_value
 from .prompts import frame
@@ -160,31 +162,47 @@ def make_items(spec, haystack, tokenizer, lengths, depths, n):
         haystack (Haystack): the prose.
         tokenizer: of the model.
         lengths (list of int): tokens of the whole first prompt with its question, exactly. In
-            setting "before-question" of the document and its longest question together.
+            setting "before-question" of the document and the longest question about any: so all
+            documents are equally long, and can be read at once.
         depths (list of float): 0 is the start of the document, 1 its end.
         n (int): texts for each length and depth.
     """
     around = frame(tokenizer)
-    return [
-        item
-        for length in lengths
-        for d in range(len(depths))
-        for i in range(n)
-        for item in _items(spec, haystack, tokenizer, around, length, depths, d, i)
-    ]
-
-
-def _items(spec, haystack, tokenizer, around, length, depths, d, i):
-    """Return the cases of one text: one, or `per_document`."""
-    key = f"{spec.task}/{spec.setting}/{length}/{depths[d]:.2f}/{i}"
-    rng = random.Random(f"{spec.seed}/{spec.value}/{spec.phrasing}/{key}")
 
     def encode(text):
         return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
 
-    sentences, talks = _case(rng, spec)
-    head, tails = encode(around.head), [encode(t[0].text + around.tail) for t in talks]
-    room = length - len(head) - max(map(len, tails))
+    drafts = []
+    for length, d, i in itertools.product(lengths, range(len(depths)), range(n)):
+        key = f"{spec.task}/{spec.setting}/{length}/{depths[d]:.2f}/{i}"
+        rng = random.Random(f"{spec.seed}/{spec.value}/{spec.phrasing}/{key}")
+        sentences, talks = _case(rng, spec)
+        tails = [encode(talk[0].text + around.tail) for talk in talks]
+        drafts.append(_Draft(key, rng, length, d, sentences, talks, tails))
+    longest = max((len(tail) for draft in drafts for tail in draft.tails), default=0)
+    head, items = encode(around.head), []
+    for draft in drafts:
+        reserved = longest if spec.setting == "before-question" else len(draft.tails[0])
+        room = draft.length - len(head) - reserved
+        items += _items(spec, draft, haystack, tokenizer, encode, around, head, room, depths)
+    return items
+
+
+class _Draft(NamedTuple):
+    """A text before its prose is chosen, by what `rng` then draws."""
+
+    key: str
+    rng: random.Random
+    length: int
+    d: int
+    sentences: list
+    talks: list
+    tails: list
+
+
+def _items(spec, draft, haystack, tokenizer, encode, around, head, room, depths):
+    """Return the cases of one text: one, or `per_document`."""
+    key, rng, length, d, sentences, talks, tails = draft
     # The facts that are asked for take turns at the depths; where the others stand is chance.
     places = [depths[(d + j) % len(depths)] for j in range(spec.per_document)]
     places += [rng.random() for _ in sentences[spec.per_document :]]
