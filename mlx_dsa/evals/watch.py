@@ -52,12 +52,14 @@ class Watch:
 
     def finished(self, members, caches, rows):
         """Note what became of the values when the answers of some conversations are complete."""
-        states = {n: self._states(n, members, caches[n], rows) for n in self.layers}
+        kept = {number: caches[number].positions for number in self.layers}
+        mx.eval(kept, self._hits)  # all at once: each wait for a GPU costs
+        states = {n: self._states(n, members, caches[n], kept[n], rows) for n in kept}
         for i, member in enumerate(members):
             self.lost[member] = {number: states[number][i] for number in states}
 
-    def _states(self, number, members, cache, rows):
-        kept = np.array(cache.positions)
+    def _states(self, number, members, cache, kept, rows):
+        kept = np.array(kept)
         hits = self._hits.get(number)
         hits = None if hits is None else np.array(hits)
         found = []
