@@ -20,8 +20,9 @@ from ..evals.results import device, versions, write_text
 from ..presets import runs_float32
 from .eval.options import Numbers
 from .eval.show import print_table
+from .options import plot_option
 from .progress import counting_bar
-from .subject import Subject, open_subject, subject_options
+from .subject import Subject, chunk_option, open_subject, subject_options
 
 
 @click.command()
@@ -46,22 +47,14 @@ from .subject import Subject, open_subject, subject_options
     type=click.IntRange(min=1),
     help="Steps of decode that count, rounded up to blocks of 64.  [default: 128]",
 )
-@click.option(
-    "--chunk",
-    type=click.IntRange(min=1),
-    default=2048,
-    show_default=True,
-    help="Tokens of the prompt that are read at once.",
-)
+@chunk_option
 @click.option(
     "--out",
     metavar="FILE.json",
     type=click.Path(dir_okay=False),
     help="Write the results; FILE.jsonl holds them as they come.",
 )
-@click.option(
-    "--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help="Draw the results."
-)
+@plot_option
 @subject_options
 def bench(
     contexts: list[int],

@@ -53,6 +53,9 @@ _SPARSE = (
 dense_option = click.option(
     "--dense", is_flag=True, help="Use no indexers: the model as it is."
 )
+plot_option = click.option(
+    "--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help="Draw the results."
+)
 _GENERATION = (
     click.option(
         "--max-tokens",

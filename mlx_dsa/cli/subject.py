@@ -38,6 +38,13 @@ _OPTIONS = (
         help="Kernels to use.",
     ),
 )
+chunk_option = click.option(
+    "--chunk",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Tokens of the prompt that are read at once.",
+)
 _NOT_WITH_A_SHAPE = ("preset", "model", "indexer", "config")
 
 

@@ -11,7 +11,7 @@ import click
 from ...evals.policies import NAMES, Policy, make_policies
 from ...evals.runner import World, connect
 from ...presets import Preset, Settings, load_settings
-from ..options import model_options, settings_from
+from ..options import model_options, plot_option, settings_from
 from ..session import hint_at_blas
 
 
@@ -93,9 +93,7 @@ _RUN = (
         type=click.Path(dir_okay=False),
         help="Write the results; resume if interrupted.",
     ),
-    click.option(
-        "--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help="Draw the results."
-    ),
+    plot_option,
 )
 _POLICIES = (
     click.option(
