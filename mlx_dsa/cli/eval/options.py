@@ -10,8 +10,8 @@ import click
 
 from ...evals.policies import NAMES, Policy, make_policies
 from ...evals.runner import World, connect
-from ...presets import Preset, Settings, load_settings
-from ..options import model_options, plot_option, settings_from
+from ...presets import Preset, load_settings
+from ..options import add_options, model_options, plot_option, settings_from, subject_name
 from ..session import hint_at_blas
 
 
@@ -119,9 +119,8 @@ def eval_options(policies: bool = True) -> Callable:
     """Add the options of every evaluation."""
 
     def add(command: Callable) -> Callable:
-        for option in reversed((*_SPARSE, *(_POLICIES if policies else ()), *_RUN)):
-            command = option(command)
-        return model_options(command)
+        own = (*_SPARSE, *(_POLICIES if policies else ()), *_RUN)
+        return model_options(add_options(command, own))
 
     return add
 
@@ -172,15 +171,6 @@ def open_run(
     hint_at_blas()
     name = subject_name(settings, preset, model, config)
     return Run(load_settings(settings), chosen, {"name": name, "out": out, "world": world})
-
-
-def subject_name(
-    settings: Settings, preset: str | None, model: str | None, config: str | None
-) -> str:
-    """Return what a result calls its model: as the user named it, not where it was found."""
-    if model or config:
-        return model or settings.model
-    return f"preset {preset or 'tiny'}"
 
 
 def open_world() -> World:
