@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from .generation import chunk_size
+from ..chunks import chunk_size
 
 
 class DenseReading:

@@ -11,10 +11,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..chunks import chunk_size
 from ..ops import index_scores
 from .documents import load_documents, windows_of
 from .fidelity import coverage, selection_mask, true_attention
-from .generation import chunk_size
 from .runner import Unit, evaluate
 from .stats import bootstrap
 from .subject import check_lengths, describe, fingerprint
