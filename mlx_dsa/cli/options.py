@@ -56,14 +56,21 @@ dense_option = click.option(
 plot_option = click.option(
     "--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help="Draw the results."
 )
-_GENERATION = (
-    click.option(
+
+
+def max_tokens_option(default: int) -> Callable:
+    """Return the option that bounds an answer."""
+    return click.option(
         "--max-tokens",
         type=click.IntRange(min=1),
-        default=512,
+        default=default,
         show_default=True,
         help="Tokens an answer may have.",
-    ),
+    )
+
+
+_GENERATION = (
+    max_tokens_option(512),
     click.option(
         "--temp",
         type=click.FloatRange(min=0),

@@ -131,7 +131,7 @@ class Run(NamedTuple):
     Args:
         subject (Preset): the model and what goes with it.
         policies (list of Policy): what to compare.
-        given (dict): the arguments name, out, world of every evaluator.
+        given (dict): the arguments name, out, world of every evaluator, and its own.
     """
 
     subject: Preset
@@ -151,8 +151,12 @@ def open_run(
     prefill: str | None,
     policies: list[str],
     out: str | None,
+    **own: Any,
 ) -> Run:
     """Load what the options name.
+
+    Args:
+        own: The arguments of the evaluator alone.
 
     Returns:
         Run: The model, the policies and where the results go.
@@ -170,7 +174,7 @@ def open_run(
     world = open_world()
     hint_at_blas()
     name = subject_name(settings, preset, model, config)
-    return Run(load_settings(settings), chosen, {"name": name, "out": out, "world": world})
+    return Run(load_settings(settings), chosen, {"name": name, "out": out, "world": world, **own})
 
 
 def open_world() -> World:

@@ -14,11 +14,28 @@ from ...evals.plots import plot as draw
 from ...evals.runner import World
 from ...evals.tables import pairs_table, table
 from ..progress import counting_bar
+from .options import open_run
 
 
 def progress_bar(world: World) -> AbstractContextManager[Callable[[int, int, str], None]]:
     """Return the bar of an evaluation, on standard error. The first process shows it."""
     return counting_bar(Console(stderr=True, quiet=world.rank > 0))
+
+
+def run_and_show(
+    evaluator: Callable[..., dict[str, Any]], *, plot: str | None, **given: Any
+):
+    """Run an evaluator that compares policies, and show its result.
+
+    Args:
+        evaluator (callable): Of mlx_dsa.evals.
+        plot (str, optional): Where its picture goes.
+        given: The arguments of :func:`open_run` and of the evaluator.
+    """
+    run = open_run(**given)
+    with progress_bar(run.given["world"]) as progress:
+        result = evaluator(run.subject, run.policies, progress=progress, **run.given)
+    show(result, world=run.given["world"], out=given["out"], plot=plot)
 
 
 def show(result: dict[str, Any], *, world: World, out: str | None = None, plot: str | None = None):
