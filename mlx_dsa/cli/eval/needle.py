@@ -71,6 +71,13 @@ from .show import run_and_show
     help="Questions about each text, with --setting before-question.",
 )
 @click.option(
+    "--turns",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Questions one after the other in a conversation, likewise; the last is judged.",
+)
+@click.option(
     "--haystack",
     "--data",
     "haystack",
