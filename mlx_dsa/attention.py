@@ -40,6 +40,9 @@ class SparseAttention(nn.Module):
         indexer (Indexer): Its indexer, bound to the model.
         config (SparseConfig): What to select and keep.
         plan (PrefillPlan): How a prompt is read.
+
+    Attributes:
+        eviction (Eviction): What keeps a budget cache to its budget.
     """
 
     def __init__(
@@ -166,7 +169,7 @@ class SparseAttention(nn.Module):
         if has_budget:
             if self.eviction.rule == "index":
                 cache.observe(index_queries, weights, self.config.observation_window)
-            self.prune(cache)
+            self.eviction.prune(cache)
         return output
 
     def take(self, x: mx.array, keys: mx.array, values: mx.array, cache: FullKVCache):
@@ -183,14 +186,6 @@ class SparseAttention(nn.Module):
             n = min(x.shape[1], self.config.observation_window)
             window = self.indexer.project_queries(x[:, -n:], cache.offset - n)
             cache.observe(*window, self.config.observation_window)
-
-    def prune(self, cache: BudgetKVCache):
-        """Cut a cache to its budget, where it holds more, as at the end of a prompt.
-
-        Args:
-            cache (BudgetKVCache): The cache, changed in place.
-        """
-        self.eviction.prune(cache)
 
     def _prefill(self, x, queries, keys, values, cache) -> mx.array:
         L = x.shape[1]

@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
+from .files import replacing
 from .indexer import Indexer, IndexerArgs
 
 
@@ -132,13 +133,10 @@ def save_indexers(
         "layers": sorted(indexers),
         **(metadata or {}),
     }
-    part = file.with_suffix(".part.safetensors")
-    mx.save_safetensors(str(part), tensors)
-    config = file.with_name("run_config.json")
-    config_part = config.with_suffix(".json.part")
-    config_part.write_text(json.dumps(run_config, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, file)
-    os.replace(config_part, config)
+    # Neither takes its place before both are written.
+    with replacing(file.with_name("run_config.json")) as config, replacing(file) as part:
+        mx.save_safetensors(str(part), tensors)
+        config.write_text(json.dumps(run_config, indent=2) + "\n", encoding="utf-8")
     return file
 
 

@@ -1,10 +1,17 @@
-"""How a chunk of a prompt is split: a dense part, then sparse parts of bounded size."""
+"""How a prompt is cut into chunks, and a chunk into a dense part and small sparse parts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import mlx.core as mx
+
 from .ops.reference import BLOCK_BYTES
+
+
+def chunk_size() -> int:
+    """Return the tokens of a prompt that are read at once: fewer where that takes long."""
+    return 512 if mx.default_device() == mx.Device(mx.cpu) else 2048
 
 
 def cut_chunk(

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import SparseConfig
+from .files import replacing
 from .indexer import Indexer
 from .ops import crossover
 
@@ -128,9 +129,8 @@ def store(description: Mapping[str, Any], crossovers: Mapping[str, int | None]) 
     others = [e for e in _read(file) if e["of"] != description]
     entries = [{"of": dict(description), "from": dict(crossovers)}, *others]
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, file)
+    with replacing(file, shared=True) as part:
+        part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     return file
 
 

@@ -128,7 +128,7 @@ class SparsePatch:
         """
         for i, layer in self.layers.items():
             if isinstance(caches[i], BudgetKVCache):
-                layer.prune(caches[i])
+                layer.eviction.prune(caches[i])
 
     def clear(self):
         """Empty every cache that this patch has made."""

@@ -17,6 +17,7 @@ from mlx_lm.models.cache import KVCache
 from safetensors import SafetensorError, safe_open
 
 from .cache import BudgetKVCache, FullKVCache
+from .files import replacing
 from .patch import SparsePatch
 
 _CLASSES = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache)}
@@ -83,16 +84,11 @@ def save_cache(
         "metadata": json.dumps(dict(metadata or {})),
     }
     path = Path(path)
-    part = path.with_name(path.name + f".{os.getpid()}.part.safetensors")
     try:
-        mx.save_safetensors(str(part), arrays, header)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with replacing(path, suffix=".safetensors", shared=True) as part:
+            mx.save_safetensors(str(part), arrays, header)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"[save_cache] {path} can't be written: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

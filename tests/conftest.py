@@ -5,7 +5,9 @@ import os
 # Small products wait longer for a second thread of OpenBLAS than they take.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import mlx_dsa  # noqa: E402, F401  (loads OpenBLAS before mlx.core where it is wanted)
+from mlx_dsa import blas  # noqa: E402
+
+blas.preload()  # before mlx.core, where it is wanted
 
 import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402

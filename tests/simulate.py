@@ -2,11 +2,11 @@
 
 import mlx.core as mx
 import numpy as np
-from builders import make_tokens
+from builders import SHAPES, make_indexers, make_model, make_tokens
 from mlx_lm.models import cache as lm_cache
 
 from mlx_dsa import patch_sparse_generate
-from numpy_reference import Rules
+from numpy_reference import ReferenceModel, Rules
 
 # A selection is only comparable where float32 cannot decide otherwise: the last
 # score in and the first one out must differ by more than float32 rounding.
@@ -14,6 +14,16 @@ MARGIN = 1e-5
 
 # Largest difference of a logit (they are of order 1 to 8) to float64.
 LOGITS = 5e-5
+
+# A budget that short prompts exceed.
+RULES = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact", observation_window=8)
+
+
+def make_small():
+    """Return a model, its indexers, and both in NumPy."""
+    model = make_model(**SHAPES["gqa2"])
+    indexers = make_indexers(model)
+    return model, indexers, ReferenceModel(model, indexers)
 
 
 def whole_calls(length, chunk):

@@ -12,6 +12,7 @@ from mlx_dsa import SparseConfig
 from mlx_dsa.bench import BENCH_SHAPES, bench, models, random_model
 from mlx_dsa.bench.models import BenchShape
 from mlx_dsa.cli import main
+from mlx_dsa.cli.subject import open_subject
 
 command = sys.modules["mlx_dsa.cli.bench"]  # cli.bench is the command
 CONFIG = dict(top_k=24, n_sink=2, n_recent=8, tile_size=8, evict="index")
@@ -145,6 +146,27 @@ def test_unknown_shapes_and_bits_are_refused(shape, bits):
 
 
 # The command.
+
+
+@pytest.mark.parametrize(
+    "preset, model, with_config, name",
+    [
+        (None, None, False, "preset tiny"),
+        ("qwen3-8b", None, False, "preset qwen3-8b"),
+        (None, "an/other", False, "an/other"),
+        (None, None, True, "its/own"),
+        ("tiny", None, True, "its/own"),
+        (None, "an/other", True, "an/other"),
+    ],
+)
+def test_a_model_is_called_what_the_user_called_it(preset, model, with_config, name, tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"model": "its/own", "top_k": 300}))
+    config = str(file) if with_config else None
+    given = dict(preset=preset, model=model, indexer=None, config=config)
+    subject = open_subject(model_shape=None, bits=None, **given)
+    assert subject.name == name
+    assert (subject.config.top_k == 300) == with_config
 
 
 def run(*arguments):

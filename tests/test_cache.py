@@ -5,29 +5,26 @@ import copy
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, feed, make_indexers, make_model, make_tokens
+from builders import feed, make_indexers, make_model, make_tokens
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as lm_cache
 from simulate import (
     LOGITS,
     MARGIN,
+    RULES,
     difference,
     generate_calls,
     kept_positions,
+    make_small,
 )
 
 from mlx_dsa import BudgetKVCache, FullKVCache, patch_sparse_generate
-from numpy_reference import ReferenceModel, Rules
-
-RULES = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact", observation_window=8)
+from numpy_reference import Rules
 
 
 @pytest.fixture(scope="module")
 def small():
-    """A model, its indexers, and both in NumPy."""
-    model = make_model(**SHAPES["gqa2"])
-    indexers = make_indexers(model)
-    return model, indexers, ReferenceModel(model, indexers)
+    return make_small()
 
 
 def test_entries_move_with_their_positions(small):

@@ -100,7 +100,7 @@ def test_stopping_between_tokens_keeps_all_layers_alike(preset, fed):
 
 
 def test_stopping_while_reading(preset, fed, monkeypatch):
-    monkeypatch.setattr(module, "prefill_step", lambda: 64)
+    monkeypatch.setattr(module, "chunk_size", lambda: 64)
     chat = Conversation(preset.model, preset.tokenizer, stopped=lambda: len(fed) >= 128)
     assert say(chat, "A line of text. " * 60) == [""]
     assert chat.report.first is None and chat.report.seen == len(fed) == 128

@@ -196,6 +196,16 @@ def test_every_kind_is_a_command_with_a_table_and_a_picture(model, tmp_path, kin
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_needle_command_asks_in_turns(model, tmp_path):
+    out = tmp_path / "turns.json"
+    options = ["--lengths", "256", "--setting", "before-question", "--turns", "2"]
+    done = _run(model, "needle", "--quick", *options, "--out", out)
+    assert done.exit_code == 0, done.output
+    result = read_result(out)
+    assert result["config"]["turns"] == 2
+    assert all(0 <= row["first_turn"] <= 1 for row in result["rows"])
+
+
 SUITE = {
     "name": "small",
     "runs": [
@@ -294,6 +304,7 @@ def test_bad_suites(model, tmp_path, change, message):
         (["needle", "--lengths", "2k"], "is not a list of whole numbers", 2),
         (["needle", "--policies", "dense,best"], "'best' is none of dense", 2),
         (["needle", "--top-k", "8"], "'top_k' must be at least", 1),
+        (["needle", "--turns", "2"], "'turns' needs setting 'before-question'", 1),
         (["needle", "--haystack", "no.txt"], "'no.txt' is not there", 1),
         (["needle", "--haystack", "{empty}"], "holds no text", 1),
         (["ppl", "--data", "{bad}"], "line 2 is not JSON", 1),

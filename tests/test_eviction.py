@@ -3,26 +3,20 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, make_indexers, make_model
 from simulate import (
     LOGITS,
+    RULES,
     difference,
     generate_calls,
+    make_small,
     run_program,
     run_reference,
 )
 
-from numpy_reference import ReferenceModel
-
-RULES = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact", observation_window=8)
-
 
 @pytest.fixture(scope="module")
 def small():
-    """A model, its indexers, and both in NumPy."""
-    model = make_model(**SHAPES["gqa2"])
-    indexers = make_indexers(model)
-    return model, indexers, ReferenceModel(model, indexers)
+    return make_small()
 
 
 def compare(small, calls, **changes):

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "mlx_dsa"
 
 # Imports run from right to left only (docs/design.md, layout).
 LAYERS = [
-    {"blas", "config"},
+    {"blas", "config", "files", "pictures"},
     {"ops"},
     {"indexer", "selectors", "cache", "checkpoint", "chunks", "crossovers"},
     {"eviction"},

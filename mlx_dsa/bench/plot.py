@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from ..pictures import save_picture
 
 _COLOURS = {"dense": "#5c677d", "sparse": "#1b6ca8"}
 _PANELS = (
@@ -27,48 +28,35 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: str | os.PathLike):
     Raises:
         ValueError: If matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("[plot] drawing needs matplotlib: pip install matplotlib.") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = sorted(rows, key=lambda row: row["context"])
+    save_picture(lambda plt: _figure(rows, title, plt), path, font_size=10)
+
+
+def _figure(rows, title, plt):
     contexts = [row["context"] for row in rows]
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
-        for axis, (key, name, unit) in zip(axes, _PANELS):
-            for kind, colour in _COLOURS.items():
-                values = [row[kind][key] for row in rows]
-                axis.plot(contexts, values, "o-", color=colour, label=kind)
-            axis.set(title=name, ylabel=unit)
-            axis.set_ylim(bottom=0)
-        for name, colour in _SPEEDUPS.items():
-            values = [row["speedup"][name] for row in rows]
-            line = "o--" if name == "ttft" else "o-"  # it lies close to prefill
-            axes[3].plot(contexts, values, line, color=colour, label=name)
-        axes[3].axhline(1, color="#333333", linewidth=0.8, linestyle=":")
-        axes[3].set(title="Speed-up over dense", ylabel="times as fast")
-        axes[3].set_ylim(bottom=0)
-        for axis in axes:
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(contexts, [_tokens(n) for n in contexts])
-            axis.minorticks_off()
-            axis.set_xlabel("tokens")
-            axis.legend(frameon=False)
-            axis.grid(axis="y", color="#e5e5e5")
-        figure.suptitle(title)
-        _save(figure, Path(path))
-        plt.close(figure)
-
-
-def _save(figure, path: Path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=150, format="png")
-    part.replace(path)
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
+    for axis, (key, name, unit) in zip(axes, _PANELS):
+        for kind, colour in _COLOURS.items():
+            values = [row[kind][key] for row in rows]
+            axis.plot(contexts, values, "o-", color=colour, label=kind)
+        axis.set(title=name, ylabel=unit)
+        axis.set_ylim(bottom=0)
+    for name, colour in _SPEEDUPS.items():
+        values = [row["speedup"][name] for row in rows]
+        line = "o--" if name == "ttft" else "o-"  # it lies close to prefill
+        axes[3].plot(contexts, values, line, color=colour, label=name)
+    axes[3].axhline(1, color="#333333", linewidth=0.8, linestyle=":")
+    axes[3].set(title="Speed-up over dense", ylabel="times as fast")
+    axes[3].set_ylim(bottom=0)
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(contexts, [_tokens(n) for n in contexts])
+        axis.minorticks_off()
+        axis.set_xlabel("tokens")
+        axis.legend(frameon=False)
+        axis.grid(axis="y", color="#e5e5e5")
+    figure.suptitle(title)
+    return figure
 
 
 def _tokens(n: int) -> str:

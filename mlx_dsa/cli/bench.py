@@ -12,8 +12,6 @@ from typing import Any
 import click
 import mlx.core as mx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeElapsedColumn
 
 from ..bench import OpsShape, bench_ops, check_contexts
 from ..bench import bench as run_bench
@@ -22,7 +20,9 @@ from ..evals.results import device, versions, write_text
 from ..presets import runs_float32
 from .eval.options import Numbers
 from .eval.show import print_table
-from .subject import Subject, open_subject, subject_options
+from .options import plot_option
+from .progress import counting_bar
+from .subject import Subject, chunk_option, open_subject, subject_options
 
 
 @click.command()
@@ -47,22 +47,14 @@ from .subject import Subject, open_subject, subject_options
     type=click.IntRange(min=1),
     help="Steps of decode that count, rounded up to blocks of 64.  [default: 128]",
 )
-@click.option(
-    "--chunk",
-    type=click.IntRange(min=1),
-    default=2048,
-    show_default=True,
-    help="Tokens of the prompt that are read at once.",
-)
+@chunk_option
 @click.option(
     "--out",
     metavar="FILE.json",
     type=click.Path(dir_okay=False),
     help="Write the results; FILE.jsonl holds them as they come.",
 )
-@click.option(
-    "--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help="Draw the results."
-)
+@plot_option
 @subject_options
 def bench(
     contexts: list[int],
@@ -134,7 +126,7 @@ def _end_to_end(
             )
     console = Console(stderr=True)
     rows = []
-    with _progress(console) as progress:
+    with counting_bar(console) as progress:
 
         def report(line: dict[str, Any]):
             write(line)
@@ -207,27 +199,6 @@ def _ops_shape(subject: Subject) -> OpsShape:
         indexer.index_head_dim,
         model.layers[0].input_layernorm.weight.dtype,
     )
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[int, int, str], None]]:
-    bar = Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=console,
-        transient=True,
-    )
-    task = bar.add_task("")
-    if console.is_terminal:
-        bar.start()
-    try:
-        yield lambda done, total, text: bar.update(
-            task, completed=done, total=total, description=text
-        )
-    finally:
-        bar.stop()
 
 
 def _table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -13,6 +13,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..chunks import chunk_size
 from .stats import Report, measure
 
 _PLACE = "THE-ANSWER-STOOD-HERE"
@@ -91,7 +92,7 @@ class Conversation:
             self.model,
             max_tokens=0,
             prompt_cache=self.cache,
-            prefill_step_size=prefill_step(),
+            prefill_step_size=chunk_size(),
             prompt_progress_callback=self.progress,
         )
         for _ in steps:
@@ -148,7 +149,7 @@ class Conversation:
                 max_tokens=self.max_tokens,
                 sampler=self.sampler,
                 prompt_cache=self.cache,
-                prefill_step_size=prefill_step(),
+                prefill_step_size=chunk_size(),
                 prompt_progress_callback=on_chunk,
             ):
                 first = first or time.perf_counter() - start
@@ -197,8 +198,3 @@ def check_prompt(text: str):
     """Refuse a prompt without any text."""
     if not text.strip():
         raise ValueError("The prompt must not be empty.")
-
-
-def prefill_step() -> int:
-    """Return the tokens a chunk of the prompt has: fewer where chunks take long."""
-    return 512 if mx.default_device() == mx.Device(mx.cpu) else 2048

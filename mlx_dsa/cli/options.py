@@ -53,14 +53,24 @@ _SPARSE = (
 dense_option = click.option(
     "--dense", is_flag=True, help="Use no indexers: the model as it is."
 )
-_GENERATION = (
-    click.option(
+plot_option = click.option(
+    "--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help="Draw the results."
+)
+
+
+def max_tokens_option(default: int) -> Callable:
+    """Return the option that bounds an answer."""
+    return click.option(
         "--max-tokens",
         type=click.IntRange(min=1),
-        default=512,
+        default=default,
         show_default=True,
         help="Tokens an answer may have.",
-    ),
+    )
+
+
+_GENERATION = (
+    max_tokens_option(512),
     click.option(
         "--temp",
         type=click.FloatRange(min=0),
@@ -72,19 +82,26 @@ _GENERATION = (
 )
 
 
+def add_options(command: Callable, options: tuple[Callable, ...]) -> Callable:
+    """Add options to a command, in this order before those that it has."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def model_options(command: Callable) -> Callable:
     """Add the options that name a model and its indexers."""
-    return _add(command, _MODEL)
+    return add_options(command, _MODEL)
 
 
 def sparse_options(command: Callable) -> Callable:
     """Add the options of sparse attention."""
-    return _add(command, _SPARSE)
+    return add_options(command, _SPARSE)
 
 
 def generation_options(command: Callable) -> Callable:
     """Add the options of generation."""
-    return _add(command, _GENERATION)
+    return add_options(command, _GENERATION)
 
 
 def settings_from(
@@ -125,6 +142,15 @@ def settings_from(
     return resolve(preset, **values)
 
 
+def subject_name(
+    settings: Settings, preset: str | None, model: str | None, config: str | None
+) -> str:
+    """Return what a result calls its model, as the user named it, not where it was found."""
+    if model or config:
+        return model or settings.model
+    return f"preset {preset or 'tiny'}"
+
+
 def check_seed(seed: int | None, temp: float) -> int:
     """Return the seed to use; refuse one that would have no effect."""
     if seed is not None and temp == 0:
@@ -138,9 +164,3 @@ def describe_config(config: SparseConfig) -> str:
         f"top_k {config.top_k}, cache {config.cache}, prefill {config.prefill}, "
         f"{config.n_sink} sinks, {config.n_recent} recent"
     )
-
-
-def _add(command: Callable, options: tuple[Callable, ...]) -> Callable:
-    for option in reversed(options):
-        command = option(command)
-    return command

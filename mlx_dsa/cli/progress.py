@@ -1,4 +1,4 @@
-"""The bar that shows how much of a prompt has been read."""
+"""The bars that show how much is done: of a prompt, or of many steps of work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import TimeElapsedColumn, TimeRemainingColumn
 
 
 @contextmanager
@@ -41,5 +41,36 @@ def reading_bar(label: str = "Reading") -> Iterator[Callable[[int, int], None]]:
 
     try:
         yield update
+    finally:
+        bar.stop()
+
+
+@contextmanager
+def counting_bar(console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    """Show a bar on a terminal until the context ends.
+
+    Args:
+        console (Console): Where; what is printed to it stands above the bar.
+
+    Yields:
+        Callable: Takes how much is done, of how much, and what runs.
+    """
+    bar = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        transient=True,
+    )
+    task = bar.add_task("")
+    if console.is_terminal:
+        bar.start()
+    try:
+        yield lambda done, total, text: bar.update(
+            task, completed=done, total=total, description=text
+        )
     finally:
         bar.stop()

@@ -13,7 +13,7 @@ from ..config import SparseConfig
 from ..indexer import Indexer
 from ..ops import check_backend
 from ..presets import load_settings
-from .options import model_options, settings_from, sparse_options
+from .options import add_options, model_options, settings_from, sparse_options, subject_name
 from .session import hint_at_blas
 
 _OPTIONS = (
@@ -38,6 +38,13 @@ _OPTIONS = (
         help="Kernels to use.",
     ),
 )
+chunk_option = click.option(
+    "--chunk",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Tokens of the prompt that are read at once.",
+)
 _NOT_WITH_A_SHAPE = ("preset", "model", "indexer", "config")
 
 
@@ -59,9 +66,7 @@ class Subject(NamedTuple):
 
 def subject_options(command: Callable) -> Callable:
     """Add the options that name what is measured."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return model_options(sparse_options(command))
+    return model_options(sparse_options(add_options(command, _OPTIONS)))
 
 
 def open_subject(*, model_shape: str | None, bits: str | None, **given: Any) -> Subject:
@@ -96,8 +101,8 @@ def open_subject(*, model_shape: str | None, bits: str | None, **given: Any) -> 
 
 
 def _named(given: dict[str, Any]) -> Subject:
-    name = given["model"] or f"preset {given['preset'] or 'tiny'}"
     settings = settings_from(**given)
+    name = subject_name(settings, given["preset"], given["model"], given["config"])
     check_backend(settings.config.backend)
 
     def load():

@@ -9,17 +9,11 @@ from rich.console import Console
 
 from ..bench import tune as run_tune
 from .eval.show import print_table
-from .subject import open_subject, subject_options
+from .subject import chunk_option, open_subject, subject_options
 
 
 @click.command()
-@click.option(
-    "--chunk",
-    type=click.IntRange(min=1),
-    default=2048,
-    show_default=True,
-    help="Tokens of the prompt that are read at once.",
-)
+@chunk_option
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0),

@@ -12,10 +12,7 @@ from time import perf_counter
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-
-def chunk_size():
-    """Return the tokens of one call while a prompt is read, as the commands have it."""
-    return 512 if mx.default_device() == mx.Device(mx.cpu) else 2048
+from ..chunks import chunk_size
 
 
 def read(model, ids, caches):

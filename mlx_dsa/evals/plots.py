@@ -1,6 +1,6 @@
 """Results as pictures: what the field draws, with intervals."""
 
-from pathlib import Path
+from ..pictures import save_picture
 
 _INK = "#333333"
 _COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#e09f3e", "#7b4b94", "#5c677d", "#0a9396", "#bb3e03")
@@ -16,7 +16,7 @@ def plot(result, path):
     Raises:
         ValueError: if matplotlib is missing, or there is nothing to draw.
     """
-    _save(lambda plt: _PLOTS[result["kind"]](result, plt), path)
+    save_picture(lambda plt: _PLOTS[result["kind"]](result, plt), path)
 
 
 def plot_retention(results, title, path):
@@ -31,7 +31,7 @@ def plot_retention(results, title, path):
         ValueError: if matplotlib is missing.
     """
     panels = [(_setting(result), result["rows"], length) for result, length in _cells(results)]
-    _save(lambda plt: _retention(panels, title, plt), path)
+    save_picture(lambda plt: _retention(panels, title, plt), path)
 
 
 def _cells(results):
@@ -41,24 +41,6 @@ def _cells(results):
 def _setting(result):
     lengths = {row["length"] for row in result["rows"]}
     return f"{result['config']['setting']}, {min(lengths):,} tokens"
-
-
-def _save(draw, path):
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("[plot] drawing needs matplotlib: pip install matplotlib.") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = draw(plt)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        figure.savefig(part, dpi=150, bbox_inches="tight", format="png")
-        plt.close(figure)
-        part.replace(path)
 
 
 def _needle(result, plt):

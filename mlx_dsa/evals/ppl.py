@@ -11,8 +11,9 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..chunks import chunk_size
 from .documents import load_documents, windows_of
-from .generation import chunk_size, read
+from .generation import read
 from .policies import DENSE, pairings
 from .runner import Unit, evaluate
 from .stats import bootstrap

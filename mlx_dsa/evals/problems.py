@@ -157,7 +157,7 @@ def _times_as_many(d):
 
 
 def _difference(d):
-    a, more, (x, y, z), t = d.number(5, 50), d.number(2, 30), d.names, d.things
+    a, more, (x, y, _), t = d.number(5, 50), d.number(2, 30), d.names, d.things
     q = d.pick(
         f"{x} has {a} {t}. {y} has {more} more {t} than {x}. How many {t} do {x} and {y} have together?",
         f"{x} found {a} {t}, and {y} found {more} more than {x}. How many {t} did the two find in all?",

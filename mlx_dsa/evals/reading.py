@@ -1,13 +1,13 @@
 """Read texts once with dense attention, for every policy that reads them so."""
 
-from contextlib import contextmanager
 from time import perf_counter
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from .generation import chunk_size
+from ..chunks import chunk_size
+from .wrapping import wrapping
 
 
 class DenseReading:
@@ -21,9 +21,13 @@ class DenseReading:
     def __init__(self, model, ids):
         start = perf_counter()
         inputs = [[] for _ in model.layers]
+        listeners = {
+            i: _Listener(layer.self_attn, heard)
+            for i, (layer, heard) in enumerate(zip(model.layers, inputs))
+        }
         caches = make_prompt_cache(model)
         last = ids.shape[1] - 1
-        with _listening(model, inputs):
+        with wrapping(model, listeners):
             for first in range(0, last, chunk_size()):
                 model(ids[:, first : min(first + chunk_size(), last)], cache=caches)
                 mx.eval([c.state for c in caches], [heard[-1] for heard in inputs])
@@ -62,15 +66,3 @@ class _Listener(nn.Module):
     def __call__(self, x, mask=None, cache=None):
         self._heard.append(x)
         return self.attention(x, mask, cache)
-
-
-@contextmanager
-def _listening(model, inputs):
-    wrapped = [layer.self_attn for layer in model.layers]
-    try:
-        for layer, attention, heard in zip(model.layers, wrapped, inputs):
-            layer.self_attn = _Listener(attention, heard)
-        yield
-    finally:
-        for layer, attention in zip(model.layers, wrapped):
-            layer.self_attn = attention

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..files import replacing
+
 
 class Journal:
     """The records of a run in progress, one JSON line for each finished unit of work.
@@ -67,12 +69,8 @@ def write_text(path, text):
     """Write a file so that the old one or the new one is there, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write_result(path, result):

@@ -4,20 +4,19 @@ The dense model reads a text. At some positions each layer's true attention is c
 share of it a selection of K keys covers: the indexer's, and three others of the same size.
 """
 
-from contextlib import contextmanager
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..chunks import chunk_size
 from ..ops import index_scores
 from .documents import load_documents, windows_of
 from .fidelity import coverage, selection_mask, true_attention
-from .generation import chunk_size
 from .runner import Unit, evaluate
 from .stats import bootstrap
 from .subject import check_lengths, describe, fingerprint
+from .wrapping import wrapping
 
 METHODS = ("index", "random", "window", "attention")
 
@@ -142,9 +141,9 @@ class _Recorder(nn.Module):
                 self.found.append((k, method, np.array(recall), np.array(mass)))
 
 
-@contextmanager
-def _recording(subject, positions, forced, seed):
+def _measure(subject, window, positions, forced, seed):
     model = subject.model
+    ids = mx.array([window["ids"]])
     dtype = model.layers[0].input_layernorm.weight.dtype
     recorders = {
         i: _Recorder(
@@ -152,21 +151,10 @@ def _recording(subject, positions, forced, seed):
         )
         for i, indexer in sorted(subject.indexers.items())
     }
-    try:
-        for i, recorder in recorders.items():
-            model.layers[i].self_attn = recorder
-        yield recorders
-    finally:
-        for i, recorder in recorders.items():
-            model.layers[i].self_attn = recorder.attention
-
-
-def _measure(subject, window, positions, forced, seed):
-    ids = mx.array([window["ids"]])
-    with _recording(subject, positions, forced, seed) as recorders:
-        caches = make_prompt_cache(subject.model)
+    with wrapping(model, recorders):
+        caches = make_prompt_cache(model)
         for start in range(0, ids.shape[1], chunk_size()):
-            subject.model.model(ids[:, start : start + chunk_size()], cache=caches)
+            model.model(ids[:, start : start + chunk_size()], cache=caches)
             mx.eval([c.state for c in caches])
     records = []
     for layer, recorder in recorders.items():

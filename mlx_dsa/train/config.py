@@ -5,25 +5,123 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class RunConfig:
+    """Describe what all training runs have in common.
+
+    Args:
+        steps (int): Optimizer steps. Default: ``1000``.
+        sequence_length (int): Tokens of a training sequence. Default: ``8192``.
+        batch_size (int): Sequences a step. Default: ``1``.
+        learning_rate (float): Peak of AdamW's learning rate. Default: ``2e-3``.
+        warmup_steps (int): Steps of linear warm-up; a cosine to zero follows.
+          Default: ``50``.
+        weight_decay (float): AdamW's weight decay. Default: ``0.0``.
+        max_grad_norm (float): Gradients of a layer are clipped to this norm.
+          Default: ``1.0``.
+        held_out (int): Sequences kept for evaluation. Default: ``8``.
+        eval_every (int): Steps between evaluations. Default: ``100``.
+        checkpoint_every (int): Steps between checkpoints. Default: ``100``.
+        chunk_size (int): Tokens a chunk of the model's forward pass.
+          Default: ``512``.
+        seed (int): Seed of all that is drawn: initial weights, data order, and what a
+          step looks at. Default: ``0``.
+
+    Raises:
+        ValueError: If a value is of the wrong type or out of range.
+    """
+
+    steps: int = 1000
+    sequence_length: int = 8192
+    batch_size: int = 1
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    held_out: int = 8
+    eval_every: int = 100
+    checkpoint_every: int = 100
+    chunk_size: int = 512
+    seed: int = 0
+
+    # Whole numbers with the least each may be, numbers from 0, those above 0, those up to 1.
+    _WHOLE: ClassVar[Mapping[str, int]] = {
+        "steps": 1,
+        "sequence_length": 2,
+        "batch_size": 1,
+        "warmup_steps": 0,
+        "held_out": 1,
+        "eval_every": 1,
+        "checkpoint_every": 1,
+        "chunk_size": 1,
+        "seed": 0,
+    }
+    _REAL: ClassVar[Sequence[str]] = ("learning_rate", "weight_decay", "max_grad_norm")
+    _POSITIVE: ClassVar[Sequence[str]] = ("learning_rate", "max_grad_norm")
+    _SHARES: ClassVar[Sequence[str]] = ()
+
+    def __post_init__(self):
+        for name, minimum in self._WHOLE.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                self._refuse(name, f"a whole number of at least {minimum}")
+        for name in (*self._REAL, *self._SHARES):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value < float("inf"):
+                self._refuse(name, "a number of at least 0")
+        for name in self._POSITIVE:
+            if getattr(self, name) == 0:
+                self._refuse(name, "above 0")
+        for name in self._SHARES:
+            if getattr(self, name) > 1:
+                self._refuse(name, "at most 1")
+
+    def _refuse(self, name: str, wanted: str):
+        raise ValueError(
+            f"[{type(self).__name__}] '{name}' must be {wanted} but got "
+            f"{getattr(self, name)!r}."
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Build a config of this class from a mapping, such as a parsed JSON file.
+
+        Args:
+            values (Mapping): Field names to values.
+
+        Returns:
+            RunConfig: The config.
+
+        Raises:
+            ValueError: If a key is not a field, or a value is not valid.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise ValueError(
+                f"[{cls.__name__}] unknown key {', '.join(map(repr, unknown))}: the keys "
+                f"are {', '.join(known)}."
+            )
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
     """Describe a distillation run.
 
     The indexers learn from sampled query rows: in every step and sequence,
     ``query_rows`` queries are compared with the teacher over all keys that they
     see. So the memory a step takes grows with
     ``batch_size * query_rows * sequence_length``, never with the square of the
-    length.
+    length. That should be the longest context the indexers will serve, and must
+    exceed ``top_k``.
 
     Args:
-        steps (int): Optimizer steps. Default: ``1000``.
-        sequence_length (int): Tokens of a training sequence; should be the
-          longest context the indexers will serve, and must exceed ``top_k``.
-          Default: ``8192``.
-        batch_size (int): Sequences a step. Default: ``1``.
+        steps, sequence_length, ..., seed: As in :class:`RunConfig`.
         top_k (int): Keys of the support loss and of recall@K and mass@K; rows
           that see no more keys than this are not trained on. Default: ``2048``.
         n_sink (int): First tokens that the runtime always selects: no score of
@@ -40,29 +138,14 @@ class TrainConfig:
         focus_share (float): Share of these rows drawn from the replies of a
           conversation and the question before them, where a sequence has any;
           the other rows are drawn evenly. Default: ``0.5``.
-        learning_rate (float): Peak of AdamW's learning rate. Default: ``2e-3``.
-        warmup_steps (int): Steps of linear warm-up; a cosine to zero follows.
-          Default: ``50``.
-        weight_decay (float): AdamW's weight decay. Default: ``0.0``.
-        max_grad_norm (float): Gradients of a layer are clipped to this norm.
-          Default: ``1.0``.
         support_weight (float): Weight of the support loss, the negative log of
           the probability that the indexer gives to the teacher's top-k.
           Default: ``0.0``.
-        held_out (int): Sequences kept for evaluation. Default: ``8``.
-        eval_every (int): Steps between evaluations. Default: ``100``.
-        checkpoint_every (int): Steps between checkpoints. Default: ``100``.
-        chunk_size (int): Tokens a chunk of the teacher's forward pass.
-          Default: ``512``.
-        seed (int): Seed of initial weights, data order and rows. Default: ``0``.
 
     Raises:
         ValueError: If a value is of the wrong type or out of range.
     """
 
-    steps: int = 1000
-    sequence_length: int = 8192
-    batch_size: int = 1
     top_k: int = 2048
     n_sink: int = 4
     n_recent: int = 32
@@ -71,19 +154,23 @@ class TrainConfig:
     index_rope_dim: int = 16
     query_rows: int = 512
     focus_share: float = 0.5
-    learning_rate: float = 2e-3
-    warmup_steps: int = 50
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
     support_weight: float = 0.0
-    held_out: int = 8
-    eval_every: int = 100
-    checkpoint_every: int = 100
-    chunk_size: int = 512
-    seed: int = 0
+
+    _WHOLE = {
+        **RunConfig._WHOLE,
+        "top_k": 1,
+        "n_sink": 0,
+        "n_recent": 0,
+        "index_n_heads": 1,
+        "index_head_dim": 2,
+        "index_rope_dim": 2,
+        "query_rows": 1,
+    }
+    _REAL = (*RunConfig._REAL, "support_weight")
+    _SHARES = ("focus_share",)
 
     def __post_init__(self):
-        check_fields(self, _WHOLE, _REAL, shares=("focus_share",))
+        super().__post_init__()
         if self.top_k <= self.n_sink + self.n_recent:
             raise ValueError(
                 f"[TrainConfig] 'top_k' must exceed n_sink + n_recent = "
@@ -95,97 +182,6 @@ class TrainConfig:
                 f"[TrainConfig] 'sequence_length' must exceed top_k = {self.top_k} but "
                 f"got {self.sequence_length}. Use longer sequences, or a smaller top_k."
             )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Build a config from a mapping, such as a parsed JSON file.
-
-        Args:
-            values (Mapping): Field names to values.
-
-        Returns:
-            TrainConfig: The config.
-
-        Raises:
-            ValueError: If a key is not a field, or a value is not valid.
-        """
-        check_keys(cls, values)
-        return cls(**values)
-
-
-def check_keys(cls: type, values: Mapping[str, Any]):
-    """Raise a ValueError if a key is not a field of a config class."""
-    known = [f.name for f in fields(cls)]
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise ValueError(
-            f"[{cls.__name__}] unknown key {', '.join(map(repr, unknown))}: the keys "
-            f"are {', '.join(known)}."
-        )
-
-
-def check_fields(
-    config: Any, whole: Mapping[str, int], real: Sequence[str], shares: Sequence[str]
-):
-    """Raise a ValueError if a field of a config is of the wrong type or out of range.
-
-    Args:
-        config: The config.
-        whole (Mapping): Fields that are whole numbers, to the least each may be.
-        real (Sequence of str): Fields that are numbers of at least 0; those of
-          ``shares`` are among them.
-        shares (Sequence of str): Fields that are at most 1.
-    """
-    where = type(config).__name__
-    for name, minimum in whole.items():
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ValueError(
-                f"[{where}] '{name}' must be a whole number of at least {minimum} but "
-                f"got {value!r}."
-            )
-    for name in real:
-        value = getattr(config, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 <= value < float("inf"):
-            raise ValueError(
-                f"[{where}] '{name}' must be a number of at least 0 but got {value!r}."
-            )
-    for name in ("learning_rate", "max_grad_norm"):
-        if getattr(config, name) == 0:
-            raise ValueError(f"[{where}] '{name}' must be above 0 but got 0.")
-    for name in shares:
-        if getattr(config, name) > 1:
-            raise ValueError(
-                f"[{where}] '{name}' must be at most 1 but got {getattr(config, name)}."
-            )
-
-
-_WHOLE = {
-    "steps": 1,
-    "sequence_length": 2,
-    "batch_size": 1,
-    "top_k": 1,
-    "n_sink": 0,
-    "n_recent": 0,
-    "index_n_heads": 1,
-    "index_head_dim": 2,
-    "index_rope_dim": 2,
-    "query_rows": 1,
-    "warmup_steps": 0,
-    "held_out": 1,
-    "eval_every": 1,
-    "checkpoint_every": 1,
-    "chunk_size": 1,
-    "seed": 0,
-}
-_REAL = (
-    "focus_share",
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "support_weight",
-)
 
 
 class LayerScore(NamedTuple):

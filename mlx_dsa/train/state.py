@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..files import replacing
 
 CHECKPOINT = "checkpoint.safetensors"
 FINISHED = "indexers.safetensors"
@@ -75,7 +75,7 @@ class TrainState:
         return self.modules
 
     def save(self, out: Path, identity: dict):
-        """Write the checkpoint: a file of its own, then renamed over the old one."""
+        """Write the checkpoint: the old one or the new one is there, never half of one."""
         arrays = {
             "modules": self.parameters(),
             "optimizer": self.optimizer.state,
@@ -89,12 +89,9 @@ class TrainState:
             "best_scores": self.best_scores,
         }
         out.mkdir(parents=True, exist_ok=True)
-        part = out / "checkpoint.part.safetensors"
         flat = tree_flatten(arrays, destination={})
-        mx.save_safetensors(str(part), flat, {"run": json.dumps(meta)})
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, out / CHECKPOINT)
+        with replacing(out / CHECKPOINT) as part:
+            mx.save_safetensors(str(part), flat, {"run": json.dumps(meta)})
 
     def load(self, out: Path, identity: dict):
         """Take up the checkpoint in ``out``.

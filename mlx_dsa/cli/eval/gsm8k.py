@@ -8,8 +8,9 @@ import click
 
 from ...evals.gsm8k import PROMPTS
 from ...evals.gsm8k import gsm8k as run_gsm8k
-from .options import eval_options, open_run
-from .show import progress_bar, show
+from ..options import max_tokens_option
+from .options import eval_options
+from .show import run_and_show
 
 
 @click.command()
@@ -44,46 +45,8 @@ from .show import progress_bar, show
     help="Where the worked examples come from.  [default: the rest of the data]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Problems.  [default: 100]")
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    help="Tokens an answer may have.",
-)
+@max_tokens_option(256)
 @eval_options()
-def gsm8k(
-    prompt: str,
-    shots: int,
-    many_shot: int,
-    data: str | None,
-    examples: str | None,
-    limit: int | None,
-    max_tokens: int,
-    compare: str,
-    seed: int,
-    batch_size: int,
-    quick: bool,
-    plot: str | None,
-    **given: Any,
-):
+def gsm8k(limit: int | None, quick: bool, **given: Any):
     """Solve word problems; the strict and the flexible reading of the answers."""
-    run = open_run(**given)
-    with progress_bar(run.given["world"]) as progress:
-        result = run_gsm8k(
-            run.subject,
-            run.policies,
-            prompt=prompt,
-            shots=shots,
-            many_shot=many_shot,
-            data=data,
-            examples=examples,
-            limit=limit or (8 if quick else 100),
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            seed=seed,
-            compare=compare,
-            progress=progress,
-            **run.given,
-        )
-    show(result, world=run.given["world"], out=given["out"], plot=plot)
+    run_and_show(run_gsm8k, limit=limit or (8 if quick else 100), **given)

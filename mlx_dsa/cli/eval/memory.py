@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from ...evals.memory import memory as run_memory
-from .options import Numbers, eval_options, open_run
-from .show import progress_bar, show
+from .options import Numbers, eval_options
+from .show import run_and_show
 
 
 @click.command()
@@ -27,7 +27,6 @@ def memory(
     seed: int,
     batch_size: int,
     quick: bool,
-    plot: str | None,
     **given: Any,
 ):
     """The cache's bytes, computed and measured, and the program's, by context."""
@@ -35,14 +34,9 @@ def memory(
         raise click.UsageError(
             "memory reads one text at a time and compares with dense: leave --batch and --compare out."
         )
-    run = open_run(**given)
-    with progress_bar(run.given["world"]) as progress:
-        result = run_memory(
-            run.subject,
-            run.policies,
-            lengths=lengths or ([512, 1024] if quick else [1024, 2048, 4096, 8192]),
-            haystack=data,
-            progress=progress,
-            **run.given,
-        )
-    show(result, world=run.given["world"], out=given["out"], plot=plot)
+    run_and_show(
+        run_memory,
+        lengths=lengths or ([512, 1024] if quick else [1024, 2048, 4096, 8192]),
+        haystack=data,
+        **given,
+    )

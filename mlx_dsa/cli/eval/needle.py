@@ -8,8 +8,9 @@ import click
 
 from ...evals.needle import needle as run_needle
 from ...evals.needle_items import SETTINGS, TASKS
-from .options import Numbers, eval_options, open_run
-from .show import progress_bar, show
+from ..options import max_tokens_option
+from .options import Numbers, eval_options
+from .show import run_and_show
 
 
 @click.command()
@@ -70,6 +71,13 @@ from .show import progress_bar, show
     help="Questions about each text, with --setting before-question.",
 )
 @click.option(
+    "--turns",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Questions one after the other in a conversation, likewise; the last is judged.",
+)
+@click.option(
     "--haystack",
     "--data",
     "haystack",
@@ -79,57 +87,17 @@ from .show import progress_bar, show
 @click.option(
     "--numbers", is_flag=True, help="Half of the haystack is word problems, full of digits."
 )
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    default=48,
-    show_default=True,
-    help="Tokens an answer may have.",
-)
+@max_tokens_option(48)
 @eval_options()
 def needle(
-    lengths: list[int] | None,
-    depths: int | None,
-    limit: int | None,
-    task: str,
-    setting: str,
-    value: str,
-    phrasing: str,
-    distractors: int,
-    per_document: int,
-    haystack: str | None,
-    numbers: bool,
-    max_tokens: int,
-    compare: str,
-    seed: int,
-    batch_size: int,
-    quick: bool,
-    plot: str | None,
-    **given: Any,
+    lengths: list[int] | None, depths: int | None, limit: int | None, quick: bool, **given: Any
 ):
     """Hide facts in prose and ask for them, by length and depth."""
-    run = open_run(**given)
     depths = depths or (2 if quick else 5)
-    with progress_bar(run.given["world"]) as progress:
-        result = run_needle(
-            run.subject,
-            run.policies,
-            lengths=lengths or ([512, 1024] if quick else [1024, 2048, 4096]),
-            depths=[i / (depths - 1) for i in range(depths)] if depths > 1 else [0.5],
-            limit=limit or (1 if quick else 4),
-            task=task,
-            setting=setting,
-            value=value,
-            phrasing=phrasing,
-            distractors=distractors,
-            per_document=per_document,
-            haystack=haystack,
-            numbers=numbers,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            seed=seed,
-            compare=compare,
-            progress=progress,
-            **run.given,
-        )
-    show(result, world=run.given["world"], out=given["out"], plot=plot)
+    run_and_show(
+        run_needle,
+        lengths=lengths or ([512, 1024] if quick else [1024, 2048, 4096]),
+        depths=[i / (depths - 1) for i in range(depths)] if depths > 1 else [0.5],
+        limit=limit or (1 if quick else 4),
+        **given,
+    )

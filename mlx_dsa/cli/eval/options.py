@@ -10,8 +10,8 @@ import click
 
 from ...evals.policies import NAMES, Policy, make_policies
 from ...evals.runner import World, connect
-from ...presets import Preset, Settings, load_settings
-from ..options import model_options, settings_from
+from ...presets import Preset, load_settings
+from ..options import add_options, model_options, plot_option, settings_from, subject_name
 from ..session import hint_at_blas
 
 
@@ -93,9 +93,7 @@ _RUN = (
         type=click.Path(dir_okay=False),
         help="Write the results; resume if interrupted.",
     ),
-    click.option(
-        "--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help="Draw the results."
-    ),
+    plot_option,
 )
 _POLICIES = (
     click.option(
@@ -121,9 +119,8 @@ def eval_options(policies: bool = True) -> Callable:
     """Add the options of every evaluation."""
 
     def add(command: Callable) -> Callable:
-        for option in reversed((*_SPARSE, *(_POLICIES if policies else ()), *_RUN)):
-            command = option(command)
-        return model_options(command)
+        own = (*_SPARSE, *(_POLICIES if policies else ()), *_RUN)
+        return model_options(add_options(command, own))
 
     return add
 
@@ -134,7 +131,7 @@ class Run(NamedTuple):
     Args:
         subject (Preset): the model and what goes with it.
         policies (list of Policy): what to compare.
-        given (dict): the arguments name, out, world of every evaluator.
+        given (dict): the arguments name, out, world of every evaluator, and its own.
     """
 
     subject: Preset
@@ -154,8 +151,12 @@ def open_run(
     prefill: str | None,
     policies: list[str],
     out: str | None,
+    **own: Any,
 ) -> Run:
     """Load what the options name.
+
+    Args:
+        own: The arguments of the evaluator alone.
 
     Returns:
         Run: The model, the policies and where the results go.
@@ -173,16 +174,7 @@ def open_run(
     world = open_world()
     hint_at_blas()
     name = subject_name(settings, preset, model, config)
-    return Run(load_settings(settings), chosen, {"name": name, "out": out, "world": world})
-
-
-def subject_name(
-    settings: Settings, preset: str | None, model: str | None, config: str | None
-) -> str:
-    """Return what a result calls its model: as the user named it, not where it was found."""
-    if model or config:
-        return model or settings.model
-    return f"preset {preset or 'tiny'}"
+    return Run(load_settings(settings), chosen, {"name": name, "out": out, "world": world, **own})
 
 
 def open_world() -> World:

@@ -8,8 +8,8 @@ import click
 
 from ...evals.ppl import PATHS
 from ...evals.ppl import ppl as run_ppl
-from .options import eval_options, open_run
-from .show import progress_bar, show
+from .options import eval_options
+from .show import run_and_show
 
 
 @click.command()
@@ -51,39 +51,19 @@ from .show import progress_bar, show
 @eval_options()
 def ppl(
     length: int | None,
-    stride: int | None,
-    path: str,
     decode_tokens: int | None,
-    data: str | None,
-    documents: int | None,
     limit: int | None,
-    compare: str,
-    seed: int,
-    batch_size: int,
     quick: bool,
-    plot: str | None,
     **given: Any,
 ):
     """Perplexity of the tokens that have more than top-k before them.
 
     The dense model predicts the very same tokens, and each policy is compared with it.
     """
-    run = open_run(**given)
-    with progress_bar(run.given["world"]) as progress:
-        result = run_ppl(
-            run.subject,
-            run.policies,
-            length=length or (1024 if quick else 4096),
-            stride=stride,
-            path=path,
-            decode_tokens=decode_tokens or (32 if quick else 256),
-            data=data,
-            documents=documents,
-            limit=limit or (2 if quick else 16),
-            batch_size=batch_size,
-            seed=seed,
-            compare=compare,
-            progress=progress,
-            **run.given,
-        )
-    show(result, world=run.given["world"], out=given["out"], plot=plot)
+    run_and_show(
+        run_ppl,
+        length=length or (1024 if quick else 4096),
+        decode_tokens=decode_tokens or (32 if quick else 256),
+        limit=limit or (2 if quick else 16),
+        **given,
+    )

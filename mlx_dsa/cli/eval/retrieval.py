@@ -31,11 +31,8 @@ from .show import progress_bar, show
 @eval_options(policies=False)
 def retrieval(
     length: int | None,
-    queries: int,
-    data: str | None,
     limit: int | None,
     top_k: list[int] | None,
-    seed: int,
     batch_size: int,
     quick: bool,
     plot: str | None,
@@ -53,10 +50,7 @@ def retrieval(
             run.subject,
             top_k=top_k or ([64, 128, 256] if quick else [64, 128, 256, 512]),
             length=length or (1024 if quick else 4096),
-            queries=queries,
-            data=data,
             limit=limit or (1 if quick else 4),
-            seed=seed,
             progress=progress,
             **run.given,
         )

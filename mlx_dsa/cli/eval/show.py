@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ...evals.plots import plot as draw
 from ...evals.runner import World
 from ...evals.tables import pairs_table, table
+from ..progress import counting_bar
+from .options import open_run
 
 
-@contextmanager
-def progress_bar(world: World) -> Iterator[Callable[[int, int, str], None]]:
-    """Show how much is done, and an estimate of the time left, on standard error."""
-    console = Console(stderr=True, quiet=world.rank > 0)
-    bar = Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        console=console,
-        transient=True,
-    )
-    task = bar.add_task("")
-    if console.is_terminal:
-        bar.start()
-    try:
-        yield lambda done, total, key: bar.update(
-            task, completed=done, total=total, description=key
-        )
-    finally:
-        bar.stop()
+def progress_bar(world: World) -> AbstractContextManager[Callable[[int, int, str], None]]:
+    """Return the bar of an evaluation, on standard error. The first process shows it."""
+    return counting_bar(Console(stderr=True, quiet=world.rank > 0))
+
+
+def run_and_show(
+    evaluator: Callable[..., dict[str, Any]], *, plot: str | None, **given: Any
+):
+    """Run an evaluator that compares policies, and show its result.
+
+    Args:
+        evaluator (callable): Of mlx_dsa.evals.
+        plot (str, optional): Where its picture goes.
+        given: The arguments of :func:`open_run` and of the evaluator.
+    """
+    run = open_run(**given)
+    with progress_bar(run.given["world"]) as progress:
+        result = evaluator(run.subject, run.policies, progress=progress, **run.given)
+    show(result, world=run.given["world"], out=given["out"], plot=plot)
 
 
 def show(result: dict[str, Any], *, world: World, out: str | None = None, plot: str | None = None):

@@ -9,9 +9,9 @@ import click
 from ...evals.runner import Share
 from ...evals.suite import read_suite, run_suite, select_runs
 from ...presets import load_settings
-from ..options import model_options, settings_from
+from ..options import model_options, settings_from, subject_name
 from ..session import hint_at_blas
-from .options import open_world, subject_name
+from .options import open_world
 from .show import progress_bar
 
 
