@@ -169,7 +169,7 @@ class SparseAttention(nn.Module):
         if has_budget:
             if self.eviction.rule == "index":
                 cache.observe(index_queries, weights, self.config.observation_window)
-            self.eviction.prune(cache)
+            self.eviction.prune(cache, decoding=True)
         return output
 
     def take(self, x: mx.array, keys: mx.array, values: mx.array, cache: FullKVCache):

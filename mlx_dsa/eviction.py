@@ -8,14 +8,20 @@ from .cache import BudgetKVCache
 from .config import SparseConfig
 from .indexer import Indexer
 from .ops import index_scores
-from .selectors import plan_evicted, pool_neighbours, select_evicted, select_kept
+from .selectors import (
+    lay_last,
+    plan_evicted,
+    pool_neighbours,
+    select_evicted,
+    select_kept,
+)
 
 # Positions beside a token that are kept with it.
 _POOL_RADIUS = 4
 # Steps for which evictions are planned at once, and for how few it does not pay.
-_PLANNED, _PLANNED_FROM = 64, 4
-# Without a plan: steps after which what they left open is made for all of them.
-_LATE = 32
+_PLANNED, _PLANNED_FROM = 256, 4
+# Steps after which what they left open is made for all of them.
+_LATE = 64
 
 
 class Eviction:
@@ -51,7 +57,8 @@ class Eviction:
         entries = [self._indexer.project_keys(x, offset)]
         if self.rule == "retention":
             retention = self._indexer.retention(x)
-            entries.append(mx.stack([retention, retention], axis=-1)[:, None])
+            twice = (x.shape[0], 1, x.shape[1], 2)
+            entries.append(mx.broadcast_to(retention[:, None, :, None], twice))
         return entries
 
     def replace(self, x: mx.array, keys: mx.array, values: mx.array, cache: BudgetKVCache):
@@ -63,34 +70,43 @@ class Eviction:
             values (mx.array): ``[B, Hkv, 1, D]``.
             cache (BudgetKVCache): A full cache, changed in place.
         """
-        n_recent = self._config.n_recent
-        if self.rule == "index" or n_recent < _PLANNED_FROM:
-            slots = self._least(x, cache)
-            cache.replace(slots, keys, values, x)
+        # Recent entries are never dropped, so their scores may come late.
+        if cache.n_late >= min(self._config.n_recent, _LATE):
+            cache.settle(self.project)
+        if not self._plans:
+            cache.replace(self._least(x, cache), keys, values, x)
             return
         if not cache.n_planned:
             # What entries are worth is decided, and no younger one can go before.
             cache.settle(self.project)
             cache.sort()
-            n_steps = min(n_recent, _PLANNED)
-            cache.plan(plan_evicted(cache.worth, cache.size(), n_steps, *self._forced))
+            cache.plan(*self._plan(cache.worth, cache.size()))
         cache.replace_planned(keys, values, x)
 
+    @property
+    def _plans(self) -> bool:
+        return self.rule != "index" and self._config.n_recent >= _PLANNED_FROM
+
+    def _plan(self, worth, size) -> tuple[mx.array, int]:
+        n_steps = min(self._config.n_recent, _PLANNED)
+        evicted = plan_evicted(worth, size, n_steps, *self._forced)
+        return lay_last(evicted, size), n_steps
+
     def _least(self, x, cache) -> mx.array:
-        # Recent entries are never dropped, so their scores may come late.
-        if cache.n_late >= min(self._config.n_recent, _LATE):
-            cache.settle(self.project)
         scores = cache.worth
         if self.rule == "index":
             queries = self._indexer.project_queries(x, cache.offset)
             scores = self._score(*queries, cache.index_keys)[:, 0]
         return select_evicted(scores, cache.positions, cache.offset, *self._forced)
 
-    def prune(self, cache: BudgetKVCache):
+    def prune(self, cache: BudgetKVCache, decoding: bool = False):
         """Cut a cache to its budget, where it holds more, as at the end of a prompt.
 
         Args:
             cache (BudgetKVCache): The cache, changed in place.
+            decoding (bool): Whether steps of decode follow: what they replace is then
+              planned at once, so that the entries move only once.
+              Default: ``False``.
         """
         cache.settle(self.project)
         if cache.size() <= cache.budget:
@@ -103,7 +119,12 @@ class Eviction:
                 cache.retention, cache.positions, _POOL_RADIUS
             )
         slots = select_kept(scores, cache.size(), cache.budget, *self._forced)
-        cache.prune(slots, worth)
+        n_planned = 0
+        if decoding and self._plans:
+            kept = None if worth is None else mx.take_along_axis(worth, slots, axis=1)
+            order, n_planned = self._plan(kept, cache.budget)
+            slots = mx.take_along_axis(slots, order, axis=1)
+        cache.prune(slots, worth, n_planned)
 
     def _window_scores(self, cache) -> mx.array:
         """Average each entry's scores over the observed queries that see it."""

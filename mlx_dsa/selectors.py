@@ -78,16 +78,16 @@ def pool_neighbours(scores: mx.array, positions: mx.array, radius: int) -> mx.ar
     Returns:
         mx.array: ``[B, T]``.
     """
-    T = scores.shape[1]
-    pooled = scores
-    for shift in range(1, min(radius, T - 1) + 1):
-        near = positions[:, shift:] - positions[:, :-shift] <= radius
-        padding = mx.full((scores.shape[0], shift), -mx.inf)
-        later = mx.where(near, scores[:, shift:], -mx.inf)
-        earlier = mx.where(near, scores[:, :-shift], -mx.inf)
-        pooled = mx.maximum(pooled, mx.concatenate([later, padding], axis=1))
-        pooled = mx.maximum(pooled, mx.concatenate([padding, earlier], axis=1))
-    return pooled
+    B, T = scores.shape
+    width = 2 * radius + 1
+    far = -radius - 1  # no position is near this one
+
+    def around(x, filler):
+        padded = mx.pad(x, [(0, 0), (radius, radius)], constant_values=filler)
+        return mx.as_strided(padded, (B, T, width), (T + 2 * radius, 1, 1))
+
+    near = mx.abs(around(positions, far) - positions[..., None]) <= radius
+    return mx.where(near, around(scores, -mx.inf), -mx.inf).max(axis=-1)
 
 
 def plan_evicted(
@@ -138,6 +138,23 @@ def _plan(scores, n_steps, n_sink, end) -> mx.array:
     lowest = mx.array(-1 << 63, mx.int64)
     evicted = mx.where(none_left & here, keys[:, :, None], lowest).max(axis=1)
     return (evicted & 0xFFFFFFFF).astype(mx.int32)
+
+
+def lay_last(slots: mx.array, n_entries: int) -> mx.array:
+    """Return an order of all slots in which some come last.
+
+    Args:
+        slots (mx.array): The slots that come last, in this order ``[B, n]``, int32.
+        n_entries (int): Entries there are, ``T``.
+
+    Returns:
+        mx.array: ``[B, T]``, int32: the others ascending, then these.
+    """
+    B, n = slots.shape
+    place = mx.broadcast_to(mx.arange(n_entries), (B, n_entries))
+    last = mx.broadcast_to(mx.arange(n_entries, n_entries + n), (B, n))
+    place = mx.put_along_axis(place, slots, last, axis=1)
+    return mx.argsort(place, axis=-1).astype(mx.int32)
 
 
 def select_evicted(

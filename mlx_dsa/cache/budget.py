@@ -38,9 +38,16 @@ class BudgetKVCache(FullKVCache):
     Args:
         budget (int): Entries to keep.
 
+    Attributes:
+        n_late (int): Entries whose index keys and retention scores are still to be made.
+        n_planned (int): Entries, the last ones, that the next steps replace in order.
+
     Raises:
         ValueError: If the budget is below 1.
     """
+
+    # Hidden states for which room is made at once.
+    late_step = 16
 
     def __init__(self, budget: int):
         if budget < 1:
@@ -56,21 +63,19 @@ class BudgetKVCache(FullKVCache):
         self._positions: mx.array | None = None  # None: slot = position
         self._sorted = True
         self.window: Window | None = None
-        # Hidden states of the latest steps, and their slots, where no plan tells them.
-        self._late: list[tuple[mx.array, mx.array | None]] = []
+        # Hidden states of the latest steps, written in place: to join one array a step
+        # costs a copy of each, all in one step. And their slots, where no plan tells them.
+        self._late: mx.array | None = None  # [B, capacity, dim]
+        self._late_slots: list[mx.array] = []
+        self.n_late = 0
         self.n_planned = 0
-
-    @property
-    def n_late(self) -> int:
-        """Entries whose index keys and retention scores are still to be made."""
-        return len(self._late)
 
     @property
     def positions(self) -> mx.array | None:
         """Positions of the entries ``[B, size]``, int32; ``None`` when empty."""
         if self._positions is None:
             return super().positions
-        if not self._late or self._late[0][1] is not None:
+        if not self.n_late or self._late_slots:
             return self._positions
         # Steps of a plan leave their positions to be written when they are wanted.
         end = self._size - self.n_planned
@@ -135,36 +140,42 @@ class BudgetKVCache(FullKVCache):
         )
         self._tie(self.window.queries, self.window.weights)
 
-    def prune(self, slots: mx.array, worth: mx.array | None = None):
+    def prune(
+        self, slots: mx.array, worth: mx.array | None = None, n_planned: int = 0
+    ):
         """Drop all entries but some, and forget the observed queries.
 
         Args:
-            slots (mx.array): Slots to keep ``[B, budget]``, ascending, of a sorted
-              cache.
+            slots (mx.array): Slots to keep ``[B, budget]``, of a sorted cache:
+              ascending, but for those that a plan lays last.
             worth (mx.array, optional): What orders the entries ``[B, size]`` for
               later evictions, in place of the head's own scores.
+            n_planned (int): How many of the slots are laid last, in the order in
+              which the next steps replace them. Default: ``0``.
         """
         if worth is not None:
             self._buffers[3] = mx.stack([self.retention, worth], axis=-1)[:, None]
         B = self._buffers[0].shape[0]
         slots = mx.broadcast_to(slots, (B, slots.shape[-1]))
         self._take(slots)
+        self._set_planned(n_planned)
         self.window = None
 
-    def plan(self, slots: mx.array):
+    def plan(self, order: mx.array, n_planned: int):
         """Lay the entries that the next steps replace last, in their order.
 
         Args:
-            slots (mx.array): Their slots ``[B, n]`` or ``[1, n]``, int32, of a sorted
-              cache.
+            order (mx.array): All slots of a sorted cache ``[B, size]`` or
+              ``[1, size]``, int32, in their new order.
+            n_planned (int): How many entries the next steps replace.
         """
-        B, n = self._buffers[0].shape[0], slots.shape[1]
-        order = mx.broadcast_to(mx.arange(self._size), (B, self._size))
-        last = mx.broadcast_to(mx.arange(self._size, self._size + n), (B, n))
-        order = mx.put_along_axis(order, mx.broadcast_to(slots, (B, n)), last, axis=1)
-        self._take(mx.argsort(order, axis=-1).astype(mx.int32))
+        B = self._buffers[0].shape[0]
+        self._take(mx.broadcast_to(order, (B, order.shape[1])))
+        self._set_planned(n_planned)
+
+    def _set_planned(self, n: int):
         self.n_planned = n
-        self._sorted = False
+        self._sorted = n == 0
 
     def replace_planned(self, keys: mx.array, values: mx.array, x: mx.array):
         """Overwrite the planned entry with the next token's.
@@ -178,10 +189,9 @@ class BudgetKVCache(FullKVCache):
         slot = self._size - self.n_planned
         for buffer, new in zip(self._buffers, (keys, values)):
             buffer[..., slot : slot + 1, :] = new
-        self._late.append((x, None))
+        self._add_late(x)
         self.offset += 1
-        self.n_planned -= 1
-        self._sorted = self.n_planned == 0
+        self._set_planned(self.n_planned - 1)
 
     def replace(self, slots: mx.array, keys: mx.array, values: mx.array, x: mx.array):
         """Overwrite one entry a batch row with the next token's.
@@ -199,9 +209,19 @@ class BudgetKVCache(FullKVCache):
         self._buffers[0] = write_rows(self._buffers[0], keys, slots[:, None], axis=2)
         self._buffers[1] = write_rows(self._buffers[1], values, slots[:, None], axis=2)
         self._positions = write_rows(positions, offset, slots[:, None], axis=1)
-        self._late.append((x, slots))
+        self._late_slots.append(slots)
+        self._add_late(x)
         self.offset += 1
         self._sorted = False
+
+    def _add_late(self, x: mx.array):
+        if self._late is None or self.n_late == self._late.shape[1]:
+            block = mx.zeros((x.shape[0], self.late_step, x.shape[2]), x.dtype)
+            known = [] if self._late is None else [self._late]
+            self._late = mx.concatenate([*known, block], axis=1)
+        self._late[:, self.n_late : self.n_late + 1] = x
+        self.n_late += 1
+        self._tie(self._late)
 
     def settle(self, project: Callable[[mx.array, int], Sequence[mx.array]]):
         """Make the index keys and retention scores of the latest steps' entries.
@@ -210,28 +230,25 @@ class BudgetKVCache(FullKVCache):
             project (callable): From hidden states ``[B, n, dim]`` and the position of
               the first to what :meth:`append` takes after keys and values.
         """
-        if not self._late:
+        if not self.n_late:
             return
         self._positions = self.positions
-        x, slots = zip(*self._late)
-        x = mx.concatenate(x, axis=1)
         end = self._size - self.n_planned
-        entries = project(x, self.offset - x.shape[1])
+        entries = project(self._late[:, : self.n_late], self.offset - self.n_late)
         for i, new in enumerate(entries, start=2):
-            if slots[0] is None:
-                self._buffers[i][..., end - x.shape[1] : end, :] = new
-            else:
-                at = mx.stack(slots, axis=1)
+            if self._late_slots:
+                at = mx.stack(self._late_slots, axis=1)
                 self._buffers[i] = write_rows(self._buffers[i], new, at, axis=2)
-        self._late = []
+            else:
+                self._buffers[i][..., end - self.n_late : end, :] = new
+        self.n_late, self._late_slots = 0, []
         self._tie(*self._buffers[2:], self._positions)
 
     def sort(self):
         """Put the slots in the order of their positions."""
         if not self._sorted:
             self._take(mx.argsort(self._positions, axis=-1).astype(mx.int32))
-            self._sorted = True
-            self.n_planned = 0
+            self._set_planned(0)
 
     def _take(self, slots: mx.array):
         self._positions = mx.take_along_axis(self.positions, slots, axis=1)
@@ -249,18 +266,18 @@ class BudgetKVCache(FullKVCache):
         extra = [] if self._positions is None else [self._positions]
         if self.window is not None:
             extra += self.window[:2]
-        extra += [x for x, _ in self._late]
+        if self._late is not None:
+            extra.append(self._late)
         return super().nbytes + sum(a.nbytes for a in extra)
 
     @property
     def state(self) -> list[Any]:
         """What a copy needs: arrays, whole numbers and ``None``."""
         late = [None, None]
-        if self._late:
-            x, slots = zip(*self._late)
-            late = [mx.concatenate(x, axis=1), None]
-            if slots[0] is not None:
-                late[1] = mx.stack(slots, axis=1)
+        if self.n_late:
+            late[0] = self._late[:, : self.n_late]
+            if self._late_slots:
+                late[1] = mx.stack(self._late_slots, axis=1)
         window = [None, None, None]
         if self.window is not None:
             window = [*self.window[:2], mx.array(self.window.positions, mx.int32)]
@@ -277,14 +294,12 @@ class BudgetKVCache(FullKVCache):
     def state(self, state: Sequence[Any]):
         keys, values, index_keys, self.offset, *state = state
         self._positions, in_order, self.budget, self.n_planned, *state = state
-        *window, late_x, late_slots = state[:5]
+        *window, self._late, late_slots = state[:5]
         self._buffers = None if keys is None else [keys, values, index_keys, *state[5:]]
-        self._late = []
-        if late_x is not None:
-            self._late = [
-                (late_x[:, i : i + 1], None if late_slots is None else late_slots[:, i])
-                for i in range(late_x.shape[1])
-            ]
+        self.n_late = 0 if self._late is None else self._late.shape[1]
+        self._late_slots = []
+        if late_slots is not None:
+            self._late_slots = [late_slots[:, i] for i in range(self.n_late)]
         self._size = 0 if keys is None else keys.shape[2]
         self._sorted = bool(in_order)
         self.window = None

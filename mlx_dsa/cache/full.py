@@ -77,7 +77,7 @@ class FullKVCache:
         L = new[0].shape[2]
         if self._buffers is not None and self._size + L <= self._buffers[0].shape[2]:
             return
-        extra = (self.step + L - 1) // self.step * self.step
+        extra = -(-L // self._growth(L)) * self._growth(L)
         blocks = [mx.zeros((*a.shape[:2], extra, a.shape[3]), a.dtype) for a in new]
         if self._buffers is not None:
             blocks = [
@@ -85,6 +85,13 @@ class FullKVCache:
                 for i, block in enumerate(blocks)
             ]
         self._buffers = blocks
+
+    def _growth(self, L: int) -> int:
+        # Growing copies all there is. While a long prompt is read it is done seldom: by an
+        # eighth of the next power of two.
+        if L < self.step:
+            return self.step
+        return max(self.step, (1 << (self._size + L - 1).bit_length()) // 8)
 
     def _tie(self, *arrays: mx.array):
         # What no output of this step depends on would pile up as a graph without bound.
