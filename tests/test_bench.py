@@ -64,12 +64,12 @@ def test_medians_and_speedups_on_a_fake_clock(subject):
     # Readings of a pass: start, prompt read, first token, blocks begin, one block ends.
     warm_up = [0, 9, 9, 9]
     passes = [
-        [0, 3, 1, 5, 6.4], [0, 2, 1, 5, 3.2],
-        [0, 6, 1, 5, 9.6], [0, 1, 1, 5, 1.6],
-        [0, 5, 1, 5, 0.64], [0, 9, 3, 5, 6.4],
+        [0, 3, 1, 5, 25.6], [0, 2, 1, 5, 12.8],
+        [0, 6, 1, 5, 38.4], [0, 1, 1, 5, 6.4],
+        [0, 5, 1, 5, 2.56], [0, 9, 3, 5, 25.6],
     ]  # fmt: skip
     clock = Clock(sum([warm_up, warm_up, *passes], []))
-    (row,) = bench(*subject, [41], repeats=3, steps=64, clock=clock)
+    (row,) = bench(*subject, [41], repeats=3, steps=256, clock=clock)
     dense, sparse = row["dense"], row["sparse"]
     assert (dense["prefill_s"], sparse["prefill_s"]) == pytest.approx((5, 2))
     assert (dense["ttft_s"], sparse["ttft_s"]) == pytest.approx((6, 3))
@@ -81,7 +81,7 @@ def test_medians_and_speedups_on_a_fake_clock(subject):
 
 def test_decode_counts_whole_blocks(subject):
     lines = []
-    list(bench(*subject, [30], repeats=1, steps=65, report=lines.append))
+    list(bench(*subject, [30], repeats=1, steps=257, report=lines.append))
     assert [len(line["decode_ms"]) for line in lines] == [2, 2]
 
 

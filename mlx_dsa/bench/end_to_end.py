@@ -19,8 +19,8 @@ from ..indexer import Indexer
 from ..patch import SparsePatch, patch_sparse_generate
 
 KINDS = ("dense", "sparse")
-# Steps of decode that are timed as one: what a cache does for several at once is in it.
-_BLOCK = 64
+# Steps of decode that are timed as one: all that a cache does for several at once is in it.
+_BLOCK = 256
 # Steps of decode before the first that counts.
 _WARM_UP = 8
 
@@ -72,7 +72,7 @@ def bench(
     contexts: Iterable[int],
     *,
     repeats: int = 3,
-    steps: int = 128,
+    steps: int = 256,
     chunk: int = 2048,
     clock: Callable[[], float] = time.perf_counter,
     report: Callable[[dict[str, Any]], None] = lambda line: None,
@@ -88,8 +88,8 @@ def bench(
         config (SparseConfig): How the sparse passes run.
         contexts (iterable of int): Tokens of the prompts.
         repeats (int): Passes of each kind. Default: ``3``.
-        steps (int): Steps of decode that count, rounded up to blocks of 64.
-          Default: ``128``.
+        steps (int): Steps of decode that count, rounded up to blocks of 256.
+          Default: ``256``.
         chunk (int): Tokens of the prompt that are read at once. Default: ``2048``.
         clock (callable): Seconds. Default: ``time.perf_counter``.
         report (callable): Takes each pass as it is measured, as a dict.

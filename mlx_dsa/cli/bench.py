@@ -45,7 +45,7 @@ from .subject import Subject, chunk_option, open_subject, subject_options
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
-    help="Steps of decode that count, rounded up to blocks of 64.  [default: 128]",
+    help="Steps of decode that count, rounded up to blocks of 256.  [default: 256]",
 )
 @chunk_option
 @click.option(
@@ -81,7 +81,7 @@ def bench(
         if ops:
             result = _ops(subject, contexts, repeats, chunk, write)
         else:
-            config["steps"] = steps = steps or 128
+            config["steps"] = steps = steps or 256
             result = _end_to_end(subject, contexts, repeats, steps, chunk, write)
         result |= {"config": config, "device": device(), "versions": versions()}
         if out:

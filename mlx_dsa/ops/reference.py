@@ -11,6 +11,8 @@ import mlx.core as mx
 
 # No intermediate is larger, and so none nears MLX's 2^31 elements.
 BLOCK_BYTES = 64 << 20
+# On a CPU more than this gathered at once brings no speed, and more memory than dense.
+_CPU_GATHER_BYTES = 1 << 19
 # Gathering a set of keys a query costs more than masking the rest, up to this many
 # times top_k (measured: see docs/log.md).
 _GATHER_FROM = 24
@@ -273,7 +275,8 @@ def tile_attention(
     n_tiles, n_rows = slots.shape[1:]
     tile_size = L // n_tiles
     row_bytes = B * n_rows * keys.shape[1] * head_dim * keys.dtype.size
-    block = max(1, BLOCK_BYTES // row_bytes)
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    block = max(1, (_CPU_GATHER_BYTES if on_cpu else BLOCK_BYTES) // row_bytes)
     outputs = []
     for start in range(0, n_tiles, block):
         part = slots[:, start : start + block]
