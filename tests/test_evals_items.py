@@ -95,21 +95,23 @@ def test_items(task, setting, value, tokenizer, haystack):
         assert max(totals[:4]) == 700 or max(totals[4:]) == 1000
 
 
-def test_several_questions_about_one_text(tokenizer, haystack):
-    spec = NeedleSpec(setting="before-question", per_document=4)
+@pytest.mark.parametrize("setting", ["before-question", "in-prompt"])
+def test_several_questions_about_one_text(setting, tokenizer, haystack):
+    spec = NeedleSpec(setting=setting, per_document=4)
     items = make_items(spec, haystack, tokenizer, [700], [0.1, 0.5, 0.9], 2)
     assert len({item.key for item in items}) == 24
     assert Counter(item.depth for item in items) == {0.1: 8, 0.5: 8, 0.9: 8}
     for four in (items[i : i + 4] for i in range(0, 24, 4)):
         assert len({tuple(item.turns[0].ids) for item in four}) == 1
         assert len({item.question for item in four}) == 4
+        assert all(item.turns[0].opening == (setting == "in-prompt") for item in four)
         for item in four:
             assert abs(item.spans[0][0] / 700 - item.depth) < 0.15
     assert len({len(item.turns[0].ids) for item in items}) == 1
     assert max(sum(len(t.ids) for t in item.turns) for item in items) == 700
-    for wrong in ({"setting": "in-prompt"}, {"distractors": 2}, {"task": "multi-key"}):
+    for wrong in ({"setting": "two-turns"}, {"distractors": 2}, {"task": "multi-key"}):
         with pytest.raises(ValueError, match="'per_document' needs setting"):
-            NeedleSpec(**{"setting": "before-question", "per_document": 4, **wrong})
+            NeedleSpec(**{"setting": setting, "per_document": 4, **wrong})
 
 
 def test_several_questions_in_one_conversation(tokenizer, haystack):

@@ -1,5 +1,6 @@
 """The needle evaluator: controls that must fail, and a control that must not differ."""
 
+import random
 import sys
 from dataclasses import replace
 
@@ -121,14 +122,14 @@ def test_a_text_is_read_once_for_all_its_questions(subject, name, monkeypatch):
 READERS = ["full", "retention", "index", "window", "digits", {"policy": "tiered", "cold_bits": 16}, "kept"]
 
 
-@pytest.mark.parametrize("turns", [1, 2])
-def test_policies_that_read_densely_share_one_reading(turns, monkeypatch):
+@pytest.mark.parametrize("setting, turns", [("before-question", 1), ("before-question", 2), ("in-prompt", 1)])
+def test_policies_that_read_densely_share_one_reading(setting, turns, monkeypatch):
     module = sys.modules["mlx_dsa.evals.needle"]  # the package has a function of that name
 
     subject = make_subject(tied=False)
     subject = subject._replace(indexers=make_indexers(subject.model, retention_dim=4))
     config = replace(subject.config, prefill="dense")
-    options = dict(GRID, setting="before-question", per_document=2, turns=turns, batch_size=2)
+    options = dict(GRID, setting=setting, per_document=2, turns=turns, batch_size=2)
     policies = make_policies(["dense", *READERS], config)
     reads = []
     inner = module.DenseReading
@@ -144,6 +145,24 @@ def test_policies_that_read_densely_share_one_reading(turns, monkeypatch):
         for a, b in zip(alone, mine, strict=True):
             assert [a[k] for k in ("item", "reply")] == [b[k] for k in ("item", "reply")]
             assert a.get("lost") == b.get("lost")
+
+
+@pytest.mark.parametrize("name", ["dense", "retention", "index", "exact"])
+def test_an_opening_and_its_end_are_one_prompt(name):
+    subject = make_subject(tied=False, retention_dim=4)
+    (policy,) = make_policies([name], subject.config)
+    options = dict(max_tokens=5, stop_ids=set(subject.tokenizer.eos_token_ids))
+    rng = random.Random(3)
+    text, ends = ([rng.randrange(5, 4000) for _ in range(n)] for n in (150, 24))
+    parts = [[(text, False), (ends[:12], True)], [(text, False), (ends[12:], True)]]
+    with policy.apply(subject):
+        whole = [[(talk[0][0] + talk[1][0], True)] for talk in parts]
+        expected = converse(subject.model, whole, **options)
+        found = converse(subject.model, parts, opening=True, **options)
+        pruned = converse(subject.model, parts, **options)
+    assert [h.replies for h in found] == [h.replies for h in expected]
+    evicts = name in ("retention", "index")
+    assert ([h.replies for h in pruned] != [h.replies for h in expected]) == evicts
 
 
 def test_what_the_controls_keep(subject):

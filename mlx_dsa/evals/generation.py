@@ -15,6 +15,17 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..chunks import chunk_size
 
 
+def spans(n):
+    """Return the (start, stop) of chunks of `n` tokens, none of which is a single token.
+
+    A single one would be a step of decode, and end the prompt.
+    """
+    edges = [*range(0, n, chunk_size()), n]
+    if len(edges) > 2 and n - edges[-2] == 1:
+        edges[-2] -= 1
+    return list(zip(edges, edges[1:]))
+
+
 def read(model, ids, caches):
     """Feed tokens, the last one alone, and return the logits after it `[B, V]`.
 
@@ -104,7 +115,15 @@ class Heard:
 
 
 def converse(
-    model, conversations, *, max_tokens, stop_ids, begin=None, finished=None, taken=None
+    model,
+    conversations,
+    *,
+    max_tokens,
+    stop_ids,
+    begin=None,
+    finished=None,
+    taken=None,
+    opening=False,
 ):
     """Hold several conversations whose first turns are equally long.
 
@@ -120,8 +139,10 @@ def converse(
             when these are to answer, and else an empty list. Default: ``None``.
         finished (callable): is told (conversations, their caches, rows of them) when the last
             answer of these is complete. Default: ``None``.
-        taken (tuple): caches that hold the distinct first turns already, all but the last token,
-            and the seconds that took. Default: ``None``.
+        taken (tuple): caches that hold the distinct first turns already, all but the last token
+            unless they are openings, and the seconds that took. Default: ``None``.
+        opening (bool): whether the first turns only begin prompts, which the second turns end: the
+            caches are then not told of an end between them. Default: ``False``.
 
     Returns:
         list of Heard: one a conversation.
@@ -138,7 +159,12 @@ def converse(
         start = perf_counter()
         if begin:
             begin([])
-        read(model, mx.array(unique)[:, -1 if taken else 0 :], caches)
+        if not opening:
+            read(model, mx.array(unique)[:, -1 if taken else 0 :], caches)
+        elif not taken:
+            for a, b in spans(len(unique[0])):
+                model(mx.array(unique)[:, a:b], cache=caches)
+                mx.eval([c.state for c in caches])
         for one in heard:
             one.read_s = (perf_counter() - start + before) / len(unique)
         waiting.append((rows, [unique.index(first) for first in firsts], caches, 1))

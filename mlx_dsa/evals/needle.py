@@ -92,7 +92,7 @@ def needle(
         for i, batch in enumerate(_batches(items, batch_size))
         for policy in policies
     ]
-    readings = _Readings(subject.model, setting, policies)
+    readings = _Readings(subject.model, policies)
 
     def work(payload):
         return _run(subject, *payload, max_tokens, readings)
@@ -129,9 +129,9 @@ class _Readings:
     Only texts that no question is part of are read so, and only where it serves two policies.
     """
 
-    def __init__(self, model, setting, policies):
+    def __init__(self, model, policies):
         self._model = model
-        self._pays = setting == "before-question" and sum(map(self._dense, policies)) > 1
+        self._pays = sum(map(self._dense, policies)) > 1
         self._of = self._reading = None
 
     @staticmethod
@@ -140,9 +140,12 @@ class _Readings:
 
     def read(self, policy, batch):
         """Return the reading that a policy can start from, or ``None``; the model is unpatched."""
-        if not (self._pays and self._dense(policy)):
+        first = batch[0].turns[0]
+        if first.values or not (self._pays and self._dense(policy)):
             return None
-        texts = list(dict.fromkeys(tuple(item.turns[0].ids) for item in batch))
+        # The last token of a prompt is fed by itself, under the policy.
+        stop = None if first.opening else -1
+        texts = list(dict.fromkeys(tuple(item.turns[0].ids[:stop]) for item in batch))
         if texts != self._of:
             self._of, self._reading = texts, None  # the old one goes first
             self._reading = DenseReading(self._model, mx.array(texts))
@@ -165,6 +168,7 @@ def _run(subject, policy, batch, max_tokens, readings):
             begin=watch.begin,
             finished=watch.finished,
             taken=reading and (reading.caches(subject.model, patch), reading.seconds),
+            opening=batch[0].turns[0].opening,
         )
     # A shared reading is in memory beside what the policy needs.
     peak = None if reading else round(mx.get_peak_memory() / 1e9, 4)

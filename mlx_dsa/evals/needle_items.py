@@ -21,11 +21,15 @@ SETTINGS = ("in-prompt", "before-question", "two-turns")
 
 @dataclass(frozen=True)
 class Turn:
-    """Tokens to feed, and what the model should then say; no values: it is not asked."""
+    """Tokens to feed, and what the model should then say; no values: it is not asked.
+
+    An opening is a prompt's beginning; the next turn ends it.
+    """
 
     ids: list
     values: tuple = ()
     others: tuple = ()
+    opening: bool = False
 
     def correct(self, reply):
         """Whether the reply names every value, and no other fact's that is not part of one."""
@@ -69,7 +73,7 @@ class NeedleSpec:
         phrasing (str): "train" or "heldout" (wordings that the bundled model never saw).
         distractors (int): further facts of the same kinds in the same text.
         per_document (int): how many of a text's facts are asked for, each in a conversation of its
-            own; only in setting "before-question", where the text is then read once for all.
+            own; not in setting "two-turns". The text is then read once for all.
         seed (int): of everything random.
         turns (int): questions one after the other in each conversation, each about another fact;
             the last is judged, the first reported too; only in setting "before-question".
@@ -92,14 +96,15 @@ class NeedleSpec:
                 )
         if self.setting == "two-turns" and self.task != "single":
             raise ValueError("[NeedleSpec] setting 'two-turns' goes with task 'single' only.")
-        several = self.setting == "before-question" and self.task == "single"
+        several = self.setting != "two-turns" and self.task == "single"
         if self.per_document != 1 and not (
             several and 1 <= self.per_document <= self.distractors + 1
         ):
             raise ValueError(
-                "[NeedleSpec] 'per_document' needs setting 'before-question', task 'single' and no fewer "
-                f"facts than it asks for, but got {self.per_document} of {self.distractors + 1}."
+                "[NeedleSpec] 'per_document' needs setting 'before-question' or 'in-prompt', task 'single' "
+                f"and no fewer facts than it asks for, but got {self.per_document} of {self.distractors + 1}."
             )
+        several = self.setting == "before-question" and self.task == "single"
         if self.turns != 1 and not (several and 1 <= self.turns <= self.distractors + 1):
             raise ValueError(
                 "[NeedleSpec] 'turns' needs setting 'before-question', task 'single' and no fewer facts "
@@ -161,8 +166,8 @@ def make_items(spec, haystack, tokenizer, lengths, depths, n):
         spec (NeedleSpec): what they are like.
         haystack (Haystack): the prose.
         tokenizer: of the model.
-        lengths (list of int): tokens of the whole first prompt with its question, exactly. In
-            setting "before-question" of the document and the longest question about any: so all
+        lengths (list of int): tokens of the whole first prompt with its question, exactly. Where a
+            document is read before its questions, of it and the longest question about any: so all
             documents are equally long, and can be read at once.
         depths (list of float): 0 is the start of the document, 1 its end.
         n (int): texts for each length and depth.
@@ -182,7 +187,8 @@ def make_items(spec, haystack, tokenizer, lengths, depths, n):
     longest = max((len(tail) for draft in drafts for tail in draft.tails), default=0)
     head, items = encode(around.head), []
     for draft in drafts:
-        reserved = longest if spec.setting == "before-question" else len(draft.tails[0])
+        apart = spec.setting == "before-question" or spec.per_document > 1
+        reserved = longest if apart else len(draft.tails[0])
         room = draft.length - len(head) - reserved
         items += _items(spec, draft, haystack, tokenizer, encode, around, head, room, depths)
     return items
@@ -211,8 +217,9 @@ def _items(spec, draft, haystack, tokenizer, encode, around, head, room, depths)
     items = []
     for j, (talk, tail) in enumerate(zip(talks, tails)):
         first, last = talk[0], talk[-1]
-        if spec.setting == "before-question":
-            turns = [Turn(document), Turn(tail, first.values, first.others)]
+        opening = spec.setting == "in-prompt"
+        if spec.setting == "before-question" or spec.per_document > 1:
+            turns = [Turn(document, opening=opening), Turn(tail, first.values, first.others)]
         else:
             turns = [Turn(document + tail, first.values, first.others)]
         for later in talk[1:]:

@@ -6,36 +6,36 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..chunks import chunk_size
+from .generation import spans
 from .wrapping import wrapping
 
 
 class DenseReading:
-    """What an unpatched model made of texts, all but their last token.
+    """What an unpatched model made of texts.
 
     Args:
         model: unpatched.
-        ids (mx.array): `[B, L]`, L of at least 2.
+        ids (mx.array): `[B, L]`.
     """
 
     def __init__(self, model, ids):
-        start = perf_counter()
+        began = perf_counter()
         inputs = [[] for _ in model.layers]
         listeners = {
             i: _Listener(layer.self_attn, heard)
             for i, (layer, heard) in enumerate(zip(model.layers, inputs))
         }
         caches = make_prompt_cache(model)
-        last = ids.shape[1] - 1
+        n = ids.shape[1]
         with wrapping(model, listeners):
-            for first in range(0, last, chunk_size()):
-                model(ids[:, first : min(first + chunk_size(), last)], cache=caches)
+            for start, stop in spans(n):
+                model(ids[:, start:stop], cache=caches)
                 mx.eval([c.state for c in caches], [heard[-1] for heard in inputs])
         self._inputs = [mx.concatenate(heard, axis=1) for heard in inputs]
         # mlx-lm's state differs by version.
-        self._entries = [(c.keys[..., :last, :], c.values[..., :last, :]) for c in caches]
+        self._entries = [(c.keys[..., :n, :], c.values[..., :n, :]) for c in caches]
         mx.eval(self._inputs, self._entries)
-        self.seconds = perf_counter() - start
+        self.seconds = perf_counter() - began
 
     def caches(self, model, patch):
         """Return the caches that a policy would have, had it read the texts itself.

@@ -68,7 +68,7 @@ from .show import run_and_show
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Questions about each text, with --setting before-question.",
+    help="Questions about each text, which is read once; not with --setting two-turns.",
 )
 @click.option(
     "--turns",
