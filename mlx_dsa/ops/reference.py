@@ -14,6 +14,8 @@ BLOCK_BYTES = 64 << 20
 # Gathering a set of keys a query costs more than masking the rest, up to this many
 # times top_k (measured: see docs/log.md).
 _GATHER_FROM = 24
+# A query's level is read off one key in so many.
+_LEVEL_STRIDE = 32
 _LOW = 0xFFFFFFFF
 
 
@@ -49,15 +51,24 @@ def _combine(products: mx.array, weights: mx.array) -> mx.array:
 
 
 def tile_scores(
-    queries: mx.array, weights: mx.array, keys: mx.array, tile_size: int
+    queries: mx.array,
+    weights: mx.array,
+    keys: mx.array,
+    tile_size: int,
+    n_open: mx.array,
 ) -> mx.array:
     """Score every index key for tiles of queries: the maximum over each tile.
+
+    Each query's scores count from its own level (:func:`score_levels`), so that a
+    query whose scores are all high does not choose for the whole tile.
 
     Args:
         queries (mx.array): ``[B, Hi, L, Di]``, ``L`` a multiple of the tile.
         weights (mx.array): Head weights ``[B, L, Hi]``.
         keys (mx.array): ``[B, 1, T, Di]``.
         tile_size (int): Queries a tile.
+        n_open (mx.array): Keys that each tile's levels are read off (its first
+          ones) ``[L / tile_size]``.
 
     Returns:
         mx.array: ``[B, L / tile_size, T]`` in float32, unmasked.
@@ -68,9 +79,46 @@ def tile_scores(
     best = []
     for start in range(0, L, block):
         rows = slice(start, start + block)
-        scores = index_scores(queries[:, :, rows], weights[:, rows], keys)
+        part = queries[:, :, rows], weights[:, rows], keys
+        tiles = n_open[start // tile_size : (start + block) // tile_size]
+        scores = index_scores(*part) - score_levels(index_scores, *part, tiles)[..., None]
         best.append(scores.reshape(B, -1, tile_size, T).max(axis=2))
     return best[0] if len(best) == 1 else mx.concatenate(best, axis=1)
+
+
+def score_levels(
+    score: Callable,
+    queries: mx.array,
+    weights: mx.array,
+    keys: mx.array,
+    n_open: mx.array,
+) -> mx.array:
+    """Find how high each query scores keys on the whole, from a few of them.
+
+    That is the log of the sum of ``exp(score)`` over every 32nd key: indexers are
+    trained as the logits of a softmax, whose normaliser it stands for.
+
+    Args:
+        score (callable): What scores the keys: :func:`index_scores` or a kernel.
+        queries (mx.array): ``[B, Hi, L, Di]``, ``L`` a multiple of the tiles.
+        weights (mx.array): Head weights ``[B, L, Hi]``.
+        keys (mx.array): ``[B, 1, T, Di]``.
+        n_open (mx.array): Keys that count for each tile (its first ones)
+          ``[n_tiles]``.
+
+    Returns:
+        mx.array: ``[B, L]`` in float32; 0 for tiles with none of these keys.
+    """
+    B, _, L, _ = queries.shape
+    first = _LEVEL_STRIDE // 2
+    if keys.shape[2] <= first:
+        return mx.zeros((B, L))
+    scores = score(queries, weights, keys[:, :, first::_LEVEL_STRIDE])
+    slots = mx.arange(first, keys.shape[2], _LEVEL_STRIDE)
+    is_open = (slots < n_open[:, None])[:, None]
+    scores = scores.reshape(B, n_open.shape[0], -1, slots.shape[0])
+    levels = mx.logsumexp(mx.where(is_open, scores, -1e30), axis=-1)
+    return mx.where(is_open.any(axis=-1), levels, 0).reshape(B, L)
 
 
 def select_topk(

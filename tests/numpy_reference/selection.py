@@ -46,8 +46,8 @@ class Rules:
         room = max(count - len(forced), 0)
         if 0 < room < len(free):
             inside, outside = free[room - 1][0], free[room][0]
-            # Two zeros of the ReLU are equal in every precision.
-            if not inside == outside == 0.0:
+            # What two zeros of the ReLU lead to is equal in every precision.
+            if inside != outside:
                 spread = np.abs(scores).max()
                 self.margins.append((inside - outside) / spread)
         return set(forced) | {position for _, position in free[:room]}
@@ -88,7 +88,9 @@ class Rules:
                 shared = set(positions[earlier].tolist())
             else:
                 forced = self.protected(positions[earlier], first - 1)
-                best_scores = scores[rows][:, earlier].max(0)
+                best_scores = scores[rows][:, earlier]
+                best_scores = best_scores - self.levels(best_scores)[:, None]
+                best_scores = best_scores.max(0)
                 shared = self.best(
                     positions[earlier],
                     best_scores,
@@ -99,6 +101,11 @@ class Rules:
                 own = set(range(int(first), int(queries[row]) + 1))
                 sets.append(shared | own)
         return sets
+
+    def levels(self, scores):
+        """Return the level [L] of queries with `scores` [L, T] before their tile."""
+        sample = scores[:, : max(scores.shape[1] - self.n_recent, 0)][:, 16::32]
+        return np.log(np.exp(sample).sum(1)) if sample.size else np.zeros(len(scores))
 
     def prune(self, positions, scores, newest):
         """Return what stays when a prompt ends: `top_k` entries."""
