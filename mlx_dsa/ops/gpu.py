@@ -7,7 +7,7 @@ from functools import partial
 import mlx.core as mx
 
 from .kernel import launch
-from .reference import score_levels
+from .levels import score_levels
 
 # Thread groups that keep a GPU busy, threads of a selection, bytes of shared memory.
 _BUSY = {"metal": 128, "cuda": 400}
