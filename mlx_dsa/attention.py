@@ -248,12 +248,17 @@ class SparseAttention(nn.Module):
         """Attend with one selection a tile; the last query sees ``end`` slots."""
         L = queries.shape[2]
         size = min(self.config.tile_size, L)
-        scores = self.score(
-            index_queries, weights, cache.index_keys[:, :, : end - size], tile_size=size
+        n_visible = mx.arange(end - L, end, size)
+        scores = tile_scores(
+            index_queries,
+            weights,
+            cache.index_keys[:, :, : end - size],
+            size,
+            n_visible - self.config.n_recent,
+            self.config.backend,
         )
         # A tile's own keys count inside top_k, whole tile or not.
         top_k = self.config.top_k - self.config.tile_size
-        n_visible = mx.arange(end - L, end, size)
         slots = self._select(scores, top_k, n_visible)
         return tile_attention(
             queries,
@@ -290,23 +295,18 @@ class SparseAttention(nn.Module):
             backend=self.config.backend,
         )
 
-    def score(self, index_queries, weights, index_keys, tile_size=None) -> mx.array:
-        """Score keys for queries, or for tiles of queries.
+    def score(self, index_queries, weights, index_keys) -> mx.array:
+        """Score keys for queries.
 
         Args:
             index_queries (mx.array): ``[B, Hi, L, Di]``.
             weights (mx.array): Head weights ``[B, L, Hi]``.
             index_keys (mx.array): ``[B, 1, T, Di]``.
-            tile_size (int, optional): Queries that share one row.
 
         Returns:
-            mx.array: ``[B, L, T]``, or ``[B, L / tile_size, T]``, float32.
+            mx.array: ``[B, L, T]``, float32.
         """
-        arrays = index_queries, weights, index_keys
-        backend = self.config.backend
-        if tile_size is None:
-            return index_scores(*arrays, backend)
-        return tile_scores(*arrays, tile_size, backend)
+        return index_scores(index_queries, weights, index_keys, self.config.backend)
 
     @property
     def _forced(self) -> tuple[int, int]:

@@ -50,6 +50,11 @@ def scoring(B, Hi, Di, L, T, dtype):
     return [a.astype(dtype) for a in arrays]
 
 
+def n_open(n_tiles, tile, T):
+    """Return keys that levels are read off: none for a tile, or some."""
+    return mx.minimum(mx.arange(n_tiles) * tile + 10, T)
+
+
 def runs(language, dtype):
     """Return whether a kernel of the language takes the dtype."""
     return not (language == "cuda" and dtype == mx.float32)
@@ -70,9 +75,10 @@ def test_tile_scores(language, dtype, B, Hi, Di, tile, n_tiles, T):
     if not runs(language, dtype):
         pytest.skip("the CUDA kernel leaves float32 to the reference")
     arrays = scoring(B, Hi, Di, tile * n_tiles, T, dtype)
-    scores = gpu.tile_scores(language, *arrays, tile)
+    sizes = tile, n_open(n_tiles, tile, T)
+    scores = gpu.tile_scores(language, *arrays, *sizes)
     assert scores.dtype == mx.float32
-    assert_near(scores, reference.tile_scores(*wide(*arrays), tile), SCORES)
+    assert_near(scores, reference.tile_scores(*wide(*arrays), *sizes), SCORES)
 
 
 @pytest.mark.parametrize("B, Hi, Di, L, T", [(1, 6, 69, 1, 300), (2, 4, 32, 75, 130)])
@@ -88,16 +94,17 @@ def test_index_scores(language, dtype, B, Hi, Di, L, T):
 def test_a_tile_of_negative_scores_keeps_its_maximum(language):
     queries, _, keys = scoring(1, 2, 16, 20, 50, mx.bfloat16)
     weights = mx.full((1, 20, 2), -1.0, mx.bfloat16)
-    scores = gpu.tile_scores(language, mx.abs(queries), weights, mx.abs(keys), 20)
-    expected = reference.tile_scores(*wide(mx.abs(queries), weights, mx.abs(keys)), 20)
+    arrays = mx.abs(queries), weights, mx.abs(keys)
+    scores = gpu.tile_scores(language, *arrays, 20, mx.array([0]))
+    expected = reference.tile_scores(*wide(*arrays), 20, mx.array([0]))
     assert scores.max() < 0
     assert_near(scores, expected, SCORES)
 
 
 def test_keys_of_a_slice_of_a_cache(language):
     queries, weights, keys = scoring(1, 2, 12, 16, 60, mx.bfloat16)
-    part = gpu.tile_scores(language, queries, weights, keys[:, :, :33], 16)
-    whole = gpu.tile_scores(language, queries, weights, keys, 16)
+    part = gpu.tile_scores(language, queries, weights, keys[:, :, :33], 16, mx.array([20]))
+    whole = gpu.tile_scores(language, queries, weights, keys, 16, mx.array([20]))
     assert mx.array_equal(part, whole[..., :33])
 
 
@@ -286,13 +293,13 @@ def test_trials_pass_and_their_kernels_are_used(language, attention, monkeypatch
         gpu, "launch", lambda *a, **k: used.append(a[0]) or launch(*a, **k)
     )
     arrays = scoring(1, 2, 12, 16, 300, mx.bfloat16)
-    scores = ops.tile_scores(*arrays, 16)
+    scores = ops.tile_scores(*arrays, 16, mx.array([250]))
     ops.index_scores(*arrays)
     ops.select_topk(scores, 30, mx.array([300]), 1, 4)
     ops.tile_attention(*tiles(1, 2, 1, 64, 16, 1, 60, 20, mx.bfloat16), 0.1)
     attends = attention and language == "cuda"
-    # Each twice: the trial and the call.
-    assert used == 4 * ["score"] + 2 * ["select"] + 2 * ["attend" if attends else "gather"]
+    # Each twice: the trial and the call. Tiles have their queries' levels scored first.
+    assert used == 6 * ["score"] + 2 * ["select"] + 2 * ["attend" if attends else "gather"]
     assert not recwarn
     assert all(backends._verdicts.values()) and len(backends._verdicts) == 4
 

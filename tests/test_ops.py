@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from mlx_dsa import sparse_attention
-from mlx_dsa.ops import index_scores
+from mlx_dsa.ops import index_scores, tile_scores
+from mlx_dsa.ops import reference as reference_ops
 
 # Largest difference to float64 of an output of order one.
 TOLERANCE = {mx.float32: 2e-6, mx.float16: 2e-3, mx.bfloat16: 2e-2}
@@ -175,3 +176,59 @@ def test_index_scores_are_summed_in_float32():
     weights = mx.array([[[2048.0, 1.0, 1.0]]], mx.float16)
     scores = index_scores(queries, weights, mx.ones((1, 1, 4, 1), mx.float16))
     assert scores.tolist() == [[[2050.0] * 4]]
+
+
+def tile_inputs(L=32, T=300, seed=0):
+    noise = np.random.default_rng(seed)
+    shapes = [(1, 3, L, 12), (1, L, 3), (1, 1, T, 12)]
+    return [mx.array(noise.standard_normal(s).astype(np.float32)) for s in shapes]
+
+
+@pytest.mark.parametrize("T", [300, 17, 16, 1])
+def test_tile_scores_count_from_the_level_of_each_query(T, monkeypatch):
+    queries, weights, keys = tile_inputs(T=T)
+    n_open = [T // 3, T]
+    scores = np.array(index_scores(queries, weights, keys), dtype=np.float64)[0]
+    expected = []
+    for tile, n in enumerate(n_open):
+        rows = scores[16 * tile : 16 * tile + 16]
+        sample = rows[:, :n][:, 16::32]
+        levels = np.log(np.exp(sample).sum(1)) if sample.size else np.zeros(16)
+        expected.append((rows - levels[:, None]).max(0))
+    arrays = queries, weights, keys, 16, mx.array(n_open)
+    assert np.allclose(np.array(tile_scores(*arrays))[0], expected, atol=1e-4)
+    # A tile at a time, as where blocks are split.
+    monkeypatch.setattr(reference_ops, "BLOCK_BYTES", 1)
+    assert np.allclose(np.array(tile_scores(*arrays))[0], expected, atol=1e-4)
+
+
+def test_a_query_of_high_scores_does_not_choose_for_its_tile():
+    """Head weights that are all larger by a factor, for a query that is indifferent."""
+    queries, weights, keys = tile_inputs(L=2)
+    keys = mx.concatenate([mx.full((1, 1, 300, 1), 5.0), keys], axis=-1)
+    loud = mx.array([20.0, 0.0])[None, None, :, None] * mx.ones((1, 3, 2, 1))
+    plain = mx.concatenate([0 * loud, queries], axis=-1)
+    offset = mx.concatenate([loud, queries * mx.array([0.01, 1.0])[:, None]], axis=-1)
+    n_open = mx.array([300])
+    weights = mx.abs(weights)
+
+    def best(queries):
+        scores = tile_scores(queries, weights, keys, 2, n_open)
+        return set(mx.argsort(-scores[0, 0])[:20].tolist())
+
+    # The second query's choice, although the first scores every key far higher.
+    second = index_scores(plain, weights, keys)[0, 1]
+    own = set(mx.argsort(-second)[:20].tolist())
+    assert len(best(offset) & own) >= 18
+    raw = index_scores(offset, weights, keys)[0].max(axis=0)
+    assert len(set(mx.argsort(-raw)[:20].tolist()) & own) < 10
+
+
+def test_levels_do_not_look_beyond_open_keys():
+    queries, weights, keys = tile_inputs(L=16)
+    n_open = mx.array([100])
+    changed = mx.concatenate([keys[:, :, :100], 9 * keys[:, :, 100:]], axis=2)
+    before, after = (
+        tile_scores(queries, weights, k, 16, n_open)[..., :100] for k in (keys, changed)
+    )
+    assert mx.array_equal(before, after)

@@ -127,11 +127,12 @@ def measure_ops(
     for context in contexts:
         layers = [_layer(shape, context, chunk, seed) for seed in range(n_layers)]
         visible = mx.arange(context - chunk, context, tile_size)
+        n_open = visible - n_recent
 
         def score(layer):
             earlier = layer.index_keys[:, :, : context - tile_size]
             return tile_scores(
-                layer.index_queries, layer.weights, earlier, tile_size, backend
+                layer.index_queries, layer.weights, earlier, tile_size, n_open, backend
             )
 
         def select(scores):
@@ -147,7 +148,11 @@ def measure_ops(
         # What each step reads comes from the reference: one that fails stops no other.
         scores = [
             reference.tile_scores(
-                x.index_queries, x.weights, x.index_keys[:, :, :-tile_size], tile_size
+                x.index_queries,
+                x.weights,
+                x.index_keys[:, :, :-tile_size],
+                tile_size,
+                n_open,
             )
             for x in layers
         ]

@@ -43,6 +43,7 @@ def tile_scores(
     weights: mx.array,
     keys: mx.array,
     tile_size: int,
+    n_open: mx.array,
     backend: str = "auto",
 ) -> mx.array:
     """Score every index key for tiles: see :func:`reference.tile_scores`.
@@ -52,8 +53,8 @@ def tile_scores(
     """
     language = _score_language(queries, True, backend)
     if language is None:
-        return reference.tile_scores(queries, weights, keys, tile_size)
-    return gpu.tile_scores(language, queries, weights, keys, tile_size)
+        return reference.tile_scores(queries, weights, keys, tile_size, n_open)
+    return gpu.tile_scores(language, queries, weights, keys, tile_size, n_open)
 
 
 def _score_language(queries, tiles, backend):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 
 from .kernel import launch
+from .levels import score_levels
 
 # Thread groups that keep a GPU busy, threads of a selection, bytes of shared memory.
 _BUSY = {"metal": 128, "cuda": 400}
@@ -48,7 +51,8 @@ def _score_sizes(language: str, queries: mx.array, tiles: bool) -> dict | None:
         return None
     for chunk in (16, 8) if language == "cuda" else (8,):
         row_bytes = 2 * 2 * (depth + 8) + 8 if language == "cuda" else 4 * (depth + 5)
-        if chunk * n_heads * row_bytes <= _SHARED_BYTES[language]:
+        # Beside the heads' weights lie the queries' levels.
+        if chunk * (n_heads * row_bytes + 8) <= _SHARED_BYTES[language]:
             return {
                 **{"HEADS": n_heads, "DIMS": dims, "DEPTH": depth},
                 **{"CHUNK": chunk, "BLOCKS": blocks, "WARPS": _WARPS},
@@ -70,10 +74,14 @@ def tile_scores(
     weights: mx.array,
     keys: mx.array,
     tile_size: int,
+    n_open: mx.array,
 ) -> mx.array:
     """Score every key for tiles of queries: see :func:`reference.tile_scores`."""
     B, n_heads, L, _ = queries.shape
-    weights = weights.reshape(B, L // tile_size, tile_size, n_heads)
+    score = partial(index_scores, language)
+    levels = score_levels(score, queries, weights, keys, n_open)
+    weights = mx.concatenate([weights, -levels[..., None]], axis=-1)
+    weights = weights.reshape(B, L // tile_size, tile_size, n_heads + 1)
     shape = (B, L // tile_size, keys.shape[2])
     return _score(language, queries, weights, keys, True, shape)
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from .levels import score_levels
+
 # No intermediate is larger, and so none nears MLX's 2^31 elements.
 BLOCK_BYTES = 64 << 20
 # On a CPU more than this gathered at once brings no speed, and more memory than dense.
@@ -51,15 +53,24 @@ def _combine(products: mx.array, weights: mx.array) -> mx.array:
 
 
 def tile_scores(
-    queries: mx.array, weights: mx.array, keys: mx.array, tile_size: int
+    queries: mx.array,
+    weights: mx.array,
+    keys: mx.array,
+    tile_size: int,
+    n_open: mx.array,
 ) -> mx.array:
     """Score every index key for tiles of queries: the maximum over each tile.
+
+    Each query's scores count from its own level (:func:`score_levels`), so that a
+    query whose scores are all high does not choose for the whole tile.
 
     Args:
         queries (mx.array): ``[B, Hi, L, Di]``, ``L`` a multiple of the tile.
         weights (mx.array): Head weights ``[B, L, Hi]``.
         keys (mx.array): ``[B, 1, T, Di]``.
         tile_size (int): Queries a tile.
+        n_open (mx.array): Keys that each tile's levels are read off (its first
+          ones) ``[L / tile_size]``.
 
     Returns:
         mx.array: ``[B, L / tile_size, T]`` in float32, unmasked.
@@ -70,7 +81,9 @@ def tile_scores(
     best = []
     for start in range(0, L, block):
         rows = slice(start, start + block)
-        scores = index_scores(queries[:, :, rows], weights[:, rows], keys)
+        part = queries[:, :, rows], weights[:, rows], keys
+        tiles = n_open[start // tile_size : (start + block) // tile_size]
+        scores = index_scores(*part) - score_levels(index_scores, *part, tiles)[..., None]
         best.append(scores.reshape(B, -1, tile_size, T).max(axis=2))
     return best[0] if len(best) == 1 else mx.concatenate(best, axis=1)
 

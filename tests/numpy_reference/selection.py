@@ -30,13 +30,15 @@ class Rules:
         fits = self.top_k >= self.tile_size + self.n_sink + self.n_recent
         return "tile" if fits else "exact"
 
-    def best(self, positions, scores, forced, count):
+    def best(self, positions, scores, forced, count, zeros=None):
         """Return `forced` and the best-scored others, `count` in all.
 
         Higher scores first; on equal scores the newer position. The distance
         between the last one in and the first one out is noted in `margins`:
-        where it is below rounding, float32 may decide otherwise.
+        where it is below rounding, float32 may decide otherwise. `zeros` tells
+        which scores are made of a zero of the ReLU (default: those that are 0).
         """
+        zero = dict(zip(positions.tolist(), scores == 0 if zeros is None else zeros))
         free = [
             (score, position)
             for position, score in zip(positions.tolist(), scores.tolist())
@@ -45,9 +47,9 @@ class Rules:
         free.sort(reverse=True)
         room = max(count - len(forced), 0)
         if 0 < room < len(free):
-            inside, outside = free[room - 1][0], free[room][0]
-            # Two zeros of the ReLU are equal in every precision.
-            if not inside == outside == 0.0:
+            (inside, first), (outside, second) = free[room - 1 : room + 1]
+            # What two zeros of the ReLU lead to is equal in every precision.
+            if not (inside == outside and zero[first] and zero[second]):
                 spread = np.abs(scores).max()
                 self.margins.append((inside - outside) / spread)
         return set(forced) | {position for _, position in free[:room]}
@@ -88,17 +90,28 @@ class Rules:
                 shared = set(positions[earlier].tolist())
             else:
                 forced = self.protected(positions[earlier], first - 1)
-                best_scores = scores[rows][:, earlier].max(0)
+                own_scores = scores[rows][:, earlier]
+                above = own_scores - self.levels(own_scores)[:, None]
+                at_best = own_scores[above.argmax(0), np.arange(earlier.sum())]
                 shared = self.best(
                     positions[earlier],
-                    best_scores,
+                    above.max(0),
                     forced,
                     self.top_k - self.tile_size,
+                    zeros=at_best == 0,
                 )
             for row in rows:
                 own = set(range(int(first), int(queries[row]) + 1))
                 sets.append(shared | own)
         return sets
+
+    def levels(self, scores):
+        """Return the level [L] of queries with `scores` [L, T] before their tile."""
+        sample = scores[:, : max(scores.shape[1] - self.n_recent, 0)][:, 16::32]
+        if not sample.size:
+            return np.zeros(len(scores))
+        top = sample.max(1)
+        return top + np.log(np.exp(sample - top[:, None]).sum(1))
 
     def prune(self, positions, scores, newest):
         """Return what stays when a prompt ends: `top_k` entries."""

@@ -1,7 +1,8 @@
 // Scores of index keys for index queries: for each query, or the largest of a tile's.
 //
 //   queries [B, HEADS, L, DEPTH]   bfloat16 or half, zeros after the head's own dims
-//   weights [B, L, HEADS]          float; [B, N, L / N, HEADS] for N tiles (TILES)
+//   weights [B, L, HEADS]          float; [B, N, L / N, HEADS + 1] for N tiles (TILES):
+//                                  the last is added to all of a query's scores
 //   keys    [B, 1, T, DIMS]        as queries, any strides
 //   scores  [B, L, T] or [B, N, T] float: sum_h weights[h] * relu(queries[h] . key)
 //
@@ -13,9 +14,10 @@ constexpr int STEPS = DEPTH / 16;
 constexpr int PITCH = DEPTH + 8;  // so that 8 rows lie in different banks
 constexpr int PARTS = DEPTH / 8;  // of 16 bytes a row
 constexpr int ROWS = CHUNK * HEADS;
+constexpr int WEIGHTS = HEADS + (TILES ? 1 : 0);  // of a query
 constexpr int N_THREADS = WARPS * 32;
 __shared__ __align__(16) T stage[2][ROWS * PITCH];
-__shared__ float stage_weights[2][ROWS];
+__shared__ float stage_weights[2][CHUNK * WEIGHTS];
 
 const int L = queries_shape[2];
 const int n_keys = keys_shape[2];
@@ -54,7 +56,7 @@ const int begin = n_tiles * blockIdx.y / gridDim.y * per_tile;
 const int end = n_tiles * (blockIdx.y + 1) / gridDim.y * per_tile;
 
 const T* const query_base = queries + size_t(batch) * HEADS * L * DEPTH;
-const float* const weight_base = weights + size_t(batch) * L * HEADS;
+const float* const weight_base = weights + size_t(batch) * L * WEIGHTS;
 auto fetch = [&](int step) {
   const int tile = step / per_tile;
   const int first = tile * size + step % per_tile * CHUNK;
@@ -71,10 +73,10 @@ auto fetch = [&](int step) {
           query_base + ((r / CHUNK * L + query) * DEPTH + part));
     }
   }
-  for (int r = threadIdx.x; r < ROWS; r += N_THREADS) {
+  for (int r = threadIdx.x; r < CHUNK * WEIGHTS; r += N_THREADS) {
     const int query = min(first + r % CHUNK, newest);
     copy_async<4>(
-        &stage_weights[step % 2][r], weight_base + (query * HEADS + r / CHUNK));
+        &stage_weights[step % 2][r], weight_base + (query * WEIGHTS + r / CHUNK));
   }
   commit_copies();
 };
@@ -94,6 +96,15 @@ for (int step = begin; step < end; step++) {
   }
   for (int n = 0; n < CHUNK; n += 8) {
     float total[BLOCKS][4] = {};
+    if (TILES) {
+#pragma unroll
+      for (int m = 0; m < BLOCKS; m++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          total[m][e] = stage_weights[step % 2][(TILES ? ROWS : 0) + n + column + e % 2];
+        }
+      }
+    }
 #pragma unroll 1
     for (int h = 0; h < HEADS; h++) {
       const T* query = &stage[step % 2][(h * CHUNK + n + row) * PITCH + column];

@@ -1,7 +1,8 @@
 // Scores of index keys for index queries: for each query, or the largest of a tile's.
 //
 //   queries [B, HEADS, L, DIMS]    float, half or bfloat
-//   weights [B, L, HEADS]          float; [B, N, L / N, HEADS] for N tiles (TILES)
+//   weights [B, L, HEADS]          float; [B, N, L / N, HEADS + 1] for N tiles (TILES):
+//                                  the last is added to all of a query's scores
 //   keys    [B, 1, T, DIMS]        as queries, any strides
 //   scores  [B, L, T] or [B, N, T] float: sum_h weights[h] * relu(queries[h] . key)
 //
@@ -12,8 +13,9 @@
 constexpr int STEPS = (DIMS + 7) / 8;
 constexpr int PITCH = STEPS * 8 + 4;
 constexpr int ROWS = CHUNK * HEADS;
+constexpr int WEIGHTS = HEADS + (TILES ? 1 : 0);  // of a query
 threadgroup float stage[ROWS * PITCH];
-threadgroup float stage_weights[ROWS];
+threadgroup float stage_weights[CHUNK * WEIGHTS];
 
 const int L = queries_shape[2];
 const int n_keys = keys_shape[2];
@@ -66,9 +68,9 @@ for (int step = begin; step < end; step++) {
         ? float(queries[(size_t(batch * HEADS + r / CHUNK) * L + query) * DIMS + dim])
         : 0.0f;
   }
-  for (int r = thread_index; r < ROWS; r += WARPS * 32) {
+  for (int r = thread_index; r < CHUNK * WEIGHTS; r += WARPS * 32) {
     const int query = first + r % CHUNK < newest ? first + r % CHUNK : newest;
-    stage_weights[r] = weights[(size_t(batch) * L + query) * HEADS + r / CHUNK];
+    stage_weights[r] = weights[(size_t(batch) * L + query) * WEIGHTS + r / CHUNK];
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (step % per_tile == 0) {
@@ -76,7 +78,11 @@ for (int step = begin; step < end; step++) {
   }
   for (int n = 0; n < CHUNK; n += 8) {
     float total[BLOCKS][2];
-    for (int m = 0; m < BLOCKS; m++) total[m][0] = total[m][1] = 0;
+    for (int m = 0; m < BLOCKS; m++) {
+      for (int e = 0; e < 2; e++) {
+        total[m][e] = TILES ? stage_weights[(TILES ? ROWS : 0) + n + column + e] : 0.0f;
+      }
+    }
     for (int h = 0; h < HEADS; h++) {
       simdgroup_matrix<float, 8, 8> product[BLOCKS];
 #pragma unroll
