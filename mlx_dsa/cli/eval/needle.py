@@ -75,7 +75,7 @@ from .show import run_and_show
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Questions one after the other in a conversation, likewise; the last is judged.",
+    help="Questions one after the other in a conversation, with --setting before-question; the last is judged.",
 )
 @click.option(
     "--haystack",
