@@ -170,6 +170,28 @@ def test_a_saved_plan_goes_on_as_if_never_saved(small, tmp_path):
         assert mx.array_equal(expected, again)
 
 
+def test_a_state_stays_as_it_was(small):
+    """Whatever is written in place later, to the cache or to others of the same state."""
+    model, indexers = small
+    rest = make_tokens(30, seed=9)
+    with patch_sparse_generate(model, indexers, **{**RULES, "n_recent": 12}):
+        for n_steps in (0, 1, 3, 12, 14):
+            caches = make_prompt_cache(model)
+            feed_calls(model, make_tokens(90), [60] + [1] * n_steps, caches)
+            states = [c.state for c in caches]
+            before = [[np.array(a) for a in s if isinstance(a, mx.array)] for s in states]
+            feed_calls(model, rest, [1] * 5, caches)
+            for state, arrays in zip(states, before, strict=True):
+                now = [a for a in state if isinstance(a, mx.array)]
+                assert all(np.array_equal(a, b) for a, b in zip(now, arrays, strict=True))
+            answers = []
+            for _ in range(2):
+                for cache, state in zip(caches, states, strict=True):
+                    cache.state = state
+                answers.append(mx.concatenate(feed_calls(model, rest, [20] + [1] * 8, caches), 1))
+            assert mx.array_equal(*answers)
+
+
 def test_a_planned_step_writes_three_rows_and_no_more(small, tmp_path):
     """Between plans the graph of a step is that of a dense one, and a hidden state kept."""
     model, indexers = small

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..ops import gather_rows, write_rows
-from .full import FullKVCache
+from .full import FullKVCache, snapshot
 
 
 class Window(NamedTuple):
@@ -120,6 +120,13 @@ class BudgetKVCache(FullKVCache):
         super().append(*entries)
         if self.evicted:
             self._tie(self._positions)
+
+    def _growth(self, L: int) -> int:
+        # Growing copies all there is. A prompt's room is given back by the prune, so it
+        # may be up to a quarter too much, and grow seldom.
+        if L < self.step:
+            return self.step
+        return max(self.step, (1 << (self._size + L - 1).bit_length()) // 8)
 
     def observe(self, queries: mx.array, weights: mx.array, limit: int):
         """Remember the last index queries of a prompt, after their append.
@@ -281,7 +288,7 @@ class BudgetKVCache(FullKVCache):
         window = [None, None, None]
         if self.window is not None:
             window = [*self.window[:2], mx.array(self.window.positions, mx.int32)]
-        return [
+        state = [
             *(self.keys, self.values, self.index_keys, self.offset),
             *(self.positions if self.evicted else None, int(self._sorted)),
             *(self.budget, self.n_planned),
@@ -289,10 +296,11 @@ class BudgetKVCache(FullKVCache):
             *late,
             *(self._fetch(i) for i in range(3, len(self._buffers or ()))),
         ]
+        return snapshot(state)
 
     @state.setter
     def state(self, state: Sequence[Any]):
-        keys, values, index_keys, self.offset, *state = state
+        keys, values, index_keys, self.offset, *state = snapshot(state)
         self._positions, in_order, self.budget, self.n_planned, *state = state
         *window, self._late, late_slots = state[:5]
         self._buffers = None if keys is None else [keys, values, index_keys, *state[5:]]

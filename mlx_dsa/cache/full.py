@@ -77,7 +77,8 @@ class FullKVCache:
         L = new[0].shape[2]
         if self._buffers is not None and self._size + L <= self._buffers[0].shape[2]:
             return
-        extra = -(-L // self._growth(L)) * self._growth(L)
+        growth = self._growth(L)
+        extra = -(-L // growth) * growth
         blocks = [mx.zeros((*a.shape[:2], extra, a.shape[3]), a.dtype) for a in new]
         if self._buffers is not None:
             blocks = [
@@ -87,11 +88,8 @@ class FullKVCache:
         self._buffers = blocks
 
     def _growth(self, L: int) -> int:
-        # Growing copies all there is. While a long prompt is read it is done seldom: by an
-        # eighth of the next power of two.
-        if L < self.step:
-            return self.step
-        return max(self.step, (1 << (self._size + L - 1).bit_length()) // 8)
+        """Return the entries of which room is made for a multiple."""
+        return self.step
 
     def _tie(self, *arrays: mx.array):
         # What no output of this step depends on would pile up as a graph without bound.
@@ -115,11 +113,11 @@ class FullKVCache:
     @property
     def state(self) -> list[Any]:
         """What a copy needs: arrays and whole numbers."""
-        return [self.keys, self.values, self.index_keys, self.offset]
+        return snapshot([self.keys, self.values, self.index_keys, self.offset])
 
     @state.setter
     def state(self, state: Sequence[Any]):
-        keys, values, index_keys, self.offset = state
+        keys, values, index_keys, self.offset = snapshot(state)
         self._buffers = None if keys is None else [keys, values, index_keys]
         self._size = self.offset
 
@@ -171,3 +169,8 @@ class FullKVCache:
             f"[{type(self).__name__}] kv_bits is not supported: the cache is already "
             f"bounded by its budget. Leave kv_bits out, and lower top_k for less memory."
         )
+
+
+def snapshot(state: Sequence[Any]) -> list[Any]:
+    """Return a state that a cache's writes in place don't reach, and no copy."""
+    return [a[...] if isinstance(a, mx.array) else a for a in state]

@@ -56,7 +56,7 @@ def computed_bytes(subject, policy, length, itemsize):
 
     A dense layer keeps every key and value. A sparse layer has an index key for each entry besides;
     with a budget also the retention head's two scores (4 bytes each), if there is a head, and, once
-    it has evicted, the entries' positions (4 bytes each). What waits to be scored, up to 32 hidden
+    it has evicted, the entries' positions (4 bytes each). What waits to be scored, up to 64 hidden
     states a layer, is not counted. ``None`` for a tiered cache, whose cold entries are quantised.
     """
     args, config = subject.model.args, policy.config

@@ -49,7 +49,7 @@ def needle(
     Args:
         subject (Preset): the model with its tokenizer and indexers.
         policies (list of Policy): what to run.
-        lengths (list of int): tokens of the whole prompt, exactly.
+        lengths (list of int): tokens of the whole prompt, as in `make_items`.
         depths (list of float): where the fact stands: 0 the start of the text, 1 its end.
         limit (int): texts for each length and depth. Default: ``4``.
         task, setting, value, phrasing, distractors, per_document, turns, seed: as in `NeedleSpec`.

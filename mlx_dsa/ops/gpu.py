@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import mlx.core as mx
 
 from .kernel import launch
-from .levels import score_levels
+from .levels import SAMPLED, score_levels
 
 # Thread groups that keep a GPU busy, threads of a selection, bytes of shared memory.
 _BUSY = {"metal": 128, "cuda": 400}
@@ -78,8 +76,10 @@ def tile_scores(
 ) -> mx.array:
     """Score every key for tiles of queries: see :func:`reference.tile_scores`."""
     B, n_heads, L, _ = queries.shape
-    score = partial(index_scores, language)
-    levels = score_levels(score, queries, weights, keys, n_open)
+    sampled = mx.zeros((B, L, 0))
+    if keys.shape[2] > SAMPLED.start:
+        sampled = index_scores(language, queries, weights, keys[:, :, SAMPLED])
+    levels = score_levels(sampled, n_open)
     weights = mx.concatenate([weights, -levels[..., None]], axis=-1)
     weights = weights.reshape(B, L // tile_size, tile_size, n_heads + 1)
     shape = (B, L // tile_size, keys.shape[2])

@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import mlx.core as mx
 
-# A level is read off one key in so many.
+# A level is read off one key in so many: these of all slots.
 _STRIDE = 32
+SAMPLED = slice(_STRIDE // 2, None, _STRIDE)
 
 
-def score_levels(
-    score: Callable,
-    queries: mx.array,
-    weights: mx.array,
-    keys: mx.array,
-    n_open: mx.array,
-) -> mx.array:
+def score_levels(scores: mx.array, n_open: mx.array) -> mx.array:
     """Find how high each query scores keys on the whole, from a few of them.
 
     That is the log of the sum of ``exp(score)`` over every 32nd key: indexers are
     trained as the logits of a softmax, whose normaliser it stands for.
 
     Args:
-        score (callable): What scores the keys: :func:`reference.index_scores` or its
-          kernel.
-        queries (mx.array): ``[B, Hi, L, Di]``, ``L`` a multiple of the tiles.
-        weights (mx.array): Head weights ``[B, L, Hi]``.
-        keys (mx.array): ``[B, 1, T, Di]``.
+        scores (mx.array): Scores of the slots in ``SAMPLED``, ``[B, L, n]`` in
+          float32, ``L`` a multiple of the tiles.
         n_open (mx.array): Keys that count for each tile (its first ones)
           ``[n_tiles]``.
 
     Returns:
         mx.array: ``[B, L]`` in float32; 0 for tiles with none of these keys.
     """
-    B, _, L, _ = queries.shape
-    first = _STRIDE // 2
-    if keys.shape[2] <= first:
+    B, L, n = scores.shape
+    if n == 0:
         return mx.zeros((B, L))
-    scores = score(queries, weights, keys[:, :, first::_STRIDE])
-    slots = mx.arange(first, keys.shape[2], _STRIDE)
+    slots = mx.arange(SAMPLED.start, SAMPLED.start + n * _STRIDE, _STRIDE)
     is_open = (slots < n_open[:, None])[:, None]
-    scores = scores.reshape(B, n_open.shape[0], -1, slots.shape[0])
+    scores = scores.reshape(B, n_open.shape[0], -1, n)
     levels = mx.logsumexp(mx.where(is_open, scores, -1e30), axis=-1)
     return mx.where(is_open.any(axis=-1), levels, 0).reshape(B, L)

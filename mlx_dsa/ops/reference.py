@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from .levels import score_levels
+from .levels import SAMPLED, score_levels
 
 # No intermediate is larger, and so none nears MLX's 2^31 elements.
 BLOCK_BYTES = 64 << 20
@@ -83,7 +83,8 @@ def tile_scores(
         rows = slice(start, start + block)
         part = queries[:, :, rows], weights[:, rows], keys
         tiles = n_open[start // tile_size : (start + block) // tile_size]
-        scores = index_scores(*part) - score_levels(index_scores, *part, tiles)[..., None]
+        scores = index_scores(*part)
+        scores = scores - score_levels(scores[..., SAMPLED], tiles)[..., None]
         best.append(scores.reshape(B, -1, tile_size, T).max(axis=2))
     return best[0] if len(best) == 1 else mx.concatenate(best, axis=1)
 
