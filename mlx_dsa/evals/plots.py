@@ -40,7 +40,9 @@ def _cells(results):
 
 def _setting(result):
     lengths = {row["length"] for row in result["rows"]}
-    return f"{result['config']['setting']}, {min(lengths):,} tokens"
+    config = result["config"]
+    turns = f", question {config['turns']}" if "turns" in config else ""
+    return f"{config['setting']}{turns}, {min(lengths):,} tokens"
 
 
 def _needle(result, plt):
@@ -60,15 +62,20 @@ def _kind(label):
 
 
 def _retention(panels, title, plt):
-    """Accuracy against retention: panels (title, rows, length), one line a kind of policy."""
+    """Accuracy against retention: panels (title, rows, length), one line a kind of policy.
+
+    A kind has one colour in all panels, and one entry in their legend.
+    """
+    kinds = dict.fromkeys(_kind(r["policy"]) for _, rows, _ in panels for r in rows if r["top_k"])
+    handles = {}
     size = (1.5 + 4 * len(panels), 3.6)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (name, rows, length) in zip(axes[0], panels):
         rows = [r for r in rows if r["depth"] is None and r["length"] == length]
-        series = {}
+        series = {kind: [] for kind in kinds}
         for row in (r for r in rows if r["top_k"]):
             point = (row["top_k"], row["value"], row["low"], row["high"])
-            series.setdefault(_kind(row["policy"]), []).append(point)
+            series[_kind(row["policy"])].append(point)
         _lines(axis, series, spread=0.04)
         for row in (r for r in rows if not r["top_k"]):
             axis.axhline(row["value"], color=_INK, linewidth=1, linestyle="--", label=row["policy"])
@@ -78,7 +85,7 @@ def _retention(panels, title, plt):
         axis.set_title(f"{name}, n = {min(r['n'] for r in rows)}", fontsize=9)
         axis.set_xlabel("top_k, and its share of the context")
         axis.set_ylabel("accuracy, Wilson 95%")
-        handles = dict(zip(*reversed(axis.get_legend_handles_labels())))
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
         axis.get_legend().remove()
     axes[0][-1].legend(
         handles.values(), handles, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
@@ -152,6 +159,8 @@ def _heat_map(axis, title, columns, depths, found):
 def _lines(axis, series, logarithmic=True, spread=0.0):
     """Draw {label: [(x, value, low, high)]} with error bars, lines moved apart by `spread` octaves."""
     for i, (colour, (label, points)) in enumerate(zip(_COLOURS * 4, series.items())):
+        if not points:
+            continue
         points = sorted(points)
         shift = 2 ** (spread * (i - (len(series) - 1) / 2))
         x, y = [p[0] * shift for p in points], [p[1] for p in points]
