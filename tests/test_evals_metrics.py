@@ -10,6 +10,7 @@ from evals_subject import make_subject
 from mlx_lm.models.qwen3 import Attention
 from mlx_lm.perplexity import eval_ppl
 
+from mlx_dsa import BudgetKVCache
 from mlx_dsa.evals import gsm8k, make_policies, memory, ppl, retrieval
 from mlx_dsa.evals.documents import load_documents, windows_of
 from mlx_dsa.evals.fidelity import coverage, selection_mask, true_attention
@@ -166,8 +167,8 @@ def test_memory_is_what_the_shapes_say(subject):
     entry = 2 * 2 * 32 * 4  # keys and values, 2 heads of 32, float32
     assert rows["dense", 504]["computed"] == 2 * 512 * entry == rows["dense", 504]["value"]
     assert rows["sparse@64", 504]["computed"] == 2 * 64 * (entry + 12 * 4 + 4)
-    # 8 tokens were written; in each of 2 layers their hidden states wait for an index key.
-    waiting = 2 * 8 * 64 * 4
+    # 8 tokens were written; each of 2 layers has room for hidden states that wait for index keys.
+    waiting = 2 * BudgetKVCache.late_step * 64 * 4
     assert rows["sparse@64", 504]["value"] == rows["sparse@64", 504]["computed"] + waiting
     assert rows["sparse@64", 504]["entries"] == [64, 64]
     assert rows["full@64", 504]["computed"] == 2 * 512 * (entry + 12 * 4)
