@@ -118,14 +118,30 @@ class SparseConfig:
         Raises:
             ValueError: If a key is not a field, or a value is not valid.
         """
-        known = [f.name for f in fields(cls)]
-        unknown = [key for key in values if key not in known]
-        if unknown:
-            raise ValueError(
-                f"[SparseConfig] unknown key {', '.join(map(repr, unknown))}: the keys "
-                f"are {', '.join(known)}."
-            )
-        return cls(**values)
+        return from_mapping(cls, values)
+
+
+def from_mapping(cls: type, values: Mapping[str, Any]) -> Any:
+    """Build a dataclass from a mapping, such as a parsed JSON file.
+
+    Args:
+        cls (type): The dataclass.
+        values (Mapping): Field names to values.
+
+    Returns:
+        Any: An instance of ``cls``.
+
+    Raises:
+        ValueError: If a key is not a field, or the class refuses a value.
+    """
+    known = [f.name for f in fields(cls)]
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ValueError(
+            f"[{cls.__name__}] unknown key {', '.join(map(repr, unknown))}: the keys "
+            f"are {', '.join(known)}."
+        )
+    return cls(**values)
 
 
 _MINIMUM = {

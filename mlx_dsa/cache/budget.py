@@ -162,18 +162,15 @@ class BudgetKVCache(FullKVCache):
         """
         if worth is not None:
             self._buffers[3] = mx.stack([self.retention, worth], axis=-1)[:, None]
-        B = self._buffers[0].shape[0]
-        slots = mx.broadcast_to(slots, (B, slots.shape[-1]))
-        self._take(slots)
-        self._set_planned(n_planned)
+        self.plan(slots, n_planned)
         self.window = None
 
     def plan(self, order: mx.array, n_planned: int):
         """Lay the entries that the next steps replace last, in their order.
 
         Args:
-            order (mx.array): All slots of a sorted cache ``[B, size]`` or
-              ``[1, size]``, int32, in their new order.
+            order (mx.array): The slots of a sorted cache that stay ``[B, n]`` or
+              ``[1, n]``, int32, in their new order.
             n_planned (int): How many entries the next steps replace.
         """
         B = self._buffers[0].shape[0]
@@ -242,9 +239,9 @@ class BudgetKVCache(FullKVCache):
         self._positions = self.positions
         end = self._size - self.n_planned
         entries = project(self._late[:, : self.n_late], self.offset - self.n_late)
+        at = mx.stack(self._late_slots, axis=1) if self._late_slots else None
         for i, new in enumerate(entries, start=2):
-            if self._late_slots:
-                at = mx.stack(self._late_slots, axis=1)
+            if at is not None:
                 self._buffers[i] = write_rows(self._buffers[i], new, at, axis=2)
             else:
                 self._buffers[i][..., end - self.n_late : end, :] = new

@@ -35,12 +35,17 @@ def read(model, ids, caches):
         caches (list): of the model; they grow.
     """
     last = ids.shape[1] - 1
-    for start in range(0, last, chunk_size()):
-        model(ids[:, start : min(start + chunk_size(), last)], cache=caches)
-        mx.eval([c.state for c in caches])
+    edges = [*range(0, last, chunk_size()), last]
+    _feed(model, ids, zip(edges, edges[1:]), caches)
     logits = model(ids[:, last:], cache=caches)[:, -1]
     mx.eval(logits, [c.state for c in caches])
     return logits
+
+
+def _feed(model, ids, chunks, caches):
+    for start, stop in chunks:
+        model(ids[:, start:stop], cache=caches)
+        mx.eval([c.state for c in caches])
 
 
 def take_rows(caches, rows):
@@ -162,9 +167,7 @@ def converse(
         if not opening:
             read(model, mx.array(unique)[:, -1 if taken else 0 :], caches)
         elif not taken:
-            for a, b in spans(len(unique[0])):
-                model(mx.array(unique)[:, a:b], cache=caches)
-                mx.eval([c.state for c in caches])
+            _feed(model, mx.array(unique), spans(len(unique[0])), caches)
         for one in heard:
             one.read_s = (perf_counter() - start + before) / len(unique)
         waiting.append((rows, [unique.index(first) for first in firsts], caches, 1))

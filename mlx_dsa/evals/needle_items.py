@@ -96,20 +96,24 @@ class NeedleSpec:
                 )
         if self.setting == "two-turns" and self.task != "single":
             raise ValueError("[NeedleSpec] setting 'two-turns' goes with task 'single' only.")
-        several = self.setting != "two-turns" and self.task == "single"
-        if self.per_document != 1 and not (
-            several and 1 <= self.per_document <= self.distractors + 1
-        ):
+        single, n_facts = self.task == "single", self.distractors + 1
+        several = self.setting != "two-turns" and single and 1 <= self.per_document <= n_facts
+        if self.per_document != 1 and not several:
             raise ValueError(
                 "[NeedleSpec] 'per_document' needs setting 'before-question' or 'in-prompt', task 'single' "
-                f"and no fewer facts than it asks for, but got {self.per_document} of {self.distractors + 1}."
+                f"and no fewer facts than it asks for, but got {self.per_document} of {n_facts}."
             )
-        several = self.setting == "before-question" and self.task == "single"
-        if self.turns != 1 and not (several and 1 <= self.turns <= self.distractors + 1):
+        several = self.setting == "before-question" and single and 1 <= self.turns <= n_facts
+        if self.turns != 1 and not several:
             raise ValueError(
                 "[NeedleSpec] 'turns' needs setting 'before-question', task 'single' and no fewer facts "
-                f"than it asks for, but got {self.turns} of {self.distractors + 1}."
+                f"than it asks for, but got {self.turns} of {n_facts}."
             )
+
+    @property
+    def reads_first(self):
+        """Whether a text is read before its questions, in a turn of its own."""
+        return self.setting == "before-question" or self.per_document > 1
 
 
 @dataclass(frozen=True)
@@ -187,8 +191,7 @@ def make_items(spec, haystack, tokenizer, lengths, depths, n):
     longest = max((len(tail) for draft in drafts for tail in draft.tails), default=0)
     head, items = encode(around.head), []
     for draft in drafts:
-        apart = spec.setting == "before-question" or spec.per_document > 1
-        reserved = longest if apart else len(draft.tails[0])
+        reserved = longest if spec.reads_first else len(draft.tails[0])
         room = draft.length - len(head) - reserved
         items += _items(spec, draft, haystack, tokenizer, encode, around, head, room, depths)
     return items
@@ -217,9 +220,9 @@ def _items(spec, draft, haystack, tokenizer, encode, around, head, room, depths)
     items = []
     for j, (talk, tail) in enumerate(zip(talks, tails)):
         first, last = talk[0], talk[-1]
-        opening = spec.setting == "in-prompt"
-        if spec.setting == "before-question" or spec.per_document > 1:
-            turns = [Turn(document, opening=opening), Turn(tail, first.values, first.others)]
+        if spec.reads_first:
+            opening = Turn(document, opening=spec.setting == "in-prompt")
+            turns = [opening, Turn(tail, first.values, first.others)]
         else:
             turns = [Turn(document + tail, first.values, first.others)]
         for later in talk[1:]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
+
+from ..config import from_mapping
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,7 @@ class RunConfig:
         Raises:
             ValueError: If a key is not a field, or a value is not valid.
         """
-        known = [f.name for f in fields(cls)]
-        unknown = [key for key in values if key not in known]
-        if unknown:
-            raise ValueError(
-                f"[{cls.__name__}] unknown key {', '.join(map(repr, unknown))}: the keys "
-                f"are {', '.join(known)}."
-            )
-        return cls(**values)
+        return from_mapping(cls, values)
 
 
 @dataclass(frozen=True)
