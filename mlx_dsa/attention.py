@@ -18,6 +18,7 @@ from .crossovers import PrefillPlan
 from .eviction import Eviction
 from .indexer import Indexer
 from .ops import (
+    gather_rows,
     index_scores,
     sparse_attention,
     tile_attention,
@@ -65,7 +66,7 @@ class SparseAttention(nn.Module):
         if config.cache == "full":
             return FullKVCache()
         if config.cache == "budget":
-            return BudgetKVCache(config.top_k)
+            return BudgetKVCache(config.top_k, phase=layer)
 
         def make_store():
             if config.cold_file is None:
@@ -157,12 +158,16 @@ class SparseAttention(nn.Module):
         if has_budget and cache.size() == cache.budget:
             self.eviction.replace(x, keys, values, cache)
             return self._attend_all(queries, cache.keys, cache.values, causal=False)
-        offset = cache.offset
-        self._append(x, keys, values, cache)
-        T = cache.size()
-        if T <= top_k:
+        if cache.size() < top_k:
+            self._append(x, keys, values, cache)
             return self._attend_all(queries, cache.keys, cache.values, causal=False)
-        index_queries, weights = self.indexer.project_queries(x, offset)
+        if has_budget:
+            index_queries, weights = self.indexer.project_queries(x, cache.offset)
+            self._append(x, keys, values, cache)
+        else:
+            index_keys, index_queries, weights = self.indexer.project(x, cache.offset)
+            cache.append(keys, values, index_keys)
+        T = cache.size()
         scores = self.score(index_queries, weights, cache.index_keys)
         slots = select_topk(scores, top_k, mx.array([T]), *self._forced)
         output = self.attend_selected(queries, cache, slots)
@@ -254,7 +259,7 @@ class SparseAttention(nn.Module):
             weights,
             cache.index_keys[:, :, : end - size],
             size,
-            n_visible - self.config.n_recent,
+            end - L - self.config.n_recent,
             self.config.backend,
         )
         # A tile's own keys count inside top_k, whole tile or not.
@@ -279,13 +284,16 @@ class SparseAttention(nn.Module):
         Args:
             queries (mx.array): ``[B, Hq, L, D]``.
             cache (FullKVCache): The entries.
-            slots (mx.array): ``[B, L, top_k]``, int32, ``-1`` for none.
+            slots (mx.array): ``[B, L, top_k]``, int32, none empty.
 
         Returns:
             mx.array: ``[B, Hq, L, D]``.
         """
         if isinstance(cache, TieredKVCache):
             return self._attend_all(queries, *cache.recall(slots[:, 0]), causal=False)
+        if queries.shape[2] == 1:
+            rows = (gather_rows(x, slots[:, 0]) for x in (cache.keys, cache.values))
+            return self._attend_all(queries, *rows, causal=False)
         return sparse_attention(
             queries,
             cache.keys,

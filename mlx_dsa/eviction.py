@@ -20,8 +20,9 @@ from .selectors import (
 _POOL_RADIUS = 4
 # Steps for which evictions are planned at once, and for how few it does not pay.
 _PLANNED, _PLANNED_FROM = 256, 4
-# Steps after which what they left open is made for all of them.
-_LATE = 64
+# What steps leave open is made for this many at once, and for no more than a part of
+# the budget: until then it is a hidden state each, as large as several entries.
+_LATE, _LATE_SHARE = 256, 4
 
 
 class Eviction:
@@ -39,6 +40,8 @@ class Eviction:
         self._indexer = indexer
         self._config = config
         self._forced = config.n_sink, config.n_recent
+        most = min(_LATE, config.top_k // _LATE_SHARE)
+        self._most_late = max(1, min(config.n_recent, most))
         self.rule = config.evict
         if config.evict == "retention" and not indexer.has_retention:
             self.rule = "index"
@@ -54,12 +57,11 @@ class Eviction:
             list of mx.array: Index keys ``[B, 1, L, Di]``, and where they decide the
             scores of the retention head, twice, ``[B, 1, L, 2]`` in float32.
         """
-        entries = [self._indexer.project_keys(x, offset)]
-        if self.rule == "retention":
-            retention = self._indexer.retention(x)
-            twice = (x.shape[0], 1, x.shape[1], 2)
-            entries.append(mx.broadcast_to(retention[:, None, :, None], twice))
-        return entries
+        if self.rule != "retention":
+            return [self._indexer.project_keys(x, offset)]
+        index_keys, retention = self._indexer.project_entries(x, offset)
+        twice = (x.shape[0], 1, x.shape[1], 2)
+        return [index_keys, mx.broadcast_to(retention[:, None, :, None], twice)]
 
     def replace(self, x: mx.array, keys: mx.array, values: mx.array, cache: BudgetKVCache):
         """Write a token's entry over the one that is worth least.
@@ -71,7 +73,7 @@ class Eviction:
             cache (BudgetKVCache): A full cache, changed in place.
         """
         # Recent entries are never dropped, so their scores may come late.
-        if cache.n_late >= min(self._config.n_recent, _LATE):
+        if cache.n_late >= self._most_late:
             cache.settle(self.project)
         if not self._plans:
             cache.replace(self._least(x, cache), keys, values, x)

@@ -64,6 +64,7 @@ def select_kept(
     return select_topk(scores[:, None], budget, n_visible, n_sink, n_recent)[:, 0]
 
 
+@mx.compile
 def pool_neighbours(scores: mx.array, positions: mx.array, radius: int) -> mx.array:
     """Give each entry the best score among the tokens around it.
 

@@ -187,15 +187,15 @@ def tile_inputs(L=32, T=300, seed=0):
 @pytest.mark.parametrize("T", [300, 17, 16, 1])
 def test_tile_scores_count_from_the_level_of_each_query(T, monkeypatch):
     queries, weights, keys = tile_inputs(T=T)
-    n_open = [T // 3, T]
+    first = T // 3
     scores = np.array(index_scores(queries, weights, keys), dtype=np.float64)[0]
     expected = []
-    for tile, n in enumerate(n_open):
+    for tile, n in enumerate([first, first + 16]):
         rows = scores[16 * tile : 16 * tile + 16]
         sample = rows[:, :n][:, 16::32]
         levels = np.log(np.exp(sample).sum(1)) if sample.size else np.zeros(16)
         expected.append((rows - levels[:, None]).max(0))
-    arrays = queries, weights, keys, 16, mx.array(n_open)
+    arrays = queries, weights, keys, 16, first
     assert np.allclose(np.array(tile_scores(*arrays))[0], expected, atol=1e-4)
     # A tile at a time, as where blocks are split.
     monkeypatch.setattr(reference_ops, "BLOCK_BYTES", 1)
@@ -209,11 +209,10 @@ def test_a_query_of_high_scores_does_not_choose_for_its_tile():
     loud = mx.array([20.0, 0.0])[None, None, :, None] * mx.ones((1, 3, 2, 1))
     plain = mx.concatenate([0 * loud, queries], axis=-1)
     offset = mx.concatenate([loud, queries * mx.array([0.01, 1.0])[:, None]], axis=-1)
-    n_open = mx.array([300])
     weights = mx.abs(weights)
 
     def best(queries):
-        scores = tile_scores(queries, weights, keys, 2, n_open)
+        scores = tile_scores(queries, weights, keys, 2, 300)
         return set(mx.argsort(-scores[0, 0])[:20].tolist())
 
     # The second query's choice, although the first scores every key far higher.
@@ -226,9 +225,8 @@ def test_a_query_of_high_scores_does_not_choose_for_its_tile():
 
 def test_levels_do_not_look_beyond_open_keys():
     queries, weights, keys = tile_inputs(L=16)
-    n_open = mx.array([100])
     changed = mx.concatenate([keys[:, :, :100], 9 * keys[:, :, 100:]], axis=2)
     before, after = (
-        tile_scores(queries, weights, k, 16, n_open)[..., :100] for k in (keys, changed)
+        tile_scores(queries, weights, k, 16, 100)[..., :100] for k in (keys, changed)
     )
     assert mx.array_equal(before, after)

@@ -127,7 +127,7 @@ def measure_ops(
     for context in contexts:
         layers = [_layer(shape, context, chunk, seed) for seed in range(n_layers)]
         visible = mx.arange(context - chunk, context, tile_size)
-        n_open = visible - n_recent
+        n_open = context - chunk - n_recent
 
         def score(layer):
             earlier = layer.index_keys[:, :, : context - tile_size]

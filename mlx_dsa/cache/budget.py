@@ -37,6 +37,8 @@ class BudgetKVCache(FullKVCache):
 
     Args:
         budget (int): Entries to keep.
+        phase (int): Growing copies a prompt's cache, and what is copied is there
+          twice: caches of eight different phases don't grow at once. Default: ``0``.
 
     Attributes:
         n_late (int): Entries whose index keys and retention scores are still to be made.
@@ -48,13 +50,15 @@ class BudgetKVCache(FullKVCache):
 
     # Hidden states for which room is made at once.
     late_step = 16
+    phase = 0
 
-    def __init__(self, budget: int):
+    def __init__(self, budget: int, phase: int = 0):
         if budget < 1:
             raise ValueError(
                 f"[BudgetKVCache] 'budget' must be at least 1 but got {budget}."
             )
         self.budget = budget
+        self.phase = phase
         super().__init__()
 
     def reset(self):
@@ -76,7 +80,7 @@ class BudgetKVCache(FullKVCache):
         if self._positions is None:
             return super().positions
         if not self.n_late or self._late_slots:
-            return self._positions
+            return self._positions[...]  # which writes in place don't reach
         # Steps of a plan leave their positions to be written when they are wanted.
         end = self._size - self.n_planned
         new = mx.arange(self.offset - self.n_late, self.offset, dtype=mx.int32)
@@ -121,12 +125,14 @@ class BudgetKVCache(FullKVCache):
         if self.evicted:
             self._tie(self._positions)
 
-    def _growth(self, L: int) -> int:
+    def _room(self, n: int, L: int) -> int:
         # Growing copies all there is. A prompt's room is given back by the prune, so it
         # may be up to a quarter too much, and grow seldom.
         if L < self.step:
-            return self.step
-        return max(self.step, (1 << (self._size + L - 1).bit_length()) // 8)
+            return super()._room(n, L)
+        growth = max(self.step, (1 << (n - 1).bit_length()) // 8)
+        phase = growth // 8 * (self.phase % 8)
+        return phase + -(-(n - phase) // growth) * growth
 
     def observe(self, queries: mx.array, weights: mx.array, limit: int):
         """Remember the last index queries of a prompt, after their append.
@@ -236,8 +242,10 @@ class BudgetKVCache(FullKVCache):
         """
         if not self.n_late:
             return
-        self._positions = self.positions
         end = self._size - self.n_planned
+        if not self._late_slots:
+            new = mx.arange(self.offset - self.n_late, self.offset, dtype=mx.int32)
+            self._positions[:, end - self.n_late : end] = new
         entries = project(self._late[:, : self.n_late], self.offset - self.n_late)
         at = mx.stack(self._late_slots, axis=1) if self._late_slots else None
         for i, new in enumerate(entries, start=2):
@@ -256,11 +264,8 @@ class BudgetKVCache(FullKVCache):
 
     def _take(self, slots: mx.array):
         self._positions = mx.take_along_axis(self.positions, slots, axis=1)
-        # Gathered rows come with their heads inside: attention would copy them a step.
-        self._buffers = [
-            mx.contiguous(gather_rows(self._fetch(i), slots))
-            for i in range(len(self._buffers))
-        ]
+        n = len(self._buffers)
+        self._buffers = [gather_rows(self._fetch(i), slots) for i in range(n)]
         self._size = slots.shape[1]
         self._tie(*self._buffers[2:], self._positions)
 

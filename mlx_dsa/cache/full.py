@@ -77,8 +77,7 @@ class FullKVCache:
         L = new[0].shape[2]
         if self._buffers is not None and self._size + L <= self._buffers[0].shape[2]:
             return
-        growth = self._growth(L)
-        extra = -(-L // growth) * growth
+        extra = self._room(self._size + L, L) - self._size
         blocks = [mx.zeros((*a.shape[:2], extra, a.shape[3]), a.dtype) for a in new]
         if self._buffers is not None:
             blocks = [
@@ -87,9 +86,9 @@ class FullKVCache:
             ]
         self._buffers = blocks
 
-    def _growth(self, L: int) -> int:
-        """Return the entries of which room is made for a multiple."""
-        return self.step
+    def _room(self, n: int, L: int) -> int:
+        """Return for how many entries room is made, the new ``L`` of ``n`` among them."""
+        return n - L + -(-L // self.step) * self.step
 
     def _tie(self, *arrays: mx.array):
         # What no output of this step depends on would pile up as a graph without bound.

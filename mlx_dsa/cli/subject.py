@@ -12,7 +12,7 @@ from ..bench import BENCH_SHAPES, BenchShape, random_model
 from ..config import SparseConfig
 from ..indexer import Indexer
 from ..ops import check_backend
-from ..presets import load_settings
+from ..presets import load_settings, resolve
 from .options import add_options, model_options, settings_from, sparse_options, subject_name
 from .session import hint_at_blas
 
@@ -20,7 +20,8 @@ _OPTIONS = (
     click.option(
         "--model-shape",
         type=click.Choice(list(BENCH_SHAPES)),
-        help="In place of a model: random weights of this shape, with random indexers.",
+        help="In place of a model: random weights of this shape, with random indexers "
+        "and the settings of the preset of that name.",
     ),
     click.option(
         "--bits",
@@ -89,7 +90,8 @@ def open_subject(*, model_shape: str | None, bits: str | None, **given: Any) -> 
     for name in _NOT_WITH_A_SHAPE:
         if given.pop(name) is not None:
             raise click.UsageError(f"--{name} and --model-shape exclude each other.")
-    config = SparseConfig.from_dict({k: v for k, v in given.items() if v is not None})
+    overrides = {k: v for k, v in given.items() if v is not None}
+    config = resolve(model_shape, **overrides).config
     check_backend(config.backend)
     n_bits = int(bits or 4)
     return Subject(

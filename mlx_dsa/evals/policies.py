@@ -41,6 +41,10 @@ class WindowIndexer:
         B, L, _ = x.shape
         return mx.ones((B, 1, L, 1)), mx.ones((B, L, 1))
 
+    def project(self, x, offset=0):
+        """Return index keys, queries and weights."""
+        return self.project_keys(x, offset), *self.project_queries(x, offset)
+
 
 class RandomIndexer(WindowIndexer):
     """Score each token by a number drawn once, at random: one random set a layer."""
@@ -99,6 +103,10 @@ class ForcedIndexer:
         reader[..., -1] = 1
         force = mx.full((B, L, 1), self.sign * _FORCE, weights.dtype)
         return mx.concatenate([blind, reader], axis=1), mx.concatenate([weights, force], axis=-1)
+
+    def project(self, x, offset=0):
+        """Return index keys, queries and weights."""
+        return self.project_keys(x, offset), *self.project_queries(x, offset)
 
 
 def _marks(marks, batch, length, offset):

@@ -43,7 +43,7 @@ def tile_scores(
     weights: mx.array,
     keys: mx.array,
     tile_size: int,
-    n_open: mx.array,
+    n_open: int,
     backend: str = "auto",
 ) -> mx.array:
     """Score every index key for tiles: see :func:`reference.tile_scores`.

@@ -72,14 +72,14 @@ def tile_scores(
     weights: mx.array,
     keys: mx.array,
     tile_size: int,
-    n_open: mx.array,
+    n_open: int,
 ) -> mx.array:
     """Score every key for tiles of queries: see :func:`reference.tile_scores`."""
     B, n_heads, L, _ = queries.shape
     sampled = mx.zeros((B, L, 0))
     if keys.shape[2] > SAMPLED.start:
         sampled = index_scores(language, queries, weights, keys[:, :, SAMPLED])
-    levels = score_levels(sampled, n_open)
+    levels = score_levels(sampled, tile_size, n_open)
     weights = mx.concatenate([weights, -levels[..., None]], axis=-1)
     weights = weights.reshape(B, L // tile_size, tile_size, n_heads + 1)
     shape = (B, L // tile_size, keys.shape[2])

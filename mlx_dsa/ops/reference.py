@@ -57,7 +57,7 @@ def tile_scores(
     weights: mx.array,
     keys: mx.array,
     tile_size: int,
-    n_open: mx.array,
+    n_open: int,
 ) -> mx.array:
     """Score every index key for tiles of queries: the maximum over each tile.
 
@@ -69,8 +69,8 @@ def tile_scores(
         weights (mx.array): Head weights ``[B, L, Hi]``.
         keys (mx.array): ``[B, 1, T, Di]``.
         tile_size (int): Queries a tile.
-        n_open (mx.array): Keys that each tile's levels are read off (its first
-          ones) ``[L / tile_size]``.
+        n_open (int): Keys that the levels of the first tile are read off (its first
+          ones); those of each next one off ``tile_size`` more.
 
     Returns:
         mx.array: ``[B, L / tile_size, T]`` in float32, unmasked.
@@ -82,9 +82,9 @@ def tile_scores(
     for start in range(0, L, block):
         rows = slice(start, start + block)
         part = queries[:, :, rows], weights[:, rows], keys
-        tiles = n_open[start // tile_size : (start + block) // tile_size]
         scores = index_scores(*part)
-        scores = scores - score_levels(scores[..., SAMPLED], tiles)[..., None]
+        levels = score_levels(scores[..., SAMPLED], tile_size, n_open + start)
+        scores = scores - levels[..., None]
         best.append(scores.reshape(B, -1, tile_size, T).max(axis=2))
     return best[0] if len(best) == 1 else mx.concatenate(best, axis=1)
 
@@ -153,12 +153,8 @@ def gather_rows(x: mx.array, slots: mx.array) -> mx.array:
     Returns:
         mx.array: ``[B, H, N, D]``.
     """
-    B, n_heads = x.shape[:2]
-    if B == 1:
-        return mx.take(x, slots[0], axis=2)
-    rows = mx.arange(B)[:, None, None]
-    heads = mx.arange(n_heads)[None, :, None]
-    return x[rows, heads, slots[:, None]]
+    # mx.take puts heads inside rows, and what reads its result copies it again.
+    return mx.take_along_axis(x, slots[:, None, :, None], axis=2)
 
 
 def write_rows(x: mx.array, rows: mx.array, slots: mx.array, axis: int) -> mx.array:

@@ -232,7 +232,7 @@ def _new_indexers(model: Any, config: TrainConfig) -> dict[int, Indexer]:
     )
     mx.random.seed(config.seed)
     layers = range(len(model.model.layers))
-    return {layer: Indexer(args).bind(model.args, mx.float32) for layer in layers}
+    return {layer: Indexer(args).bind(model.args, mx.float32, fused=False) for layer in layers}
 
 
 def _loss_and_gradient(
