@@ -134,20 +134,14 @@ def sequence_rows(rng, books, pools):
     return [{"messages": conversation(rng, books, pools, n, kind == "key-value")} for n in lengths]
 
 
-def read_pools(path):
-    """Return the words and names of the books (words.json), one word in nine a built-in one."""
-    pools = json.loads(Path(path).read_text(encoding="utf-8"))
-    pools.pop("sentences")  # they go between questions in the model's training alone
-    own = C.F.PARTS["train"]["words"]
-    pools["words"] += own * (len(pools["words"]) // (8 * len(own)))
-    return pools
-
-
 def write_mixture(books_path, words, out, count, seed):
     """Write rows for `count` sequences, in random order, as .jsonl.gz."""
     rng = random.Random(seed)
     books = Books(books_path, Tokenizer.from_file(str(HERE.parent / "tiny" / "tokenizer.json")))
-    pools = read_pools(words)
+    pools = json.loads(Path(words).read_text(encoding="utf-8"))
+    pools.pop("sentences")  # they go between questions in training alone
+    own = C.F.PARTS["train"]["words"]
+    pools["words"] += own * (len(pools["words"]) // (8 * len(own)))
     with gzip.open(out, "wt", encoding="utf-8", compresslevel=9) as file:
         for _ in range(count):
             for row in sequence_rows(rng, books, pools):

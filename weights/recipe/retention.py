@@ -1,6 +1,6 @@
 """Make the retention heads of the bundled model: write the text mixture, then train on it.
 
-    python weights/recipe/retention.py mixture books-train.jsonl.gz words.json retention.jsonl.gz
+    python weights/recipe/retention.py mixture books-train.jsonl.gz retention.jsonl.gz
     python weights/recipe/retention.py train weights/tiny retention.jsonl.gz OUT
 
 A head is taught what is asked of a text later, so every fact in a document of the mixture is asked
@@ -49,12 +49,12 @@ def document(rng, books, hidden, room):
     return "".join(pieces).replace("  ", " ")
 
 
-def conversation(rng, books, pools, room):
+def conversation(rng, books, room):
     """Return messages: a document with one to twelve facts, and a question about every one."""
     n = min(rng.choice((1, 2, 3, 4, 4, 4, 6, 8, 12)), max(1, room // 250))
     value = rng.choice(("digits", "word", "mixed"))
     spec = {"facts": n, "turns": n, "value": value, "task": "single"}
-    hidden, asked = C.needle_task(rng, "train", room, pools, spec)
+    hidden, asked = C.needle_task(rng, "train", room, {}, spec)
     body = document(rng, books, hidden, room - 60 * len(asked) - 60)
     messages = []
     for number, (question, answer, short, _) in enumerate(asked):
@@ -65,7 +65,7 @@ def conversation(rng, books, pools, room):
     return messages
 
 
-def sequence_rows(rng, books, pools):
+def sequence_rows(rng, books):
     """Return rows that together fill about one sequence of LENGTH tokens."""
     kind = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
     if kind == "prose":
@@ -76,17 +76,17 @@ def sequence_rows(rng, books, pools):
             rows.append({"messages": D.problems(rng)})
             size += sum(books.count(m["content"]) + 6 for m in rows[-1]["messages"])
         return rows
-    return [{"messages": conversation(rng, books, pools, LENGTH)}]
+    return [{"messages": conversation(rng, books, LENGTH)}]
 
 
-def write_mixture(books_path, words, out, count, seed):
+def write_mixture(books_path, out, count, seed):
     """Write rows for `count` sequences, in random order, as .jsonl.gz."""
     rng = random.Random(seed)
     tokenizer = Tokenizer.from_file(str(HERE.parent / "tiny" / "tokenizer.json"))
-    books, pools = D.Books(books_path, tokenizer), D.read_pools(words)
+    books = D.Books(books_path, tokenizer)
     with gzip.open(out, "wt", encoding="utf-8", compresslevel=9) as file:
         for _ in range(count):
-            for row in sequence_rows(rng, books, pools):
+            for row in sequence_rows(rng, books):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -120,9 +120,8 @@ if __name__ == "__main__":
     commands = parser.add_subparsers(dest="command", required=True)
     mix = commands.add_parser("mixture")
     mix.add_argument("books")
-    mix.add_argument("words", help="what words.py writes: values and names no list could hold")
     mix.add_argument("out")
-    mix.add_argument("--count", type=int, default=1500, help="sequences of 4,000 tokens")
+    mix.add_argument("--count", type=int, default=500, help="sequences of 4,000 tokens")
     mix.add_argument("--seed", type=int, default=7)
     run = commands.add_parser("train")
     run.add_argument("model", help="a folder that holds the model and its indexers")
@@ -132,7 +131,7 @@ if __name__ == "__main__":
     run.add_argument("--set", type=json.loads, default={}, help="JSON of settings to change")
     args = parser.parse_args()
     if args.command == "mixture":
-        write_mixture(args.books, args.words, args.out, args.count, args.seed)
+        write_mixture(args.books, args.out, args.count, args.seed)
     else:
         indexers = args.indexers or Path(args.model) / "indexers.safetensors"
         train(args.model, args.data, args.out, indexers, args.set)
