@@ -20,9 +20,6 @@ from .selectors import (
 _POOL_RADIUS = 4
 # Steps for which evictions are planned at once, and for how few it does not pay.
 _PLANNED, _PLANNED_FROM = 256, 4
-# What steps leave open is made for this many at once, and for no more than a part of
-# the budget: until then it is a hidden state each, as large as several entries.
-_LATE, _LATE_SHARE = 256, 4
 
 
 class Eviction:
@@ -40,8 +37,6 @@ class Eviction:
         self._indexer = indexer
         self._config = config
         self._forced = config.n_sink, config.n_recent
-        most = min(_LATE, config.top_k // _LATE_SHARE)
-        self._most_late = max(1, min(config.n_recent, most))
         self.rule = config.evict
         if config.evict == "retention" and not indexer.has_retention:
             self.rule = "index"
@@ -73,7 +68,7 @@ class Eviction:
             cache (BudgetKVCache): A full cache, changed in place.
         """
         # Recent entries are never dropped, so their scores may come late.
-        if cache.n_late >= self._most_late:
+        if cache.n_late >= min(self._config.n_recent, cache.most_late):
             cache.settle(self.project)
         if not self._plans:
             cache.replace(self._least(x, cache), keys, values, x)

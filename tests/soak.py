@@ -28,7 +28,10 @@ class Coarse:
         self.head = head
 
     def __call__(self, x):
-        return mx.round(self.head(x) * 256) / 256
+        return self.finish(self.head.up(x))
+
+    def finish(self, hidden):
+        return mx.round(self.head.finish(hidden) * 256) / 256
 
 
 class Simulation:

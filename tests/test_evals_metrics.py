@@ -168,7 +168,7 @@ def test_memory_is_what_the_shapes_say(subject):
     assert rows["dense", 504]["computed"] == 2 * 512 * entry == rows["dense", 504]["value"]
     assert rows["sparse@64", 504]["computed"] == 2 * 64 * (entry + 12 * 4 + 4)
     # 8 tokens were written; each of 2 layers has room for hidden states that wait for index keys.
-    waiting = 2 * BudgetKVCache.late_step * 64 * 4
+    waiting = 2 * BudgetKVCache(64).most_late * 64 * 4
     assert rows["sparse@64", 504]["value"] == rows["sparse@64", 504]["computed"] + waiting
     assert rows["sparse@64", 504]["entries"] == [64, 64]
     assert rows["full@64", 504]["computed"] == 2 * 512 * (entry + 12 * 4)

@@ -11,6 +11,10 @@ from ..ops import gather_rows, write_rows
 from .full import FullKVCache, snapshot
 
 
+# Steps that may leave something open, and the share of the budget that they may be.
+_MOST_LATE, _LATE_SHARE = 256, 4
+
+
 class Window(NamedTuple):
     """The last prompt queries of the indexer, which decide what a prune keeps.
 
@@ -38,9 +42,11 @@ class BudgetKVCache(FullKVCache):
     Args:
         budget (int): Entries to keep.
         phase (int): Growing copies a prompt's cache, and what is copied is there
-          twice: caches of eight different phases don't grow at once. Default: ``0``.
+          twice: caches of odd and of even phase don't grow at once. Default: ``0``.
 
     Attributes:
+        most_late (int): For how many steps at most what they leave open may wait: it is
+          a hidden state each, as large as several entries.
         n_late (int): Entries whose index keys and retention scores are still to be made.
         n_planned (int): Entries, the last ones, that the next steps replace in order.
 
@@ -48,8 +54,6 @@ class BudgetKVCache(FullKVCache):
         ValueError: If the budget is below 1.
     """
 
-    # Hidden states for which room is made at once.
-    late_step = 16
     phase = 0
 
     def __init__(self, budget: int, phase: int = 0):
@@ -60,6 +64,10 @@ class BudgetKVCache(FullKVCache):
         self.budget = budget
         self.phase = phase
         super().__init__()
+
+    @property
+    def most_late(self) -> int:
+        return max(1, min(_MOST_LATE, self.budget // _LATE_SHARE))
 
     def reset(self):
         """Empty the cache."""
@@ -131,7 +139,9 @@ class BudgetKVCache(FullKVCache):
         if L < self.step:
             return super()._room(n, L)
         growth = max(self.step, (1 << (n - 1).bit_length()) // 8)
-        phase = growth // 8 * (self.phase % 8)
+        # No more than two phases: CUDA makes a graph, 10 ms each, of every sequence of
+        # operations that is new, and so of every mixture of caches that grow.
+        phase = growth // 2 * (self.phase % 2)
         return phase + -(-(n - phase) // growth) * growth
 
     def observe(self, queries: mx.array, weights: mx.array, limit: int):
@@ -226,7 +236,8 @@ class BudgetKVCache(FullKVCache):
 
     def _add_late(self, x: mx.array):
         if self._late is None or self.n_late == self._late.shape[1]:
-            block = mx.zeros((x.shape[0], self.late_step, x.shape[2]), x.dtype)
+            room = max(1, self.most_late - self.n_late)
+            block = mx.zeros((x.shape[0], room, x.shape[2]), x.dtype)
             known = [] if self._late is None else [self._late]
             self._late = mx.concatenate([*known, block], axis=1)
         self._late[:, self.n_late : self.n_late + 1] = x
