@@ -274,7 +274,7 @@ class Indexer(nn.Module):
     def bind(
         self, model_args: Any, dtype: mx.Dtype, fused: bool = True
     ) -> Indexer:
-        """Return a copy with a model's RoPE and dtype; this one stays as it is.
+        """Return a copy with a model's RoPE and dtype; this one keeps its values.
 
         Args:
             model_args: The ``args`` of an mlx-lm Qwen3 or Qwen3-MoE model.
@@ -283,7 +283,7 @@ class Indexer(nn.Module):
               weights as they are now. Not for training. Default: ``True``.
 
         Returns:
-            Indexer: The copy.
+            Indexer: The copy, sharing memory where the dtype is the same.
 
         Raises:
             ValueError: If the model's hidden state has another width.
@@ -308,6 +308,8 @@ class Indexer(nn.Module):
         bound.eval()
         if fused:
             bound._fuse()
+            if dtype == self.wk.weight.dtype:
+                bound._lend(self)
         return bound
 
     def _fuse(self):
@@ -322,9 +324,12 @@ class Indexer(nn.Module):
             rows[name] = end, n
             end += n + missing
         self._fused = _Fused(mx.concatenate(weights), mx.concatenate(biases), rows)
-        # One copy of the weights: the layers look into it.
-        for name, (start, n) in rows.items():
-            layer = self._projection(name)
+        self._lend(self)
+
+    def _lend(self, other: Indexer):
+        # One copy of the weights in memory: the layers look into it.
+        for name, (start, n) in self._fused.rows.items():
+            layer = other._projection(name)
             layer.weight = self._fused.weight[start : start + n]
             if "bias" in layer:
                 layer.bias = self._fused.bias[start : start + n]

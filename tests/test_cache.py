@@ -97,6 +97,38 @@ def test_memory_of_a_budget_cache_is_bounded(small):
     assert all(entries <= n <= entries + 24 * 4 for n in after_prompt)
 
 
+def test_caches_of_two_phases_do_not_grow_at_once():
+    """What grows is in memory twice."""
+    caches, grown = [BudgetKVCache(8, phase) for phase in (0, 1, 2)], []
+    room = [0, 0, 0]
+    for n in range(256, 16384 + 1, 256):
+        for cache in caches:
+            cache.append(*(mx.zeros((1, 1, 256, 2)) for _ in range(3)))
+        now = [cache._buffers[0].shape[2] for cache in caches]
+        assert all(n <= size <= max(n + 256, 5 * n / 4) for size in now)
+        grown.append([a != b for a, b in zip(now, room)])
+        room = now
+    assert [even for even, _, even_too in grown] == [even_too for _, _, even_too in grown]
+    late = grown[16:]  # from 4,096 on: before, all grow with every 256 tokens
+    assert any(even for even, _, _ in late) and any(odd for _, odd, _ in late)
+    assert not any(even and odd for even, odd, _ in late)
+
+
+def test_positions_stay_what_they_were(small):
+    """Those of later steps are written in place, but not into what was handed out."""
+    model, indexers, _ = small
+    with patch_sparse_generate(model, indexers, **RULES):
+        cache, _ = feed(model, make_tokens(60), 59)
+        feed(model, make_tokens(3), 1, cache)
+        cache[0].settle(model.layers[0].self_attn.eviction.project)
+        handed_out = cache[0].positions
+        before = np.array(handed_out)
+        feed(model, make_tokens(3), 1, cache)
+        cache[0].settle(model.layers[0].self_attn.eviction.project)
+        assert np.array_equal(np.array(handed_out), before)
+        assert not np.array_equal(np.array(cache[0].positions), before)
+
+
 def test_full_cache_keeps_everything(small):
     model, indexers, _ = small
     with patch_sparse_generate(model, indexers, **RULES, cache="full"):

@@ -1,9 +1,12 @@
 """Which keys each query attends to, against sets written down in NumPy."""
 
+from functools import partial
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from builders import SHAPES, make_indexers, make_model
+from mlx.utils import tree_flatten
 from probe import Probe, clear_probe
 from simulate import MARGIN, generate_calls, whole_calls
 
@@ -140,6 +143,42 @@ def test_scores_of_an_indexer(kind, scaled, offset, norm):
     scores = bound.scores(inputs[:, offset:], keys, offset)
     assert scores.shape == (1, 9, offset + 9) and scores.dtype == mx.float32
     assert np.abs(np.array(scores[0]) - expected).max() < 5e-6
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("retention_dim", [0, 5])
+def test_projections_at_once_are_those_one_by_one(norm, retention_dim):
+    model = make_model()
+    indexer = make_indexers(model, norm=norm, retention_dim=retention_dim)[0]
+    before = dict(tree_flatten(indexer.parameters()))
+    plain = indexer.bind(model.args, mx.float32, fused=False)
+    fused = indexer.bind(model.args, mx.float32)
+    x = mx.random.normal((2, 9, 64))
+    expected = [plain.project_keys(x, 7), *plain.project_queries(x, 7)]
+    # Other sums of the same products: the last bits may differ.
+    same = partial(np.allclose, rtol=0, atol=1e-5)
+    assert all(map(same, fused.project(x, 7), expected))
+    assert all(map(same, [fused.project_keys(x, 7), *fused.project_queries(x, 7)], expected))
+    if retention_dim:
+        entries = plain.project_keys(x, 7), plain.retention(x)
+        assert all(map(same, fused.project_entries(x, 7), entries))
+        assert all(map(same, plain.project_entries(x, 7), entries))
+    for owner in (indexer, fused):
+        after = dict(tree_flatten(owner.parameters()))
+        assert after.keys() == before.keys()
+        assert all(mx.array_equal(after[name], before[name]) for name in before)
+
+
+def test_a_bound_indexer_takes_no_more_memory():
+    model = make_model(hidden=512)
+    indexer = make_indexers(model)[0]
+    size = sum(a.nbytes for _, a in tree_flatten(indexer.parameters()))
+    mx.synchronize()
+    before = mx.get_active_memory()
+    for _ in range(3):
+        fused = indexer.bind(model.args, mx.float32)
+        mx.eval(fused.project(mx.zeros((1, 1, 512))), fused.parameters(), indexer.parameters())
+    assert mx.get_active_memory() - before < size / 4
 
 
 # From here on: the sets of the patched attention itself.
