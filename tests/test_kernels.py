@@ -288,7 +288,7 @@ def test_trials_pass_and_their_kernels_are_used(language, attention, monkeypatch
         gpu, "launch", lambda *a, **k: used.append(a[0]) or launch(*a, **k)
     )
     arrays = scoring(1, 2, 12, 16, 300, mx.bfloat16)
-    scores = ops.tile_scores(*arrays, 16, mx.array([250]))
+    scores = ops.tile_scores(*arrays, 16, 250)
     ops.index_scores(*arrays)
     ops.select_topk(scores, 30, mx.array([300]), 1, 4)
     ops.tile_attention(*tiles(1, 2, 1, 64, 16, 1, 60, 20, mx.bfloat16), 0.1)

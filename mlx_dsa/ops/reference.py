@@ -13,11 +13,12 @@ from .levels import SAMPLED, score_levels
 
 # No intermediate is larger, and so none nears MLX's 2^31 elements.
 BLOCK_BYTES = 64 << 20
-# On a CPU more than this gathered at once brings no speed, and more memory than dense.
-_CPU_GATHER_BYTES = 1 << 19
+# What a CPU core has near it: larger blocks of scores and of gathered rows take up to
+# twice the time there (measured: see docs/log.md), and more memory than dense.
+_CPU_BLOCK_BYTES = 1 << 20
 # Gathering a set of keys a query costs more than masking the rest, up to this many
-# times top_k (measured: see docs/log.md).
-_GATHER_FROM = 24
+# times top_k (likewise).
+_GATHER_FROM = 8
 _LOW = 0xFFFFFFFF
 
 
@@ -38,6 +39,21 @@ def index_scores(queries: mx.array, weights: mx.array, keys: mx.array) -> mx.arr
     if queries.shape[2] == 1:
         products = (queries[:, :, 0] @ keys).astype(mx.float32)
         return _combine(products, weights.swapaxes(1, 2))
+    B, _, L, _ = queries.shape
+    block = max(1, _block_bytes() // (4 * B * keys.shape[2]))
+    parts = []
+    for start in range(0, L, block):
+        rows = slice(start, start + block)
+        parts.append(_sum_heads(queries[:, :, rows], weights[:, rows], keys))
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+
+
+def _block_bytes() -> int:
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    return min(BLOCK_BYTES, _CPU_BLOCK_BYTES) if on_cpu else BLOCK_BYTES
+
+
+def _sum_heads(queries, weights, keys) -> mx.array:
     total = None
     # A head at a time: one [L, T] product in memory, not Hi of them.
     for h in range(queries.shape[1]):
@@ -77,12 +93,13 @@ def tile_scores(
     """
     B, _, L, _ = queries.shape
     T = keys.shape[2]
-    block = max(1, BLOCK_BYTES // (4 * B * T * tile_size)) * tile_size
+    block = max(1, _block_bytes() // (4 * B * T * tile_size)) * tile_size
+    keys = keys[:, 0].swapaxes(-1, -2)
+    weights = weights.astype(mx.float32)
     best = []
     for start in range(0, L, block):
         rows = slice(start, start + block)
-        part = queries[:, :, rows], weights[:, rows], keys
-        scores = index_scores(*part)
+        scores = _sum_heads(queries[:, :, rows], weights[:, rows], keys)
         levels = score_levels(scores[..., SAMPLED], tile_size, n_open + start)
         scores = scores - levels[..., None]
         best.append(scores.reshape(B, -1, tile_size, T).max(axis=2))
@@ -209,10 +226,14 @@ def sparse_attention(
 ) -> mx.array:
     """Attend from each query to its own keys: see :func:`mlx_dsa.sparse_attention`."""
     T, top_k = keys.shape[2], topk_indices.shape[2]
-    attend = _attend_gathered if T > _GATHER_FROM * top_k else _attend_masked
     B, n_heads, L, head_dim = queries.shape
-    row_bytes = 4 * B * max(n_heads * T, top_k * keys.shape[1] * head_dim)
-    block = max(1, BLOCK_BYTES // row_bytes)
+    if T > _GATHER_FROM * top_k:
+        attend = _attend_gathered
+        row_bytes = 2 * B * top_k * keys.shape[1] * head_dim * keys.dtype.size
+        block = max(1, _block_bytes() // row_bytes)
+    else:
+        attend = _attend_masked
+        block = max(1, BLOCK_BYTES // (4 * B * n_heads * T))
     outputs = []
     for start in range(0, L, block):
         indices = topk_indices[:, start : start + block]
@@ -284,9 +305,8 @@ def tile_attention(
     slots = tile_slots(topk_indices, L, keys.shape[2])
     n_tiles, n_rows = slots.shape[1:]
     tile_size = L // n_tiles
-    row_bytes = B * n_rows * keys.shape[1] * head_dim * keys.dtype.size
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    block = max(1, (_CPU_GATHER_BYTES if on_cpu else BLOCK_BYTES) // row_bytes)
+    row_bytes = 2 * B * n_rows * keys.shape[1] * head_dim * keys.dtype.size
+    block = max(1, _block_bytes() // row_bytes)
     outputs = []
     for start in range(0, n_tiles, block):
         part = slots[:, start : start + block]
