@@ -18,7 +18,7 @@ from .ops import index_scores
 
 # The projections in the order in which they are fused: what is wanted together is adjacent.
 _FUSED = ("retention", "wk", "wq", "weights_proj")
-# Rows of which a fused projection takes a multiple: GPUs multiply others at a third of the speed.
+# Rows of which a fused projection takes a multiple: GPUs have slow products for others.
 _FUSED_ROWS = 8
 
 
@@ -131,7 +131,7 @@ class _Fused(NamedTuple):
     def __call__(self, x: mx.array, names: tuple[str, ...]) -> list[mx.array]:
         first = self.rows[names[0]][0]
         last, n = self.rows[names[-1]]
-        part = slice(first, last + -(-n // _FUSED_ROWS) * _FUSED_ROWS)
+        part = slice(first, last + n + -n % _FUSED_ROWS)
         product = mx.addmm(self.bias[part], x, self.weight[part].T)
         starts = [(self.rows[name][0] - first, self.rows[name][1]) for name in names]
         return [product[..., start : start + n] for start, n in starts]

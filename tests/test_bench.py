@@ -13,6 +13,7 @@ from mlx_dsa.bench import BENCH_SHAPES, bench, models, random_model
 from mlx_dsa.bench.models import BenchShape
 from mlx_dsa.cli import main
 from mlx_dsa.cli.subject import open_subject
+from mlx_dsa.presets import resolve
 
 command = sys.modules["mlx_dsa.cli.bench"]  # cli.bench is the command
 CONFIG = dict(top_k=24, n_sink=2, n_recent=8, tile_size=8, evict="index")
@@ -167,6 +168,13 @@ def test_a_model_is_called_what_the_user_called_it(preset, model, with_config, n
     subject = open_subject(model_shape=None, bits=None, **given)
     assert subject.name == name
     assert (subject.config.top_k == 300) == with_config
+
+
+def test_a_shape_runs_with_the_settings_of_its_preset():
+    given = dict.fromkeys(("preset", "model", "indexer", "config"))
+    subject = open_subject(model_shape="qwen3-8b", bits=None, **given)
+    assert subject.config == resolve("qwen3-8b").config != SparseConfig()
+    assert open_subject(model_shape="qwen3-8b", bits=None, top_k=1024, **given).config.top_k == 1024
 
 
 def run(*arguments):

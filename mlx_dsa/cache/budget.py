@@ -10,7 +10,6 @@ import mlx.core as mx
 from ..ops import gather_rows, write_rows
 from .full import FullKVCache, snapshot
 
-
 # Steps that may leave something open, and the share of the budget that they may be.
 _MOST_LATE, _LATE_SHARE = 256, 4
 
@@ -54,7 +53,7 @@ class BudgetKVCache(FullKVCache):
         ValueError: If the budget is below 1.
     """
 
-    phase = 0
+    phase = 0  # of a cache that from_state builds
 
     def __init__(self, budget: int, phase: int = 0):
         if budget < 1:
@@ -139,8 +138,8 @@ class BudgetKVCache(FullKVCache):
         if L < self.step:
             return super()._room(n, L)
         growth = max(self.step, (1 << (n - 1).bit_length()) // 8)
-        # No more than two phases: CUDA makes a graph, 10 ms each, of every sequence of
-        # operations that is new, and so of every mixture of caches that grow.
+        # Eight phases save little more than two (docs/log.md), and on CUDA MLX makes a
+        # graph of every new sequence of operations, so of every mixture that grows.
         phase = growth // 2 * (self.phase % 2)
         return phase + -(-(n - phase) // growth) * growth
 
@@ -255,8 +254,8 @@ class BudgetKVCache(FullKVCache):
             return
         end = self._size - self.n_planned
         if not self._late_slots:
-            new = mx.arange(self.offset - self.n_late, self.offset, dtype=mx.int32)
-            self._positions[:, end - self.n_late : end] = new
+            late = mx.arange(self.offset - self.n_late, self.offset, dtype=mx.int32)
+            self._positions[:, end - self.n_late : end] = late
         entries = project(self._late[:, : self.n_late], self.offset - self.n_late)
         at = mx.stack(self._late_slots, axis=1) if self._late_slots else None
         for i, new in enumerate(entries, start=2):

@@ -34,18 +34,16 @@ def index_scores(queries: mx.array, weights: mx.array, keys: mx.array) -> mx.arr
         mx.array: ``sum_h weights[h] * relu(queries[h] . keys)`` as ``[B, L, T]``
         in float32, unmasked.
     """
-    keys = keys[:, 0].swapaxes(-1, -2)
-    weights = weights.astype(mx.float32)
-    if queries.shape[2] == 1:
-        products = (queries[:, :, 0] @ keys).astype(mx.float32)
-        return _combine(products, weights.swapaxes(1, 2))
     B, _, L, _ = queries.shape
+    if L == 1:
+        products = (queries[:, :, 0] @ keys[:, 0].swapaxes(-1, -2)).astype(mx.float32)
+        return _combine(products, weights.astype(mx.float32).swapaxes(1, 2))
     block = max(1, _block_bytes() // (4 * B * keys.shape[2]))
     parts = []
     for start in range(0, L, block):
         rows = slice(start, start + block)
         parts.append(_sum_heads(queries[:, :, rows], weights[:, rows], keys))
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+    return _join(parts, axis=1)
 
 
 def _block_bytes() -> int:
@@ -54,6 +52,8 @@ def _block_bytes() -> int:
 
 
 def _sum_heads(queries, weights, keys) -> mx.array:
+    keys = keys[:, 0].swapaxes(-1, -2)
+    weights = weights.astype(mx.float32)
     total = None
     # A head at a time: one [L, T] product in memory, not Hi of them.
     for h in range(queries.shape[1]):
@@ -94,8 +94,6 @@ def tile_scores(
     B, _, L, _ = queries.shape
     T = keys.shape[2]
     block = max(1, _block_bytes() // (4 * B * T * tile_size)) * tile_size
-    keys = keys[:, 0].swapaxes(-1, -2)
-    weights = weights.astype(mx.float32)
     best = []
     for start in range(0, L, block):
         rows = slice(start, start + block)
@@ -103,7 +101,7 @@ def tile_scores(
         levels = score_levels(scores[..., SAMPLED], tile_size, n_open + start)
         scores = scores - levels[..., None]
         best.append(scores.reshape(B, -1, tile_size, T).max(axis=2))
-    return best[0] if len(best) == 1 else mx.concatenate(best, axis=1)
+    return _join(best, axis=1)
 
 
 def select_topk(
@@ -241,7 +239,7 @@ def sparse_attention(
         output = attend(rows, keys, values, indices, scale)
         some = (indices >= 0).any(axis=-1)[:, None, :, None]
         outputs.append(mx.where(some, output, 0))
-    return _join(outputs)
+    return _join(outputs, axis=2)
 
 
 def _attend_masked(queries, keys, values, indices, scale):
@@ -320,7 +318,7 @@ def tile_attention(
         )
         output = output.reshape(B, n, n_heads, tile_size, head_dim).swapaxes(1, 2)
         outputs.append(output.reshape(B, n_heads, n * tile_size, head_dim))
-    return _join(outputs)
+    return _join(outputs, axis=2)
 
 
 def tile_slots(topk_indices: mx.array, L: int, T: int) -> mx.array:
@@ -340,5 +338,5 @@ def tile_slots(topk_indices: mx.array, L: int, T: int) -> mx.array:
     return mx.concatenate([topk_indices, own], axis=2)
 
 
-def _join(outputs: list[mx.array]) -> mx.array:
-    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+def _join(parts: list[mx.array], axis: int) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
