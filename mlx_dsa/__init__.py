@@ -1,8 +1,8 @@
 """DeepSeek Sparse Attention for Qwen3 models in MLX."""
 
-from . import blas
+from . import startup
 
-blas.preload()  # before anything imports mlx.core
+startup.prepare()  # before anything imports mlx.core
 
 from .cache import BudgetKVCache, FullKVCache  # noqa: E402
 from .checkpoint import load_indexers, save_indexers  # noqa: E402

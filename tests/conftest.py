@@ -5,10 +5,7 @@ import os
 # Small products wait longer for a second thread of OpenBLAS than they take.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from mlx_dsa import blas  # noqa: E402
-
-blas.preload()  # before mlx.core, where it is wanted
-
+import mlx_dsa  # noqa: E402, F401, I001  (before mlx.core: it loads OpenBLAS)
 import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
 

@@ -235,7 +235,7 @@ def test_auto_leaves_an_operation_that_no_device_has_proven(
     assert pick("cuda") == "cuda"  # as asked
 
 
-@pytest.mark.parametrize("language, keys", [(None, 64), ("cuda", 320), ("metal", 256)])
+@pytest.mark.parametrize("language, keys", [(None, 64), ("cuda", 512), ("metal", 256)])
 def test_a_gpu_is_dense_for_longer(monkeypatch, language, keys):
     monkeypatch.setattr(backends, "device_language", lambda: language)
     assert backends.crossover(64) == keys

@@ -19,6 +19,7 @@ PACKAGE = ROOT / "mlx_dsa"
 # Imports run from right to left only (docs/design.md, layout).
 LAYERS = [
     {"blas", "config", "files", "pictures"},
+    {"startup"},
     {"ops"},
     {"indexer", "selectors", "cache", "checkpoint", "chunks", "crossovers"},
     {"eviction"},
@@ -101,8 +102,25 @@ def test_openblas_is_loaded_before_mlx():
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     lines = [ast.unparse(node) for node in tree.body]
     first = next(i for i, line in enumerate(lines) if line.startswith("from .cache"))
-    assert lines.index("blas.preload()") < first
-    assert "mlx (package)" not in set(imported_units(PACKAGE / "blas.py"))
+    assert lines.index("startup.prepare()") < first
+    for name in ("startup.py", "blas.py"):
+        assert "mlx (package)" not in set(imported_units(PACKAGE / name))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="OpenBLAS: Linux")
+@pytest.mark.parametrize("own", [None, "7"])
+def test_what_the_user_has_set_stays(own):
+    names = ("OPENBLAS_NUM_THREADS", "MLX_CUDA_GRAPH_CACHE_SIZE")
+    environment = {k: v for k, v in os.environ.items() if k not in names}
+    if own is not None:
+        environment |= dict.fromkeys(names, own)
+    code = f"import mlx_dsa, os; print(*(os.environ[n] for n in {names}))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    n_cores = len(os.sched_getaffinity(0))
+    expected = [own, own] if own else [str(max(1, n_cores - 1)), "3000"]
+    assert run.stdout.split() == expected
 
 
 @pytest.mark.skipif(not blas.preload(), reason="OpenBLAS is not on this machine")

@@ -133,13 +133,13 @@ class BudgetKVCache(FullKVCache):
             self._tie(self._positions)
 
     def _room(self, n: int, L: int) -> int:
-        # Growing copies all there is. A prompt's room is given back by the prune, so it
-        # may be up to a quarter too much, and grow seldom.
+        # Growing copies all there is, and on CUDA MLX makes a graph of every new sequence
+        # of operations. A prompt's room is given back by the prune, so it may be up to
+        # half too much, and grow seldom.
         if L < self.step:
             return super()._room(n, L)
-        growth = max(self.step, (1 << (n - 1).bit_length()) // 8)
-        # Eight phases save little more than two (docs/log.md), and on CUDA MLX makes a
-        # graph of every new sequence of operations, so of every mixture that grows.
+        growth = max(self.step, (1 << (n - 1).bit_length()) // 4)
+        # Eight phases save little more than two (docs/log.md), and grow more often.
         phase = growth // 2 * (self.phase % 2)
         return phase + -(-(n - phase) // growth) * growth
 

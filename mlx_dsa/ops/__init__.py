@@ -60,7 +60,7 @@ def tile_scores(
 def _score_language(queries, tiles, backend):
     _, n_heads, L, dims = queries.shape
     # A kernel is compiled for a few queries or for many.
-    key = (n_heads, dims, 64 if tiles or L >= 64 else 16, queries.dtype, tiles)
+    key = (n_heads, dims, 64 if gpu.are_many(L, tiles) else 16, queries.dtype, tiles)
     return choose(
         backend,
         "tile_scores" if tiles else "index_scores",

@@ -59,7 +59,7 @@ def crossover(top_k: int) -> int:
         top_k (int): Keys that a query attends to.
     """
     # CPU and H200 as measured (docs/log.md); Apple GPUs by a guess that `tune` replaces.
-    return {None: 1, "cuda": 5, "metal": 4}[device_language()] * top_k
+    return {None: 1, "cuda": 8, "metal": 4}[device_language()] * top_k
 
 
 def choose(

@@ -12,6 +12,7 @@ _BUSY = {"metal": 128, "cuda": 400}
 _SELECT_THREADS = 512
 _SHARED_BYTES = {"metal": 32 << 10, "cuda": 48 << 10}
 _WARPS = 4  # of a thread group that scores
+_CHUNK = 16  # queries that it takes at a time, where they fit
 _VECTOR_BYTES = 16
 _ATTEND_WARPS = 4
 
@@ -37,6 +38,16 @@ def score_gap(language: str, queries: mx.array, tiles: bool) -> str | None:
     return None
 
 
+def are_many(L: int, tiles: bool) -> bool:
+    """Return whether a score kernel meets queries of a prompt, not of steps of decode.
+
+    Args:
+        L (int): Queries.
+        tiles (bool): Whether tiles of queries share a row.
+    """
+    return tiles or L > _CHUNK
+
+
 def _score_sizes(language: str, queries: mx.array, tiles: bool) -> dict | None:
     """Choose the sizes that a score kernel is compiled for."""
     n_heads, L, dims = queries.shape[1:]
@@ -44,10 +55,10 @@ def _score_sizes(language: str, queries: mx.array, tiles: bool) -> dict | None:
     depth = -(-dims // step) * step
     # Keys stay in registers: fewer for wide heads, and for a few queries (decode),
     # which can't keep the GPU busy otherwise.
-    blocks = max(1, min(4, 320 // depth)) if tiles or L >= 64 else 1
+    blocks = max(1, min(4, 320 // depth)) if are_many(L, tiles) else 1
     if depth > 512:
         return None
-    for chunk in (16, 8) if language == "cuda" else (8,):
+    for chunk in (_CHUNK, 8) if language == "cuda" else (8,):
         row_bytes = 2 * 2 * (depth + 8) + 8 if language == "cuda" else 4 * (depth + 5)
         # Beside the heads' weights lie the queries' levels.
         if chunk * (n_heads * row_bytes + 8) <= _SHARED_BYTES[language]:
