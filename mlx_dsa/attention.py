@@ -24,6 +24,7 @@ from .ops import (
     tile_attention,
     tile_scores,
 )
+from .projections import JoinedProjections
 from .selectors import select_topk
 
 # Bytes of a cold file between two layers; what is not written takes no space.
@@ -55,6 +56,7 @@ class SparseAttention(nn.Module):
         self.config = config
         self.prefill, self.dense_until = plan
         self.eviction = Eviction(indexer, config)
+        self._joined = JoinedProjections(attention)
 
     def make_cache(self, layer: int) -> FullKVCache:
         """Make the empty cache that this layer needs.
@@ -107,23 +109,25 @@ class SparseAttention(nn.Module):
                 f"[SparseAttention] 'cache' keeps {cache.budget} entries but top_k is "
                 f"{self.config.top_k}. Make one with make_prompt_cache(model)."
             )
-        queries, keys, values = self._project(x, cache.offset)
-        if x.shape[1] == 1:
-            output = self._decode(x, queries, keys, values, cache)
-        else:
-            output = self._prefill(x, queries, keys, values, cache)
+        read = self._decode if x.shape[1] == 1 else self._prefill
+        output = read(x, *self._project(x, cache), cache)
         B, L = x.shape[:2]
         output = output.transpose(0, 2, 1, 3).reshape(B, L, -1)
         return self.attention.o_proj(output)
 
-    def _project(self, x: mx.array, offset: int):
+    def _project(self, x: mx.array, cache: FullKVCache):
         """Compute queries, keys and values, as the wrapped layer does."""
         B, L, _ = x.shape
-        attention = self.attention
-        n_heads, n_kv_heads = attention.n_heads, attention.n_kv_heads
-        queries = attention.q_proj(x).reshape(B, L, n_heads, -1)
-        keys = attention.k_proj(x).reshape(B, L, n_kv_heads, -1)
-        values = attention.v_proj(x).reshape(B, L, n_kv_heads, -1)
+        attention, offset = self.attention, cache.offset
+        if L == 1 and cache.size() >= self.config.top_k:
+            # Not bit for bit what a dense model computes, so in the fastest way.
+            queries, keys, values = self._joined(x)
+        else:
+            layers = attention.q_proj, attention.k_proj, attention.v_proj
+            queries, keys, values = (layer(x) for layer in layers)
+        queries = queries.reshape(B, L, attention.n_heads, -1)
+        keys = keys.reshape(B, L, attention.n_kv_heads, -1)
+        values = values.reshape(B, L, attention.n_kv_heads, -1)
         queries = attention.q_norm(queries).transpose(0, 2, 1, 3)
         keys = attention.k_norm(keys).transpose(0, 2, 1, 3)
         queries = attention.rope(queries, offset=offset)

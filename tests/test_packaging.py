@@ -21,7 +21,7 @@ LAYERS = [
     {"blas", "config", "files", "pictures"},
     {"startup"},
     {"ops"},
-    {"indexer", "selectors", "cache", "checkpoint", "chunks", "crossovers"},
+    {"indexer", "selectors", "cache", "checkpoint", "chunks", "crossovers", "projections"},
     {"eviction"},
     {"attention"},
     {"patch"},

@@ -193,24 +193,33 @@ def test_a_state_stays_as_it_was(small):
             assert mx.array_equal(*answers)
 
 
-def test_a_planned_step_writes_three_rows_and_no_more(small, tmp_path):
-    """Between plans the graph of a step is that of a dense one, and a hidden state kept."""
+def test_a_planned_step_does_no_more_than_a_dense_one(small, tmp_path):
+    """Between plans it has one product in place of three, and every 16th step a write."""
     model, indexers = small
-    rules = {**RULES, "n_recent": 12}
+    rules = {**RULES, "top_k": 192, "n_recent": 40}
     counts = {}
     for sparse in (False, True):
         patch = patch_sparse_generate(model, indexers, **rules) if sparse else None
         cache = make_prompt_cache(model)
-        feed_calls(model, make_tokens(70), [60] + [1] * 4, cache)
-        out = model(make_tokens(1), cache=cache)
-        counts[sparse] = count_operations(out, tmp_path)
+        feed_calls(model, make_tokens(222), [200] + [1] * 22, cache)
+        steps = []
+        for _ in range(16):
+            out = model(make_tokens(1), cache=cache)
+            steps.append(count_operations(out, tmp_path))
+            mx.eval(out)
+        counts[sparse] = steps
         if patch:
             patch.restore()
-    n_layers = len(model.layers)
-    assert counts[False]["SliceUpdate"] == 2 * n_layers
+    n = len(model.layers)
+    assert all(step["SliceUpdate"] == 2 * n for step in counts[False])
+    more = [a - b for a, b in zip(counts[True], counts[False])]
+    less = [b - a for a, b in zip(counts[True], counts[False])]
     # A dense cache has rows to spare, and slices them off.
-    more = counts[True] - counts[False]
-    assert more == Counter({"SliceUpdate": n_layers, "Depends": n_layers})
+    assert all(step["Matmul"] == 2 * n for step in less)
+    plain = Counter({"Split": n})
+    writes = Counter({"SliceUpdate": n, "Concatenate": n, "Depends": n})
+    assert sorted(map(len, more)) == [1] * 15 + [4]
+    assert more.count(plain) == 15 and more.count(plain + writes) == 1
 
 
 @pytest.mark.parametrize("evict", ["retention", "index", "window"])

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ..ops import gather_rows, write_rows
 from .full import FullKVCache, snapshot
+from .late import LateStates
 
 # Steps that may leave something open, and the share of the budget that they may be.
 _MOST_LATE, _LATE_SHARE = 256, 4
@@ -46,7 +47,6 @@ class BudgetKVCache(FullKVCache):
     Attributes:
         most_late (int): For how many steps at most what they leave open may wait: it is
           a hidden state each, as large as several entries.
-        n_late (int): Entries whose index keys and retention scores are still to be made.
         n_planned (int): Entries, the last ones, that the next steps replace in order.
 
     Raises:
@@ -74,12 +74,14 @@ class BudgetKVCache(FullKVCache):
         self._positions: mx.array | None = None  # None: slot = position
         self._sorted = True
         self.window: Window | None = None
-        # Hidden states of the latest steps, written in place: to join one array a step
-        # costs a copy of each, all in one step. And their slots, where no plan tells them.
-        self._late: mx.array | None = None  # [B, capacity, dim]
-        self._late_slots: list[mx.array] = []
-        self.n_late = 0
+        self._late = LateStates(self.most_late)
+        self._late_slots: list[mx.array] = []  # theirs, where no plan tells them
         self.n_planned = 0
+
+    @property
+    def n_late(self) -> int:
+        """Entries whose index keys and retention scores are still to be made."""
+        return len(self._late)
 
     @property
     def positions(self) -> mx.array | None:
@@ -234,14 +236,9 @@ class BudgetKVCache(FullKVCache):
         self._sorted = False
 
     def _add_late(self, x: mx.array):
-        if self._late is None or self.n_late == self._late.shape[1]:
-            room = max(1, self.most_late - self.n_late)
-            block = mx.zeros((x.shape[0], room, x.shape[2]), x.dtype)
-            known = [] if self._late is None else [self._late]
-            self._late = mx.concatenate([*known, block], axis=1)
-        self._late[:, self.n_late : self.n_late + 1] = x
-        self.n_late += 1
-        self._tie(self._late)
+        written = self._late.add(x)
+        if written is not None:
+            self._tie(written)
 
     def settle(self, project: Callable[[mx.array, int], Sequence[mx.array]]):
         """Make the index keys and retention scores of the latest steps' entries.
@@ -256,14 +253,15 @@ class BudgetKVCache(FullKVCache):
         if not self._late_slots:
             late = mx.arange(self.offset - self.n_late, self.offset, dtype=mx.int32)
             self._positions[:, end - self.n_late : end] = late
-        entries = project(self._late[:, : self.n_late], self.offset - self.n_late)
+        entries = project(self._late.join(), self.offset - self.n_late)
         at = mx.stack(self._late_slots, axis=1) if self._late_slots else None
         for i, new in enumerate(entries, start=2):
             if at is not None:
                 self._buffers[i] = write_rows(self._buffers[i], new, at, axis=2)
             else:
                 self._buffers[i][..., end - self.n_late : end, :] = new
-        self.n_late, self._late_slots = 0, []
+        self._late.clear()
+        self._late_slots = []
         self._tie(*self._buffers[2:], self._positions)
 
     def sort(self):
@@ -285,16 +283,14 @@ class BudgetKVCache(FullKVCache):
         extra = [] if self._positions is None else [self._positions]
         if self.window is not None:
             extra += self.window[:2]
-        if self._late is not None:
-            extra.append(self._late)
-        return super().nbytes + sum(a.nbytes for a in extra)
+        return super().nbytes + self._late.nbytes + sum(a.nbytes for a in extra)
 
     @property
     def state(self) -> list[Any]:
         """What a copy needs: arrays, whole numbers and ``None``."""
         late = [None, None]
         if self.n_late:
-            late[0] = self._late[:, : self.n_late]
+            late[0] = self._late.join()
             if self._late_slots:
                 late[1] = mx.stack(self._late_slots, axis=1)
         window = [None, None, None]
@@ -314,9 +310,11 @@ class BudgetKVCache(FullKVCache):
     def state(self, state: Sequence[Any]):
         keys, values, index_keys, self.offset, *state = snapshot(state)
         self._positions, in_order, self.budget, self.n_planned, *state = state
-        *window, self._late, late_slots = state[:5]
+        *window, late, late_slots = state[:5]
+        self._late = LateStates(self.most_late)
+        if late is not None:
+            self._late.add(late)
         self._buffers = None if keys is None else [keys, values, index_keys, *state[5:]]
-        self.n_late = 0 if self._late is None else self._late.shape[1]
         self._late_slots = []
         if late_slots is not None:
             self._late_slots = [late_slots[:, i] for i in range(self.n_late)]

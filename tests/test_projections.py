@@ -1,0 +1,100 @@
+"""Queries, keys and values of a step as one product."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from builders import SHAPES, feed, make_indexers, make_model, make_tokens
+from mlx.utils import tree_flatten
+
+from mlx_dsa import patch_sparse_generate
+from mlx_dsa.projections import JoinedProjections
+
+RULES = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact", evict="window")
+
+
+def make_attention(bits=None, bias=False):
+    """Return an attention layer with matrices of three sizes."""
+    layer = make_model(**SHAPES["gqa2"]).layers[0].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):
+        rows, dim = layer[name].weight.shape
+        layer[name] = nn.Linear(dim, rows, bias=bias)
+        if bits:
+            layer[name] = layer[name].to_quantized(group_size=32, bits=bits)
+    return layer
+
+
+def project(layer, x):
+    return [layer[name](x) for name in ("q_proj", "k_proj", "v_proj")]
+
+
+def is_close(ours, theirs):
+    return all(
+        a.shape == b.shape and np.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs)
+    )
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("bias", [False, True])
+def test_they_are_the_layers_own(bits, bias):
+    layer = make_attention(bits, bias)
+    before = dict(tree_flatten(layer.parameters()))
+    x = mx.random.normal((2, 1, layer.q_proj.weight.shape[1] * (32 // bits if bits else 1)))
+    expected = project(layer, x)
+    mx.eval(expected)
+    joined = JoinedProjections(layer)
+    assert joined._joined is not None
+    assert is_close(joined(x), expected)
+    after = dict(tree_flatten(layer.parameters()))
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
+
+
+def test_nothing_is_in_memory_twice():
+    layer = make_attention()
+    mx.eval(layer.parameters())
+    size = sum(layer[name].weight.nbytes for name in ("q_proj", "k_proj", "v_proj"))
+    before = mx.get_active_memory()
+    joined = JoinedProjections(layer)
+    assert mx.get_active_memory() - before < size / 4
+    assert joined._joined.weight.nbytes == size
+
+
+@pytest.mark.parametrize("change", ["weights", "bits", "adapter", "adapter later"])
+def test_what_is_not_alike_or_was_replaced_runs_by_itself(change):
+    layer = make_attention()
+    x = mx.random.normal((1, 1, layer.q_proj.weight.shape[1]))
+    if change == "weights":
+        joined = JoinedProjections(layer)
+        stale = joined(x)
+        layer.k_proj.weight = layer.k_proj.weight * 2
+        assert not is_close(stale, project(layer, x))
+    elif change == "bits":
+        layer.k_proj = layer.k_proj.to_quantized(group_size=32, bits=8)
+        joined = JoinedProjections(layer)
+    elif change == "adapter":
+        layer.v_proj = nn.Sequential(layer.v_proj, nn.ReLU())
+        joined = JoinedProjections(layer)
+    else:
+        joined = JoinedProjections(layer)
+        layer.v_proj = nn.Sequential(layer.v_proj, nn.ReLU())
+    assert all(map(mx.array_equal, joined(x), project(layer, x)))
+
+
+@pytest.mark.parametrize("cache", ["budget", "full", "tiered"])
+def test_only_sparse_steps_use_them(monkeypatch, cache):
+    """Until then the result is the dense model's, bit for bit."""
+    model = make_model(**SHAPES["gqa2"])
+    calls = []
+    own = JoinedProjections.__call__
+    monkeypatch.setattr(
+        JoinedProjections, "__call__", lambda self, x: calls.append(1) or own(self, x)
+    )
+    with patch_sparse_generate(model, make_indexers(model), **RULES, cache=cache):
+        cache, _ = feed(model, make_tokens(20), 20)
+        feed(model, make_tokens(4), 1, cache)
+        assert cache[0].size() == 24 and len(calls) == 0
+        feed(model, make_tokens(3), 1, cache)
+        assert len(calls) == 3 * len(model.layers)
+        feed(model, make_tokens(3), 3, cache)
+        assert len(calls) == 3 * len(model.layers)
