@@ -190,7 +190,9 @@ def test_the_last_line_is_one_json(small_shape, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     last = json.loads(result.stdout.splitlines()[-1])
-    assert set(last) == {"rows", "config", "device", "versions"}
+    assert set(last) == {"rows", "passes", "config", "device", "versions"}
+    measured = [(p["context"], p["kind"]) for p in last["passes"]]
+    assert measured == [(n, kind) for n in (80, 200) for kind in ("dense", "sparse")]
     assert json.loads(out.read_text()) == last
     assert [row["context"] for row in last["rows"]] == [80, 200]
     for row in last["rows"]:

@@ -14,6 +14,7 @@ _PANELS = (
     ("decode_ms", "Decode", "ms a token"),
     ("peak_memory_gb", "Peak memory", "GB"),
 )
+_ROOM = 1.06  # above the highest mark
 _SPEEDUPS = {"prefill": "#1b6ca8", "ttft": "#e09f3e", "decode": "#d1495b"}
 
 
@@ -40,14 +41,14 @@ def _figure(rows, title, plt):
             values = [row[kind][key] for row in rows]
             axis.plot(contexts, values, "o-", color=colour, label=kind)
         axis.set(title=name, ylabel=unit)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, _ROOM * axis.dataLim.ymax)
     for name, colour in _SPEEDUPS.items():
         values = [row["speedup"][name] for row in rows]
         line = "o--" if name == "ttft" else "o-"  # it lies close to prefill
         axes[3].plot(contexts, values, line, color=colour, label=name)
     axes[3].axhline(1, color="#333333", linewidth=0.8, linestyle=":")
     axes[3].set(title="Speed-up over dense", ylabel="times as fast")
-    axes[3].set_ylim(bottom=0)
+    axes[3].set_ylim(0, _ROOM * axes[3].dataLim.ymax)
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks(contexts, [_tokens(n) for n in contexts])

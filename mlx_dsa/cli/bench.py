@@ -125,11 +125,12 @@ def _end_to_end(
                 err=True,
             )
     console = Console(stderr=True)
-    rows = []
+    rows, passes = [], []
     with counting_bar(console) as progress:
 
         def report(line: dict[str, Any]):
             write(line)
+            passes.append(line)
             decode = sum(line["decode_ms"]) / len(line["decode_ms"])
             console.print(
                 f"{line['context']:,} tokens, {line['kind']}: first token "
@@ -152,7 +153,7 @@ def _end_to_end(
             rows.append(row)
             write(row)
     print_table(*_table(rows))
-    return {"rows": rows}
+    return {"rows": rows, "passes": passes}
 
 
 def _ops(
