@@ -169,7 +169,8 @@ def patch_sparse_generate(
     """Give a model learned sparse attention, at once, until it is restored.
 
     mlx-lm's ``generate``, ``stream_generate`` and ``generate_step`` then use it.
-    The weights are not changed. Parameter names are, so load before patching and
+    The weights keep their values (the matrices of a layer's queries, keys and values
+    come to lie in one array). Parameter names change, so load before patching and
     don't save a patched model.
 
     Args:

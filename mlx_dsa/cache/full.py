@@ -60,9 +60,11 @@ class FullKVCache:
               and index keys ``[B, 1, L, Di]``.
         """
         L = entries[0].shape[2]
-        self._reserve(entries)
-        for buffer, new in zip(self._buffers, entries):
-            buffer[..., self._size : self._size + L, :] = new
+        if self._buffers is None or self._size + L > self._buffers[0].shape[2]:
+            self._grow(entries)
+        else:
+            for buffer, new in zip(self._buffers, entries):
+                buffer[..., self._size : self._size + L, :] = new
         self._tie(*self._buffers[2:])
         self._size += L
         self.offset += L
@@ -73,18 +75,16 @@ class FullKVCache:
         buffer = self._buffers[i]
         return buffer if buffer.shape[2] == self._size else buffer[..., : self._size, :]
 
-    def _reserve(self, new: Sequence[mx.array]):
-        L = new[0].shape[2]
-        if self._buffers is not None and self._size + L <= self._buffers[0].shape[2]:
-            return
-        extra = self._room(self._size + L, L) - self._size
-        blocks = [mx.zeros((*a.shape[:2], extra, a.shape[3]), a.dtype) for a in new]
-        if self._buffers is not None:
-            blocks = [
-                mx.concatenate([self._fetch(i), block], axis=2)
-                for i, block in enumerate(blocks)
-            ]
-        self._buffers = blocks
+    def _grow(self, entries: Sequence[mx.array]):
+        """Copy what there is into more room, the new entries after it."""
+        n = self._size + entries[0].shape[2]
+        spare = self._room(n, entries[0].shape[2]) - n
+        buffers = []
+        for i, new in enumerate(entries):
+            parts = [new] if self._buffers is None else [self._fetch(i), new]
+            parts.append(mx.zeros((*new.shape[:2], spare, new.shape[3]), new.dtype))
+            buffers.append(mx.concatenate(parts, axis=2))
+        self._buffers = buffers
 
     def _room(self, n: int, L: int) -> int:
         """Return for how many entries room is made, the new ``L`` of ``n`` among them."""
