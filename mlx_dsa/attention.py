@@ -115,6 +115,10 @@ class SparseAttention(nn.Module):
         output = output.transpose(0, 2, 1, 3).reshape(B, L, -1)
         return self.attention.o_proj(output)
 
+    def release(self):
+        """Let go of what the layer shares with the one that it wraps."""
+        self._joined.release()
+
     def _project(self, x: mx.array, cache: FullKVCache):
         """Compute queries, keys and values, as the wrapped layer does."""
         B, L, _ = x.shape

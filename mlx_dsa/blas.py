@@ -8,6 +8,7 @@ import os
 import sys
 
 _LIBRARIES = ("libopenblas.so.0", "libopenblas.so")
+_THREADS = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
 
 HINT = (
     "OpenBLAS is not on this machine: install it (Debian, Ubuntu: sudo apt-get install "
@@ -23,21 +24,22 @@ def preload() -> bool:
     in the process come first, so this has to run before ``mlx.core`` is imported
     for the first time. Elsewhere than on Linux it does nothing.
 
-    OpenBLAS gets one core less than there are, unless OPENBLAS_NUM_THREADS says
-    otherwise: its threads spin while they wait, and a step of decode needs a core to
-    build the next step's graph (docs/log.md has the times).
+    OpenBLAS gets one core less than there are, unless the user has set its number of
+    threads: they spin while they wait, and a step of decode needs a core to build the
+    next step's graph (docs/log.md has the times).
 
     Returns:
         bool: Whether OpenBLAS was loaded.
     """
     if not sys.platform.startswith("linux"):
         return False
-    n_cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, n_cores - 1)))
-    for library in _LIBRARIES:
+    for name in _LIBRARIES:
         try:
-            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
+        if not any(variable in os.environ for variable in _THREADS):
+            n_cores = len(os.sched_getaffinity(0))
+            library.openblas_set_num_threads(max(1, n_cores - 1))
         return True
     return False

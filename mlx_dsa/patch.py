@@ -144,6 +144,7 @@ class SparsePatch:
         for i, layer in self.layers.items():
             if self._model.layers[i].self_attn is layer:
                 self._model.layers[i].self_attn = layer.attention
+            layer.release()
         if self._cold_file is not None:
             self._cold_file.unlink(missing_ok=True)
             self._cold_file = None

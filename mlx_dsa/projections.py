@@ -16,8 +16,9 @@ class JoinedProjections:
     """Project one token at a time: a step's time is that of its operations' number.
 
     The layer's own arrays become views of the joined ones, with the same values, so
-    that nothing is in memory twice. Where they are replaced later, or were never alike
-    (other bits, an adapter), the layer's own modules run.
+    that nothing is in memory twice. Where one is replaced later, or they were never
+    alike (other bits, an adapter), the layer's own modules run. An array that is changed
+    in place can't be told from what it was: replace it, or patch again.
 
     Args:
         attention (nn.Module): The attention of an mlx-lm Qwen3 layer.
@@ -25,12 +26,18 @@ class JoinedProjections:
 
     def __init__(self, attention: nn.Module):
         self._attention = attention
+        self.release()
         layers = self._layers()
-        self._joined = _join(layers) if _are_alike(layers) else None
-        self._of = [(layer, layer.get("weight")) for layer in layers]
+        if _are_alike(layers):
+            self._joined = _join(layers)
+            self._of = [item for layer in layers for item in _named_arrays(layer)]
+            self._cuts = _cuts([layer.weight for layer in layers])
+
+    def release(self):
+        """Let the joined arrays go; the layer's own modules run from now on."""
+        self._joined: nn.Module | None = None
+        self._of: list[tuple[nn.Module, str, mx.array]] = []
         self._cuts: list[int] = []
-        if self._joined is not None:
-            self._cuts = _cuts([weight for _, weight in self._of])
 
     def _layers(self) -> list[nn.Module]:
         return [self._attention[name] for name in _NAMES]
@@ -46,13 +53,18 @@ class JoinedProjections:
             what the layer's own projections return.
         """
         layers = self._layers()
-        same = self._joined is not None and all(
-            now is was and now.get("weight") is weight
-            for now, (was, weight) in zip(layers, self._of)
-        )
-        if not same:
+        if self._joined is not None and not self._is_current(layers):
+            self.release()
+        if self._joined is None:
             return [layer(x) for layer in layers]
         return mx.split(self._joined(x), self._cuts, axis=-1)
+
+    def _is_current(self, layers) -> bool:
+        n = len(self._of) // len(layers)
+        for i, (layer, name, array) in enumerate(self._of):
+            if layers[i // n] is not layer or layer.get(name) is not array:
+                return False
+        return True
 
 
 def _are_alike(layers) -> bool:
@@ -67,6 +79,10 @@ def _settings(layer):
         (name, a.dtype, a.shape[1:]) for name, a in tree_flatten(layer.parameters())
     ]
     return type(layer), [getattr(layer, name, None) for name in names], arrays
+
+
+def _named_arrays(layer):
+    return [(layer, name, layer[name]) for name in layer.parameters()]
 
 
 def _join(layers) -> nn.Module:

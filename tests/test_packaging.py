@@ -107,20 +107,41 @@ def test_openblas_is_loaded_before_mlx():
         assert "mlx (package)" not in set(imported_units(PACKAGE / name))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="OpenBLAS: Linux")
-@pytest.mark.parametrize("own", [None, "7"])
-def test_what_the_user_has_set_stays(own):
-    names = ("OPENBLAS_NUM_THREADS", "MLX_CUDA_GRAPH_CACHE_SIZE")
+def ask_a_new_process(code, variables):
+    names = (*blas._THREADS, "MLX_CUDA_GRAPH_CACHE_SIZE")
     environment = {k: v for k, v in os.environ.items() if k not in names}
-    if own is not None:
-        environment |= dict.fromkeys(names, own)
-    code = f"import mlx_dsa, os; print(*(os.environ[n] for n in {names}))"
     run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        check=True,
     )
+    return run.stdout.split()
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_the_number_of_graphs_that_the_user_has_set_stays(own):
+    name = "MLX_CUDA_GRAPH_CACHE_SIZE"
+    code = f"import mlx_dsa, os; print(os.environ[{name!r}])"
+    assert ask_a_new_process(code, {name: own} if own else {}) == [own or "3000"]
+
+
+@pytest.mark.skipif(not blas.preload(), reason="OpenBLAS is not on this machine")
+@pytest.mark.parametrize("own", [None, *blas._THREADS])
+def test_openblas_has_the_threads_that_the_user_has_set(own):
+    """Else one less than there are cores; and no variable is set for other programs."""
     n_cores = len(os.sched_getaffinity(0))
-    expected = [own, own] if own else [str(max(1, n_cores - 1)), "3000"]
-    assert run.stdout.split() == expected
+    code = (
+        "import ctypes, os; before = dict(os.environ); import mlx_dsa\n"
+        "new = {k for k in os.environ if k not in before}\n"
+        "threads = ctypes.CDLL('libopenblas.so.0').openblas_get_num_threads()\n"
+        "print(threads, *new)"
+    )
+    variables = {own: str(n_cores)} if own else {}
+    threads, *new = ask_a_new_process(code, variables)
+    assert int(threads) == (n_cores if own else max(1, n_cores - 1))
+    assert new == ["MLX_CUDA_GRAPH_CACHE_SIZE"]
 
 
 @pytest.mark.skipif(not blas.preload(), reason="OpenBLAS is not on this machine")

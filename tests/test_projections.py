@@ -60,25 +60,66 @@ def test_nothing_is_in_memory_twice():
     assert joined._joined.weight.nbytes == size
 
 
-@pytest.mark.parametrize("change", ["weights", "bits", "adapter", "adapter later"])
-def test_what_is_not_alike_or_was_replaced_runs_by_itself(change):
-    layer = make_attention()
-    x = mx.random.normal((1, 1, layer.q_proj.weight.shape[1]))
-    if change == "weights":
+def replace_bias(layer):
+    layer.v_proj.bias = layer.v_proj.bias + 1
+
+
+def replace_scales(layer):
+    layer.k_proj.scales = layer.k_proj.scales * 2
+
+
+def replace_weight(layer):
+    layer.q_proj.weight = mx.zeros_like(layer.q_proj.weight)
+
+
+def add_adapter(layer):
+    layer.v_proj = nn.Sequential(layer.v_proj, nn.ReLU())
+
+
+def other_bits(layer):
+    layer.k_proj = nn.Linear(64, 64).to_quantized(group_size=32, bits=8)
+
+
+def other_dtype(layer):
+    layer.set_dtype(mx.float16)
+
+
+CHANGES = [replace_bias, replace_scales, replace_weight, add_adapter, other_bits, other_dtype]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("late", [False, True])
+def test_what_is_not_alike_or_was_replaced_runs_by_itself(change, late):
+    layer = make_attention(bits=4, bias=True)
+    x = mx.random.normal((1, 1, 64))
+    if late:
         joined = JoinedProjections(layer)
         stale = joined(x)
-        layer.k_proj.weight = layer.k_proj.weight * 2
+        change(layer)
         assert not is_close(stale, project(layer, x))
-    elif change == "bits":
-        layer.k_proj = layer.k_proj.to_quantized(group_size=32, bits=8)
-        joined = JoinedProjections(layer)
-    elif change == "adapter":
-        layer.v_proj = nn.Sequential(layer.v_proj, nn.ReLU())
-        joined = JoinedProjections(layer)
     else:
+        change(layer)
         joined = JoinedProjections(layer)
-        layer.v_proj = nn.Sequential(layer.v_proj, nn.ReLU())
-    assert all(map(mx.array_equal, joined(x), project(layer, x)))
+    ours = joined(x)
+    assert (joined._joined is None) == (late or change in (add_adapter, other_bits))
+    assert is_close(ours, project(layer, x))
+    assert [a.dtype for a in ours] == [a.dtype for a in project(layer, x)]
+
+
+def test_a_restored_patch_holds_no_weights():
+    """Also where its object is still there, as the name of a with statement is."""
+    model = make_model(**SHAPES["gqa2"])
+    mx.eval(model.parameters())
+    indexers = make_indexers(model)
+    patches, in_use = [], []
+    for _ in range(4):
+        with patch_sparse_generate(model, indexers, **RULES) as patch:
+            patches.append(patch)
+        in_use.append(mx.get_active_memory())
+    layer = model.layers[0].self_attn
+    size = sum(layer[name].weight.nbytes for name in ("q_proj", "k_proj", "v_proj"))
+    # Each patch has indexers of its own, that are smaller.
+    assert in_use[3] - in_use[2] < size / 2
 
 
 @pytest.mark.parametrize("cache", ["budget", "full", "tiered"])

@@ -193,7 +193,7 @@ def test_a_state_stays_as_it_was(small):
             assert mx.array_equal(*answers)
 
 
-def test_a_planned_step_does_no_more_than_a_dense_one(small, tmp_path):
+def test_what_a_planned_step_does_beside_a_dense_one(small, tmp_path):
     """Between plans it has one product in place of three, and every 16th step a write."""
     model, indexers = small
     rules = {**RULES, "top_k": 192, "n_recent": 40}

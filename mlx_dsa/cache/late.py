@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-# States that are written at once. Each is there anyway, so the others wait as they are.
+# States that are written at once. A step computes its state anyway: to keep it is free.
 _WRITTEN = 16
 
 
