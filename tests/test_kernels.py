@@ -76,7 +76,11 @@ def test_tile_scores(language, dtype, B, Hi, Di, tile, n_tiles, T):
     assert_near(scores, reference.tile_scores(*wide(*arrays), *sizes), SCORES)
 
 
-@pytest.mark.parametrize("B, Hi, Di, L, T", [(1, 6, 69, 1, 300), (2, 4, 32, 75, 130)])
+# A kernel is compiled for up to 16 queries, and for more.
+SCORED = [(1, 6, 69, 1, 300), (1, 2, 20, 16, 70), (1, 2, 20, 17, 70), (2, 4, 32, 75, 130)]
+
+
+@pytest.mark.parametrize("B, Hi, Di, L, T", SCORED)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_index_scores(language, dtype, B, Hi, Di, L, T):
     if not runs(language, dtype):

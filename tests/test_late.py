@@ -50,11 +50,12 @@ def test_what_was_joined_stays_what_it_was():
     assert mx.array_equal(handed_out, before)
 
 
-def test_when_states_are_joined_changes_no_bit():
+@pytest.mark.parametrize("evict", ["retention", "index"])
+def test_when_states_are_joined_changes_no_bit(evict):
     """Reading the state joins them at every step, generation 16 at a time."""
     model = make_model(**SHAPES["gqa2"])
-    rules = dict(top_k=192, n_sink=3, n_recent=40, prefill="exact")
-    tokens = make_tokens(330)
+    rules = dict(top_k=192, n_sink=3, n_recent=40, prefill="exact", evict=evict)
+    tokens = mx.concatenate([make_tokens(330), make_tokens(330, 1)])
     with patch_sparse_generate(model, with_heads(model), **rules):
         cache = make_prompt_cache(model)
         feed(model, tokens[:, :200], 200, cache)
@@ -62,8 +63,8 @@ def test_when_states_are_joined_changes_no_bit():
         for i in range(200, 330):
             logits.append(model(tokens[:, i : i + 1], cache=cache))
             mx.eval(logits[-1])
-        at_once, expected = feed(model, tokens[:, :200], 200)
-        _, expected = feed(model, tokens[:, 200:], 1, at_once)
+        other, _ = feed(model, tokens[:, :200], 200)
+        _, expected = feed(model, tokens[:, 200:], 1, other)
     assert mx.array_equal(mx.concatenate(logits, axis=1), expected)
-    assert mx.array_equal(cache[0].positions, at_once[0].positions)
-    assert 0 < cache[0].n_late == at_once[0].n_late
+    assert mx.array_equal(cache[0].positions, other[0].positions)
+    assert 0 < cache[0].n_late == other[0].n_late
