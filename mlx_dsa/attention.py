@@ -123,12 +123,10 @@ class SparseAttention(nn.Module):
         """Compute queries, keys and values, as the wrapped layer does."""
         B, L, _ = x.shape
         attention, offset = self.attention, cache.offset
-        if L == 1 and cache.size() >= self.config.top_k:
-            # Not bit for bit what a dense model computes, so in the fastest way.
-            queries, keys, values = self._joined(x)
-        else:
-            layers = attention.q_proj, attention.k_proj, attention.v_proj
-            queries, keys, values = (layer(x) for layer in layers)
+        # A sparse step is not bit for bit a dense one, so it takes the fastest way.
+        is_sparse_step = L == 1 and cache.size() >= self.config.top_k
+        project = self._joined if is_sparse_step else self._joined.apart
+        queries, keys, values = project(x)
         queries = queries.reshape(B, L, attention.n_heads, -1)
         keys = keys.reshape(B, L, attention.n_kv_heads, -1)
         values = values.reshape(B, L, attention.n_kv_heads, -1)

@@ -30,13 +30,13 @@ class JoinedProjections:
         layers = self._layers()
         if _are_alike(layers):
             self._joined = _join(layers)
-            self._of = [item for layer in layers for item in _named_arrays(layer)]
+            self._of = [(layer, layer.parameters()) for layer in layers]
             self._cuts = _cuts([layer.weight for layer in layers])
 
     def release(self):
         """Let the joined arrays go; the layer's own modules run from now on."""
         self._joined: nn.Module | None = None
-        self._of: list[tuple[nn.Module, str, mx.array]] = []
+        self._of: list[tuple[nn.Module, dict[str, mx.array]]] = []
         self._cuts: list[int] = []
 
     def _layers(self) -> list[nn.Module]:
@@ -52,18 +52,23 @@ class JoinedProjections:
             list of mx.array: Queries, keys and values ``[B, L, heads * D]``, to rounding
             what the layer's own projections return.
         """
-        layers = self._layers()
-        if self._joined is not None and not self._is_current(layers):
+        if self._joined is not None and not self._is_current():
             self.release()
         if self._joined is None:
-            return [layer(x) for layer in layers]
+            return self.apart(x)
         return mx.split(self._joined(x), self._cuts, axis=-1)
 
-    def _is_current(self, layers) -> bool:
-        n = len(self._of) // len(layers)
-        for i, (layer, name, array) in enumerate(self._of):
-            if layers[i // n] is not layer or layer.get(name) is not array:
+    def apart(self, x: mx.array) -> list[mx.array]:
+        """Project as the layer's own modules do, bit for bit; otherwise likewise."""
+        return [layer(x) for layer in self._layers()]
+
+    def _is_current(self) -> bool:
+        for layer, (known, arrays) in zip(self._layers(), self._of):
+            if layer is not known:
                 return False
+            for name, array in arrays.items():
+                if layer.get(name) is not array:
+                    return False
         return True
 
 
@@ -79,10 +84,6 @@ def _settings(layer):
         (name, a.dtype, a.shape[1:]) for name, a in tree_flatten(layer.parameters())
     ]
     return type(layer), [getattr(layer, name, None) for name in names], arrays
-
-
-def _named_arrays(layer):
-    return [(layer, name, layer[name]) for name in layer.parameters()]
 
 
 def _join(layers) -> nn.Module:

@@ -59,7 +59,7 @@ class LateStates:
         return self._block[:, : self._n_written]
 
     def _write(self) -> mx.array:
-        new = self._new[0] if len(self._new) == 1 else mx.concatenate(self._new, axis=1)
+        new = mx.concatenate(self._new, axis=1)
         start, stop = self._n_written, len(self)
         known = 0 if self._block is None else self._block.shape[1]
         if stop > known:
