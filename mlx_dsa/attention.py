@@ -45,6 +45,8 @@ class SparseAttention(nn.Module):
 
     Attributes:
         eviction (Eviction): What keeps a budget cache to its budget.
+        starts (bool): Whether the device starts on a chunk of a prompt at this layer,
+          while Python builds the layers after it.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class SparseAttention(nn.Module):
         self.config = config
         self.prefill, self.dense_until = plan
         self.eviction = Eviction(indexer, config)
+        self.starts = False
         self._joined = JoinedProjections(attention)
 
     def make_cache(self, layer: int) -> FullKVCache:
@@ -112,6 +115,8 @@ class SparseAttention(nn.Module):
         read = self._decode if x.shape[1] == 1 else self._prefill
         output = read(x, *self._project(x, cache), cache)
         B, L = x.shape[:2]
+        if self.starts and L > 1:
+            _start(output)
         output = output.transpose(0, 2, 1, 3).reshape(B, L, -1)
         return self.attention.o_proj(output)
 
@@ -259,7 +264,7 @@ class SparseAttention(nn.Module):
         """Attend with one selection a tile; the last query sees ``end`` slots."""
         L = queries.shape[2]
         size = min(self.config.tile_size, L)
-        n_visible = mx.arange(end - L, end, size)
+        n_visible = mx.array(list(range(end - L, end, size)))
         scores = tile_scores(
             index_queries,
             weights,
@@ -325,3 +330,10 @@ class SparseAttention(nn.Module):
     @property
     def _forced(self) -> tuple[int, int]:
         return self.config.n_sink, self.config.n_recent
+
+
+def _start(array: mx.array):
+    try:
+        mx.async_eval(array)
+    except ValueError:  # MLX traces a function: there is nothing to start
+        pass

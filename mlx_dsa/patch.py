@@ -21,6 +21,9 @@ from .indexer import Indexer
 from .ops import check_backend
 
 _MODEL_TYPES = ("qwen3", "qwen3_moe")
+# The sparse layer, counted from 1, at which the device starts on a chunk of a prompt: a
+# GPU takes longer for these than Python for all that come after (docs/log.md).
+_STARTS_AT = 4
 
 
 class SparsePatch:
@@ -55,6 +58,7 @@ class SparsePatch:
             for i, indexer in sorted(indexers.items())
             if i not in config.dense_layers
         }
+        list(self.layers.values())[:_STARTS_AT][-1].starts = True
         for i, layer in self.layers.items():
             model.layers[i].self_attn = layer
         model.make_cache = self._make_cache_for_mlx_lm

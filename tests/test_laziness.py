@@ -1,4 +1,4 @@
-"""Nothing is evaluated inside a layer, no graph grows, no block is too large."""
+"""No layer waits for the device, no graph grows, no block is too large."""
 
 import mlx.core as mx
 import pytest
@@ -38,6 +38,38 @@ def test_no_layer_evaluates_anything(cache, prefill):
 
     with pytest.raises(ValueError):
         mx.compile(reads)(tokens)
+
+
+@pytest.mark.parametrize(
+    "layers, dense, starter", [(6, [], 3), (6, [0, 2], 5), (2, [], 1)]
+)
+def test_the_device_starts_once_a_chunk_and_never_in_decode(
+    layers, dense, starter, monkeypatch
+):
+    """At the fourth sparse layer, or the last one; the result is the same bits."""
+    model = make_model(layers=layers)
+    tokens = make_tokens(61)
+    rules = dict(SMALL, dense_layers=dense)
+    started = []
+
+    def read():
+        with patch_sparse_generate(model, make_indexers(model), **rules) as patch:
+            assert [i for i, layer in patch.layers.items() if layer.starts] == [starter]
+            caches = make_prompt_cache(model)
+            outputs = [model(tokens[:, i : i + 30], cache=caches) for i in (0, 30)]
+            n_chunks = len(started)
+            outputs += [model(tokens[:, 60:], cache=caches)]
+        return mx.concatenate(outputs, axis=1), n_chunks
+
+    lazy = mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: None)
+    expected, _ = read()
+    monkeypatch.setattr(
+        mx, "async_eval", lambda *arrays: (started.extend(arrays), lazy(*arrays))
+    )
+    logits, n_chunks = read()
+    assert n_chunks == len(started) == 2
+    assert mx.array_equal(logits, expected)
 
 
 def arrays_of(caches):

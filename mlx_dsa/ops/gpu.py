@@ -8,11 +8,12 @@ from .kernel import launch
 from .levels import SAMPLED, score_levels
 
 # Thread groups that keep a GPU busy, threads of a selection, bytes of shared memory.
-_BUSY = {"metal": 128, "cuda": 400}
+_BUSY = {"metal": 128, "cuda": 528}
 _SELECT_THREADS = 512
 _SHARED_BYTES = {"metal": 32 << 10, "cuda": 48 << 10}
 _WARPS = 4  # of a thread group that scores
 _CHUNK = 16  # queries that it takes at a time, where they fit
+_PITCH = 8  # elements after a row, so that rows lie in different banks
 _VECTOR_BYTES = 16
 _ATTEND_WARPS = 4
 
@@ -59,7 +60,7 @@ def _score_sizes(language: str, queries: mx.array, tiles: bool) -> dict | None:
     if depth > 512:
         return None
     for chunk in (_CHUNK, 8) if language == "cuda" else (8,):
-        row_bytes = 2 * 2 * (depth + 8) + 8 if language == "cuda" else 4 * (depth + 5)
+        row_bytes = 2 * 2 * (depth + _PITCH) + 8 if language == "cuda" else 4 * (depth + 5)
         # Beside the heads' weights lie the queries' levels.
         if chunk * (n_heads * row_bytes + 8) <= _SHARED_BYTES[language]:
             return {
@@ -86,26 +87,37 @@ def tile_scores(
     n_open: int,
 ) -> mx.array:
     """Score every key for tiles of queries: see :func:`reference.tile_scores`."""
-    B, n_heads, L, _ = queries.shape
+    B, _, L, _ = queries.shape
     sampled = mx.zeros((B, L, 0))
     if keys.shape[2] > SAMPLED.start:
         sampled = index_scores(language, queries, weights, keys[:, :, SAMPLED])
     levels = score_levels(sampled, tile_size, n_open)
     weights = mx.concatenate([weights, -levels[..., None]], axis=-1)
-    weights = weights.reshape(B, L // tile_size, tile_size, n_heads + 1)
     shape = (B, L // tile_size, keys.shape[2])
     return _score(language, queries, weights, keys, True, shape)
 
 
 def _score(language, queries, weights, keys, tiles, shape):
+    L = queries.shape[2]
+    n_rows, n_keys = shape[1:]
     sizes = _score_sizes(language, queries, tiles)
-    if language == "cuda":  # 16 bytes are copied at a time
-        padding = sizes["DEPTH"] - sizes["DIMS"]
-        queries = mx.pad(queries, [(0, 0), (0, 0), (0, 0), (0, padding)])
+    chunk = sizes["CHUNK"]
+    # The queries are split too: a multiprocessor takes few groups at a time.
+    n_parts = n_rows if tiles else -(-L // chunk)
+    if language == "cuda":
+        size = L // n_rows if tiles else L
+        queries = _in_chunks(queries, size, chunk)
+        if tiles:
+            weights = _in_chunks(weights[:, None], size, chunk)
+            weights = weights.reshape(shape[0], -1, weights.shape[-1])
+        else:
+            queries = queries.swapaxes(1, 2)  # every chunk for itself
+        padding = sizes["DEPTH"] + _PITCH - sizes["DIMS"]
+        queries = mx.pad(queries, [(0, 0)] * 5 + [(0, padding)])
+    elif tiles:
+        weights = weights.reshape(shape[0], n_rows, -1, weights.shape[-1])
     block = 16 if language == "cuda" else 8
-    n_groups = -(-shape[2] // (block * sizes["BLOCKS"] * _WARPS))
-    # Split the queries too where there are few keys.
-    n_parts = -(-shape[1] // (1 if tiles else sizes["CHUNK"]))
+    n_groups = -(-n_keys // (block * sizes["BLOCKS"] * _WARPS))
     n_splits = min(n_parts, -(-_BUSY[language] // n_groups))
     return launch(
         "score",
@@ -121,6 +133,20 @@ def _score(language, queries, weights, keys, tiles, shape):
         [shape],
         [mx.float32],
     )[0]
+
+
+def _in_chunks(x, size, chunk) -> mx.array:
+    """Cut ``[B, H, L, D]`` into tiles of ``size`` and these into chunks.
+
+    Where a tile does not fill its last chunk, its last query stands there again:
+    that changes no maximum. Returns ``[B, tiles, chunks, H, chunk, D]``.
+    """
+    B, n_heads, _, dims = x.shape
+    x = x.reshape(B, n_heads, -1, size, dims)
+    if size % chunk:
+        x = mx.pad(x, [(0, 0)] * 3 + [(0, -size % chunk), (0, 0)], mode="edge")
+    x = x.reshape(B, n_heads, x.shape[2], -1, chunk, dims)
+    return x.transpose(0, 2, 3, 1, 4, 5)
 
 
 def select_topk(

@@ -28,15 +28,15 @@ def score_levels(scores: mx.array, tile_size: int, n_open: int) -> mx.array:
     B, L, n = scores.shape
     if n == 0:
         return mx.zeros((B, L))
-    scores = scores[...]  # the caller's own stays as it is
-    limits = n_open + mx.arange(L)[:, None] // tile_size * tile_size
-    # What is open to the first tile is to all: only the rest must be looked at.
-    n_all = min(max(0, -(-(n_open - SAMPLED.start) // _STRIDE)), n)
-    if n_all < n:
-        slots = SAMPLED.start + _STRIDE * mx.arange(n_all, n)
-        rest = mx.where(slots < limits, scores[..., n_all:], -1e30)
-        scores[..., n_all:] = rest
+    scores = scores.reshape(B, -1, tile_size, n)
+    # How many of the sampled keys each tile sees; made here, not by small operations.
+    limits = range(n_open, n_open + L, tile_size)
+    seen = [min(max(0, -(-(limit - SAMPLED.start) // _STRIDE)), n) for limit in limits]
+    n_seen = mx.array(seen)[:, None]
+    if seen[0] < n:  # what is open to the first tile is to all
+        is_seen = mx.arange(n) < n_seen
+        scores = mx.where(is_seen[:, None], scores, -1e30)
     levels = mx.logsumexp(scores, axis=-1)
-    if n_all == 0:
-        levels = mx.where(limits[:, 0] > SAMPLED.start, levels, 0)
-    return levels
+    if seen[0] == 0:
+        levels = mx.where(n_seen > 0, levels, 0)
+    return levels.reshape(B, L)
