@@ -46,9 +46,12 @@ def index_scores(queries: mx.array, weights: mx.array, keys: mx.array) -> mx.arr
     return _join(parts, axis=1)
 
 
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
 def _block_bytes() -> int:
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return min(BLOCK_BYTES, _CPU_BLOCK_BYTES) if on_cpu else BLOCK_BYTES
+    return min(BLOCK_BYTES, _CPU_BLOCK_BYTES) if _on_cpu() else BLOCK_BYTES
 
 
 def _sum_heads(queries, weights, keys) -> mx.array:
@@ -168,7 +171,10 @@ def gather_rows(x: mx.array, slots: mx.array) -> mx.array:
     Returns:
         mx.array: ``[B, H, N, D]``.
     """
-    # mx.take puts heads inside rows, and what reads its result copies it again.
+    # A GPU takes whole rows, several times as fast as their elements one by one; a CPU
+    # puts heads inside them, and what reads that copies it again (docs/log.md).
+    if x.shape[0] == 1 and not _on_cpu():
+        return mx.take(x, slots[0], axis=2)
     return mx.take_along_axis(x, slots[:, None, :, None], axis=2)
 
 
