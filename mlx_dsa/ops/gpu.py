@@ -98,26 +98,16 @@ def tile_scores(
 
 
 def _score(language, queries, weights, keys, tiles, shape):
-    L = queries.shape[2]
-    n_rows, n_keys = shape[1:]
+    B, n_rows, n_keys = shape
     sizes = _score_sizes(language, queries, tiles)
-    chunk = sizes["CHUNK"]
-    # The queries are split too: a multiprocessor takes few groups at a time.
-    n_parts = n_rows if tiles else -(-L // chunk)
+    block, n_parts = 8, n_rows if tiles else -(-n_rows // sizes["CHUNK"])
     if language == "cuda":
-        size = L // n_rows if tiles else L
-        queries = _in_chunks(queries, size, chunk)
-        if tiles:
-            weights = _in_chunks(weights[:, None], size, chunk)
-            weights = weights.reshape(shape[0], -1, weights.shape[-1])
-        else:
-            queries = queries.swapaxes(1, 2)  # every chunk for itself
-        padding = sizes["DEPTH"] + _PITCH - sizes["DIMS"]
-        queries = mx.pad(queries, [(0, 0)] * 5 + [(0, padding)])
+        block = 16
+        queries, weights = _lay_out(queries, weights, n_rows if tiles else None, sizes)
     elif tiles:
-        weights = weights.reshape(shape[0], n_rows, -1, weights.shape[-1])
-    block = 16 if language == "cuda" else 8
+        weights = weights.reshape(B, n_rows, -1, weights.shape[-1])
     n_groups = -(-n_keys // (block * sizes["BLOCKS"] * _WARPS))
+    # Where there are few keys, the queries are split too.
     n_splits = min(n_parts, -(-_BUSY[language] // n_groups))
     return launch(
         "score",
@@ -128,11 +118,25 @@ def _score(language, queries, weights, keys, tiles, shape):
             keys.astype(queries.dtype),
         ],
         {"T": queries.dtype, "TILES": tiles, **sizes},
-        (n_groups, n_splits, shape[0]),
+        (n_groups, n_splits, B),
         32 * _WARPS,
         [shape],
         [mx.float32],
     )[0]
+
+
+def _lay_out(queries, weights, n_tiles, sizes) -> tuple[mx.array, mx.array]:
+    """Lay queries and weights out as the CUDA kernel copies them: see ``score.cu``."""
+    L, chunk = queries.shape[2], sizes["CHUNK"]
+    if n_tiles is None:
+        queries = _in_chunks(queries, L, chunk).swapaxes(1, 2)  # each for itself
+    else:
+        size = L // n_tiles
+        queries = _in_chunks(queries, size, chunk)
+        weights = _in_chunks(weights[:, None], size, chunk)
+        weights = weights.reshape(weights.shape[0], -1, weights.shape[-1])
+    padding = sizes["DEPTH"] + _PITCH - sizes["DIMS"]
+    return mx.pad(queries, [(0, 0)] * 5 + [(0, padding)]), weights
 
 
 def _in_chunks(x, size, chunk) -> mx.array:
