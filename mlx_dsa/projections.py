@@ -59,7 +59,7 @@ class JoinedProjections:
         return mx.split(self._joined(x), self._cuts, axis=-1)
 
     def apart(self, x: mx.array) -> list[mx.array]:
-        """Project as the layer's own modules do, bit for bit; otherwise likewise."""
+        """Project with the layer's own modules: the same as a call, bit for bit theirs."""
         return [layer(x) for layer in self._layers()]
 
     def _is_current(self) -> bool:

@@ -171,10 +171,10 @@ def gather_rows(x: mx.array, slots: mx.array) -> mx.array:
     Returns:
         mx.array: ``[B, H, N, D]``.
     """
-    # A GPU takes whole rows, several times as fast as their elements one by one; a CPU
-    # puts heads inside them, and what reads that copies it again (docs/log.md).
+    # Whole rows, with heads put back before them, are several times as fast on a GPU as
+    # their elements one by one, and slower on a CPU (docs/log.md).
     if x.shape[0] == 1 and not _on_cpu():
-        return mx.take(x, slots[0], axis=2)
+        return mx.contiguous(mx.take(x, slots[0], axis=2))
     return mx.take_along_axis(x, slots[:, None, :, None], axis=2)
 
 

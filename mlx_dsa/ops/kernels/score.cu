@@ -83,6 +83,7 @@ if (begin < end) fetch(begin);
 for (int step = begin; step < end; step++) {
   wait_copies<0>();
   __syncthreads();
+  // Not sooner: all have now read what this overwrites.
   if (step + 1 < end) fetch(step + 1);
   if (step % per_tile == 0) {
 #pragma unroll
