@@ -160,6 +160,7 @@ def test_gather_rows(B, on_cpu, monkeypatch):
     expected = np.stack([rows[b][:, slots[b]] for b in range(B)])
     gathered = reference_ops.gather_rows(mx.array(rows), mx.array(slots))
     assert np.array_equal(np.array(gathered), expected)
+    assert memoryview(gathered).c_contiguous  # heads lie before rows, as in a cache
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
