@@ -1,0 +1,47 @@
+"""How long a text a model has positions for: one rule for every command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Scalings whose factor stretches the positions of the unscaled model.
+_STRETCHED_BY = ("original_max_position_embeddings", "factor")
+
+
+def max_positions(args: Any) -> int | None:
+    """Return the tokens that a model can tell the places of.
+
+    Args:
+        args: The ``args`` of an mlx-lm model, or its ``config.json`` as a mapping.
+
+    Returns:
+        int, optional: ``max_position_embeddings``, or more where RoPE is scaled to
+        more; ``None`` where the model states no limit.
+    """
+    values = args if isinstance(args, Mapping) else vars(args)
+    limit = values.get("max_position_embeddings")
+    scaling = values.get("rope_scaling") or {}
+    original, factor = (scaling.get(name) for name in _STRETCHED_BY)
+    if original and factor:
+        limit = max(limit or 0, int(original * factor))
+    return limit or None
+
+
+def check_positions(where: str, args: Any, n_tokens: int) -> None:
+    """Refuse a text for which a model has no positions.
+
+    Args:
+        where (str): Who asks, for the message.
+        args: As in :func:`max_positions`.
+        n_tokens (int): Tokens from the beginning of the conversation to its end.
+
+    Raises:
+        ValueError: If they are more than the model's positions.
+    """
+    limit = max_positions(args)
+    if limit is not None and n_tokens > limit:
+        raise ValueError(
+            f"[{where}] {n_tokens:,} tokens are more than the model's {limit:,} positions: "
+            f"it would answer wrongly. Use a shorter text, or a model with more positions."
+        )
