@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from builders import make_indexers
 from evals_subject import make_subject
+from mlx_lm.generate import generate_step
 
-from mlx_dsa.evals import make_policies, make_policy, needle
+from mlx_dsa import BudgetKVCache
+from mlx_dsa.evals import make_policies, make_policy, memory, needle, ppl
 from mlx_dsa.evals.documents import load_documents
-from mlx_dsa.evals.generation import answer, converse, read
+from mlx_dsa.evals.generation import answer, converse, read, take_rows
 from mlx_dsa.evals.haystack import Haystack
 from mlx_dsa.evals.needle_items import NeedleSpec, make_items
 from mlx_dsa.evals.policies import NAMES, pairings
@@ -31,7 +33,6 @@ def _rows(result):
 
 
 def test_generation_is_mlx_lms(subject):
-    from mlx_lm.generate import generate_step
     from mlx_lm.models.cache import make_prompt_cache
 
     prompt = list(range(5, 700))
@@ -42,6 +43,51 @@ def test_generation_is_mlx_lms(subject):
         logits = read(subject.model, mx.array([prompt]), caches)
         ours = answer(subject.model, logits, caches, max_tokens=12, stop_ids=set())
     assert ours[0].ids == theirs
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Return the offsets at which budget caches are asked for their state."""
+    offsets = set()
+    own = BudgetKVCache.state
+
+    def state(cache):
+        offsets.add(cache.offset)
+        return own.fget(cache)
+
+    monkeypatch.setattr(BudgetKVCache, "state", property(state, own.fset))
+    return offsets
+
+
+def test_state_is_read_after_chunks_alone_as_by_mlx_lm(subject, asked):
+    """Reading it says that the prompt goes on, so never after its end or in decode."""
+    policies = make_policies(["sparse"], subject.config)
+    prompt = mx.array([list(range(5, 705))])
+    with policies[0].apply(subject) as patch:
+        caches = patch.make_cache()
+        logits = read(subject.model, prompt, caches)
+        answer(subject.model, logits, caches, max_tokens=5, stop_ids=set())
+        assert asked == {512, 699}
+        asked.clear()
+        steps = generate_step(mx.array(prompt[0]), subject.model, max_tokens=5, prefill_step_size=512)
+        assert len(list(steps)) == 5 and asked == {512, 699}
+    asked.clear()
+    memory(subject, policies, lengths=[150])
+    ppl(subject, policies, path="decode", length=150, decode_tokens=8, limit=1)
+    assert asked == {149}
+
+
+def test_rows_that_are_taken_go_on_as_those_left(subject, asked):
+    text, question = (mx.array([list(range(n, n + 120))]) for n in (5, 900))
+    with make_policy("sparse", subject.config).apply(subject) as patch:
+        caches = patch.make_cache()
+        read(subject.model, text, caches)
+        asked.clear()
+        taken = take_rows(caches, [0])
+        assert asked == {120}  # of copies
+        logits = [subject.model(question, cache=c) for c in (caches, taken)]
+    assert mx.array_equal(*logits)
+    assert {c.size() for c in (*caches, *taken)} == {64 + 120}  # the text was pruned before it
 
 
 @pytest.mark.parametrize("name", ["dense", "sparse", "full", "tiered"])

@@ -136,7 +136,7 @@ def _decode_states(model, ids, length):
     states = []
     for at in range(length, ids.shape[1] - 1):
         states.append(model.model(ids[:, at : at + 1], cache=caches))
-        mx.eval(states[-1], [c.state for c in caches])
+        mx.eval(states[-1])
     return mx.concatenate(states, axis=1)
 
 
