@@ -248,10 +248,25 @@ def test_wrong_policies(subject, spec, message):
 
 
 def test_wrong_lengths(subject):
+    policies = make_policies(["dense"], subject.config)
     with pytest.raises(ValueError, match="longer than the model's 8,192 positions"):
-        needle(subject, make_policies(["dense"], subject.config), lengths=[9000])
+        needle(subject, policies, lengths=[9000])
     with pytest.raises(ValueError, match="must be above 0 but got -"):
         needle(subject, make_policies(["dense"], subject.config), lengths=[-100])
+
+
+@pytest.mark.parametrize(
+    "positions, scaling",
+    [(256, None), (64, {"factor": 4.0, "original_max_position_embeddings": 64})],
+)
+def test_a_whole_conversation_needs_positions(subject, monkeypatch, positions, scaling):
+    monkeypatch.setattr(subject.model.args, "max_position_embeddings", positions)
+    monkeypatch.setattr(subject.model.args, "rope_scaling", scaling)
+    policies = make_policies(["dense"], subject.config)
+    talk = dict(lengths=[200], depths=[0.5], limit=1, setting="two-turns")
+    with pytest.raises(ValueError, match="longer than the model's 256 positions.*--max-tokens"):
+        needle(subject, policies, **talk, max_tokens=40)  # the first answer would fit
+    assert needle(subject, policies, **talk, max_tokens=2)["items"]
 
 
 def test_the_worse_verdict_wins_a_draw():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ..cache import FullKVCache
 from ..config import SparseConfig
 from ..crossovers import describe, plan_prefill, store
 from ..indexer import Indexer
+from ..positions import max_positions
 
 # Layers that are timed together, so that what a call costs to start counts once.
 _LAYERS = 4
@@ -63,7 +65,7 @@ def tune(
     Raises:
         ValueError: If the model has no positions beyond ``top_k``.
     """
-    longest = min(_LONGEST * config.top_k, model.args.max_position_embeddings)
+    longest = min(_LONGEST * config.top_k, max_positions(model.args) or math.inf)
     if longest < 2 * config.top_k:
         raise ValueError(
             f"[tune] 'top_k' must be at most half of the model's {longest:,} positions "
