@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from .files import replacing
 from .indexer import Indexer
 from .ops import crossover
 
-_MODES = ("tile", "exact", "decode")
+# What may be faster than dense from some length on.
+CROSSING = ("tile", "exact", "decode")
 
 
 class PrefillPlan(NamedTuple):
@@ -98,40 +100,92 @@ def describe_run(config: SparseConfig) -> dict[str, Any]:
     }
 
 
-def lookup(description: Mapping[str, Any]) -> dict[str, int | None] | None:
+class Measured(NamedTuple):
+    """What ``mlx-dsa tune`` has stored.
+
+    Args:
+        crossovers (dict): ``"tile"``, ``"exact"`` and ``"decode"``, where they were
+          compared, to the keys from which each is faster than dense attention; ``None``
+          for one that never was.
+        lengths (tuple of int): Keys at which they were compared, ascending.
+        when (str): The day and the time.
+        of (dict): The description that it holds for.
+    """
+
+    crossovers: dict[str, int | None]
+    lengths: tuple[int, ...]
+    when: str
+    of: dict[str, Any]
+
+
+def measured(description: Mapping[str, Any]) -> Measured | None:
     """Find what was measured for a description, or for a part of one.
 
     Args:
         description (Mapping): From :func:`describe`.
 
     Returns:
-        dict, optional: ``"tile"``, ``"exact"`` and ``"decode"`` to the keys from which
-        each is faster than dense attention, ``None`` for one that never was; ``None``
-        if nothing was measured.
+        Measured, optional: ``None`` if nothing was.
     """
     for entry in _read(crossover_file()):
         if description.items() <= entry["of"].items():
-            return entry["from"]
+            return Measured(
+                entry["from"], tuple(entry["lengths"]), entry["when"], entry["of"]
+            )
     return None
 
 
-def store(description: Mapping[str, Any], crossovers: Mapping[str, int | None]) -> Path:
+def lookup(description: Mapping[str, Any]) -> dict[str, int | None] | None:
+    """Return the crossovers of :func:`measured`, or ``None``."""
+    found = measured(description)
+    return found and found.crossovers
+
+
+def store(
+    description: Mapping[str, Any],
+    crossovers: Mapping[str, int | None],
+    lengths: Sequence[int] = (),
+) -> Path:
     """Write what was measured, in place of what was known of the same.
 
     Args:
         description (Mapping): From :func:`describe`.
         crossovers (Mapping): As :func:`lookup` returns them.
+        lengths (sequence of int): Keys at which they were compared, ascending.
+          Default: ``()``, not known.
 
     Returns:
         Path: The file, which is never left half written.
     """
+    entry = {
+        "of": dict(description),
+        "from": dict(crossovers),
+        "lengths": list(lengths),
+        "when": datetime.now().isoformat(" ", "minutes"),
+    }
+    others = [e for e in _read(crossover_file()) if e["of"] != description]
+    return _write([entry, *others])
+
+
+def forget(description: Mapping[str, Any] | None = None) -> bool:
+    """Remove what was measured for a description, or everything, a damaged file too.
+
+    Args:
+        description (Mapping, optional): From :func:`describe`. Default: ``None``, all.
+
+    Returns:
+        bool: Whether there was something to remove.
+    """
     file = crossover_file()
-    others = [e for e in _read(file) if e["of"] != description]
-    entries = [{"of": dict(description), "from": dict(crossovers)}, *others]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file, shared=True) as part:
-        part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    return file
+    if description is None:
+        found = file.exists()
+        file.unlink(missing_ok=True)
+        return found
+    entries = _read(file)
+    others = [e for e in entries if e["of"] != description]
+    if len(others) < len(entries):
+        _write(others)
+    return len(others) < len(entries)
 
 
 def plan_prefill(
@@ -145,22 +199,25 @@ def plan_prefill(
 
     Returns:
         PrefillPlan: As the config says. ``"auto"`` is tile where that wins, else
-        exact, else dense at every length; without measurements it is tile where
-        ``top_k`` has room for it, from :func:`crossover` on.
+        exact. Where neither does it is dense at every length, unless the one that
+        ``top_k`` has room for, tile before exact, was not measured: then it is that
+        one, from :func:`crossover` on.
     """
     if config.prefill != "auto":
         return PrefillPlan(config.prefill, config.top_k)
-    if crossovers is None:
-        mode = "tile" if config.tile_fits else "exact"
-        return PrefillPlan(mode, crossover(config.top_k))
+    found = crossovers or {}
     for mode in ("tile", "exact"):
-        start = crossovers[mode]
+        start = found.get(mode)
         if start is not None and (mode == "exact" or config.tile_fits):
             return PrefillPlan(mode, max(start, config.top_k))
+    mode = "tile" if config.tile_fits else "exact"
+    if mode not in found:
+        return PrefillPlan(mode, crossover(config.top_k))
     return PrefillPlan("dense", config.top_k)
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
+    """Return the entries that say when and at which lengths they were measured."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -169,19 +226,35 @@ def _read(file: Path) -> list[dict[str, Any]]:
         entries = None
     if not isinstance(entries, list) or not all(map(_is_entry, entries)):
         warnings.warn(
-            f"mlx-dsa: {file} cannot be read and is not used. Remove it, or run "
-            f"mlx-dsa tune again.",
+            f"mlx-dsa: {file} cannot be read and is not used. Remove it (mlx-dsa tune "
+            f"--reset --all), or run mlx-dsa tune again.",
             stacklevel=4,
         )
         return []
-    return entries
+    # Older ones took what was never measured for slower.
+    return [entry for entry in entries if "when" in entry]
+
+
+def _write(entries: list[dict[str, Any]]) -> Path:
+    file = crossover_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file, shared=True) as part:
+        part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    return file
 
 
 def _is_entry(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("of"), dict):
         return False
-    start = entry.get("from")
-    return isinstance(start, dict) and all(
-        mode in start and (start[mode] is None or type(start[mode]) is int)
-        for mode in _MODES
+    start, lengths = entry.get("from"), entry.get("lengths", [])
+    return (
+        isinstance(start, dict)
+        and all(way in CROSSING and _is_keys(n) for way, n in start.items())
+        and isinstance(lengths, list)
+        and all(type(n) is int for n in lengths)
+        and ("when" not in entry or isinstance(entry["when"], str) and "lengths" in entry)
     )
+
+
+def _is_keys(value: Any) -> bool:
+    return value is None or type(value) is int

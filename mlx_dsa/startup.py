@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 
 from . import blas
 
@@ -14,4 +16,14 @@ _CUDA_GRAPHS = 3000
 def prepare():
     """Load OpenBLAS, and let MLX's CUDA backend keep the graphs of a whole prompt."""
     os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", str(_CUDA_GRAPHS))
-    blas.preload()
+    late = _mlx_has_another_blas()
+    if blas.preload() and late:
+        warnings.warn(blas.TOO_LATE, stacklevel=3)  # where mlx_dsa is imported
+
+
+def _mlx_has_another_blas() -> bool:
+    """Return whether MLX is here already, computes on the CPU, and OpenBLAS is not."""
+    mlx = sys.modules.get("mlx.core")  # not imported here: that would be too early
+    if mlx is None or not sys.platform.startswith("linux") or blas.is_loaded():
+        return False
+    return mlx.default_device().type == mlx.DeviceType.cpu

@@ -2,14 +2,15 @@
 
 import json
 import sys
+import time
 
 import mlx.core as mx
 import pytest
-from builders import make_indexers, make_model
+from builders import make_indexers, make_model, make_tokens
 from click.testing import CliRunner
 
 from mlx_dsa import SparseConfig
-from mlx_dsa.bench import BENCH_SHAPES, bench, models, random_model
+from mlx_dsa.bench import BENCH_SHAPES, bench, check_contexts, end_to_end, models, random_model
 from mlx_dsa.bench.models import BenchShape
 from mlx_dsa.cli import main
 from mlx_dsa.cli.subject import open_subject
@@ -107,6 +108,21 @@ def test_the_model_is_left_as_it_was(subject):
 def test_contexts_beyond_the_positions_are_refused(subject):
     with pytest.raises(ValueError, match="4,096 positions"):
         list(bench(*subject, [30, 4090]))
+    after = 8 + 256 + 1  # steps that warm up, a block, and the one that mlx-lm is ahead
+    check_contexts([4096 - after], 1, subject[0])
+    with pytest.raises(ValueError, match="room for 265 steps"):
+        check_contexts([4097 - after], 1, subject[0])
+
+
+def test_the_positions_are_those_of_the_steps_that_are_taken(subject):
+    runner = end_to_end._Runner(*subject, 64, time.perf_counter)
+    with runner._patched("sparse") as patch:
+        caches = patch.make_cache()
+        runner._time(caches, make_tokens(30)[0], 256)
+    assert {cache.offset for cache in caches} == {30 + 265}
+
+
+def test_contexts_of_a_single_token_are_refused(subject):
     with pytest.raises(ValueError, match="at least 2"):
         list(bench(*subject, [1]))
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from builders import make_indexers
 from evals_subject import make_subject
+from mlx_lm.generate import generate_step
 
-from mlx_dsa.evals import make_policies, make_policy, needle
+from mlx_dsa import BudgetKVCache
+from mlx_dsa.evals import make_policies, make_policy, memory, needle, ppl
 from mlx_dsa.evals.documents import load_documents
-from mlx_dsa.evals.generation import answer, converse, read
+from mlx_dsa.evals.generation import answer, converse, read, take_rows
 from mlx_dsa.evals.haystack import Haystack
 from mlx_dsa.evals.needle_items import NeedleSpec, make_items
 from mlx_dsa.evals.policies import NAMES, pairings
@@ -31,7 +33,6 @@ def _rows(result):
 
 
 def test_generation_is_mlx_lms(subject):
-    from mlx_lm.generate import generate_step
     from mlx_lm.models.cache import make_prompt_cache
 
     prompt = list(range(5, 700))
@@ -42,6 +43,51 @@ def test_generation_is_mlx_lms(subject):
         logits = read(subject.model, mx.array([prompt]), caches)
         ours = answer(subject.model, logits, caches, max_tokens=12, stop_ids=set())
     assert ours[0].ids == theirs
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Return the offsets at which budget caches are asked for their state."""
+    offsets = set()
+    own = BudgetKVCache.state
+
+    def state(cache):
+        offsets.add(cache.offset)
+        return own.fget(cache)
+
+    monkeypatch.setattr(BudgetKVCache, "state", property(state, own.fset))
+    return offsets
+
+
+def test_state_is_read_after_chunks_alone_as_by_mlx_lm(subject, asked):
+    """Reading it says that the prompt goes on, so never after its end or in decode."""
+    policies = make_policies(["sparse"], subject.config)
+    prompt = mx.array([list(range(5, 705))])
+    with policies[0].apply(subject) as patch:
+        caches = patch.make_cache()
+        logits = read(subject.model, prompt, caches)
+        answer(subject.model, logits, caches, max_tokens=5, stop_ids=set())
+        assert asked == {512, 699}
+        asked.clear()
+        steps = generate_step(mx.array(prompt[0]), subject.model, max_tokens=5, prefill_step_size=512)
+        assert len(list(steps)) == 5 and asked == {512, 699}
+    asked.clear()
+    memory(subject, policies, lengths=[150])
+    ppl(subject, policies, path="decode", length=150, decode_tokens=8, limit=1)
+    assert asked == {149}
+
+
+def test_rows_that_are_taken_go_on_as_those_left(subject, asked):
+    text, question = (mx.array([list(range(n, n + 120))]) for n in (5, 900))
+    with make_policy("sparse", subject.config).apply(subject) as patch:
+        caches = patch.make_cache()
+        read(subject.model, text, caches)
+        asked.clear()
+        taken = take_rows(caches, [0])
+        assert asked == {120}  # of copies
+        logits = [subject.model(question, cache=c) for c in (caches, taken)]
+    assert mx.array_equal(*logits)
+    assert {c.size() for c in (*caches, *taken)} == {64 + 120}  # the text was pruned before it
 
 
 @pytest.mark.parametrize("name", ["dense", "sparse", "full", "tiered"])
@@ -202,10 +248,25 @@ def test_wrong_policies(subject, spec, message):
 
 
 def test_wrong_lengths(subject):
+    policies = make_policies(["dense"], subject.config)
     with pytest.raises(ValueError, match="longer than the model's 8,192 positions"):
-        needle(subject, make_policies(["dense"], subject.config), lengths=[9000])
+        needle(subject, policies, lengths=[9000])
     with pytest.raises(ValueError, match="must be above 0 but got -"):
         needle(subject, make_policies(["dense"], subject.config), lengths=[-100])
+
+
+@pytest.mark.parametrize(
+    "positions, scaling",
+    [(256, None), (64, {"factor": 4.0, "original_max_position_embeddings": 64})],
+)
+def test_a_whole_conversation_needs_positions(subject, monkeypatch, positions, scaling):
+    monkeypatch.setattr(subject.model.args, "max_position_embeddings", positions)
+    monkeypatch.setattr(subject.model.args, "rope_scaling", scaling)
+    policies = make_policies(["dense"], subject.config)
+    talk = dict(lengths=[200], depths=[0.5], limit=1, setting="two-turns")
+    with pytest.raises(ValueError, match="longer than the model's 256 positions.*--max-tokens"):
+        needle(subject, policies, **talk, max_tokens=40)  # the first answer would fit
+    assert needle(subject, policies, **talk, max_tokens=2)["items"]
 
 
 def test_the_worse_verdict_wins_a_draw():

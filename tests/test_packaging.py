@@ -5,13 +5,15 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import mlx_dsa
-from mlx_dsa import blas
+from mlx_dsa import blas, startup
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mlx_dsa"
@@ -147,6 +149,60 @@ def test_openblas_has_the_threads_that_the_user_has_set(own):
 @pytest.mark.skipif(not blas.preload(), reason="OpenBLAS is not on this machine")
 def test_openblas_is_in_the_process():
     assert "libopenblas" in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("first", ["mlx.core", "mlx.nn", "mlx_lm"])
+@pytest.mark.skipif(not blas.preload(), reason="OpenBLAS is not on this machine")
+def test_mlx_before_mlx_dsa_is_told_in_one_line(first):
+    run = subprocess.run(
+        [sys.executable, "-c", f"import {first}\nimport mlx_dsa"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stderr.count("Import mlx_dsa before mlx.core") == 1
+    code = "import mlx_dsa, mlx.core, ctypes; ctypes.CDLL('libopenblas.so.0').cblas_sgemm"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    # Who has loaded OpenBLAS before MLX has lost nothing.
+    code = f"import ctypes; ctypes.CDLL('libopenblas.so.0', 256); import {first}, mlx_dsa"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        dict(there=True),
+        dict(found=False),
+        dict(device="gpu"),
+        dict(mlx=False),
+        dict(platform="darwin"),
+    ],
+)
+def test_only_an_openblas_that_comes_too_late_is_told(monkeypatch, change):
+    change = change or {}
+    device = SimpleNamespace(type=change.get("device", "cpu"))
+    mlx = SimpleNamespace(default_device=lambda: device, DeviceType=SimpleNamespace(cpu="cpu"))
+    if change.get("mlx", True):
+        monkeypatch.setitem(sys.modules, "mlx.core", mlx)
+    else:
+        monkeypatch.delitem(sys.modules, "mlx.core")
+    monkeypatch.setattr(blas, "is_loaded", lambda: change.get("there", False))
+    monkeypatch.setattr(blas, "preload", lambda: change.get("found", True))
+    monkeypatch.setattr(sys, "platform", change.get("platform", "linux"))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        startup.prepare()
+    assert [str(w.message) for w in told] == ([] if change else [blas.TOO_LATE])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux loads OpenBLAS")
+def test_what_is_loaded_is_known_by_its_name(monkeypatch):
+    for name, there in (("libc.so.6", True), ("libnothing.so.0", False)):
+        monkeypatch.setattr(blas, "_LIBRARIES", (name,))
+        assert blas.is_loaded() == there
 
 
 @pytest.fixture(scope="module")

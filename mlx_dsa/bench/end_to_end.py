@@ -17,6 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..config import SparseConfig
 from ..indexer import Indexer
 from ..patch import SparsePatch, patch_sparse_generate
+from ..positions import max_positions
 
 KINDS = ("dense", "sparse")
 # Steps of decode that are timed as one: all that a cache does for several at once is in it.
@@ -48,21 +49,31 @@ def check_contexts(contexts: Iterable[int], steps: int, model: nn.Module):
 
     Args:
         contexts (iterable of int): Tokens of the prompts.
-        steps (int): Steps of decode that are timed.
+        steps (int): Steps of decode that are timed, rounded up to blocks of 256.
         model (nn.Module): The model.
 
     Raises:
         ValueError: If a context is too short or too long.
     """
-    positions = model.args.max_position_embeddings
+    positions = max_positions(model.args)
+    after = _tokens_after(_in_blocks(steps))
     for context in contexts:
         if context < 2:
             raise ValueError(f"[bench] 'contexts' must be at least 2 but got {context}.")
-        if context + steps + _WARM_UP > positions:
+        if positions is not None and context + after > positions:
             raise ValueError(
-                f"[bench] 'contexts' must leave room for {steps + _WARM_UP} steps in the "
+                f"[bench] 'contexts' must leave room for {after} steps in the "
                 f"model's {positions:,} positions but got {context}."
             )
+
+
+def _in_blocks(steps: int) -> int:
+    return -(-steps // _BLOCK) * _BLOCK
+
+
+def _tokens_after(steps: int) -> int:
+    """Return how many tokens are fed after a prompt: mlx-lm runs one step ahead."""
+    return _WARM_UP + steps + 1
 
 
 def bench(
@@ -105,7 +116,7 @@ def bench(
         ValueError: If a context is too short or too long for the model.
     """
     contexts = list(contexts)
-    steps = -(-steps // _BLOCK) * _BLOCK
+    steps = _in_blocks(steps)
     check_contexts(contexts, steps, model)
     unused = _nbytes(indexers)  # not of a dense model, but in memory beside it
     total = 2 * repeats * len(contexts)
@@ -175,7 +186,7 @@ class _Runner:
         tokens = generate_step(
             prompt,
             self._model,
-            max_tokens=_WARM_UP + steps + 1,
+            max_tokens=_tokens_after(steps),
             prompt_cache=cache,
             prefill_step_size=self._chunk,
             prompt_progress_callback=watch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,15 +16,16 @@ from mlx_lm.models.cache import KVCache
 from ..attention import SparseAttention
 from ..cache import FullKVCache
 from ..config import SparseConfig
-from ..crossovers import describe, plan_prefill, store
+from ..crossovers import CROSSING, describe, plan_prefill, store
 from ..indexer import Indexer
+from ..positions import max_positions
 
 # Layers that are timed together, so that what a call costs to start counts once.
 _LAYERS = 4
 # Keys seen by the longest measurement, as a multiple of top_k.
 _LONGEST = 64
-# A crossover is known to a quarter of the length before it.
-_BISECTIONS = 2
+# A crossover is known to this share of the length before it.
+_PRECISION = 1 / 4
 _DECODE_STEPS = 32
 
 
@@ -38,11 +40,12 @@ def tune(
     clock: Callable[[], float] = time.perf_counter,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
-    """Measure where sparse prefill and decode begin to win, and store it.
+    """Measure where sparse prefill and decode begin to win, and store what was compared.
 
     Attention layers of the model are timed on random keys: a chunk of a prompt, dense
-    and sparse in turns, and steps of decode. Lengths double from ``top_k`` until each
-    way wins, then the crossover is bisected.
+    and sparse in turns, and steps of decode. Lengths double from ``2 * top_k`` until each
+    way wins, then the crossover is bisected. A way is stored where it won, or lost to
+    the end of the search, at two lengths or more.
 
     Args:
         model (nn.Module): An unpatched model of mlx-lm.
@@ -56,14 +59,15 @@ def tune(
         report (callable): Takes each measurement: ``keys`` and milliseconds.
 
     Returns:
-        dict: ``crossovers`` (``tile``, ``exact``, ``decode``: keys, or ``None`` where
-        sparse never won), ``longest`` (keys up to which it was looked for), ``rows``
-        (each measurement), ``file`` (where it is stored).
+        dict: ``crossovers`` (of ``tile``, ``exact`` and ``decode`` those that were
+        measured: keys, or ``None`` where sparse never won), ``left_out`` (those that are
+        not stored, and why), ``longest`` (keys up to which it was looked for), ``rows``
+        (each measurement), ``file`` (where it is stored, ``None`` if nothing is).
 
     Raises:
         ValueError: If the model has no positions beyond ``top_k``.
     """
-    longest = min(_LONGEST * config.top_k, model.args.max_position_embeddings)
+    longest = min(_LONGEST * config.top_k, max_positions(model.args) or math.inf)
     if longest < 2 * config.top_k:
         raise ValueError(
             f"[tune] 'top_k' must be at most half of the model's {longest:,} positions "
@@ -82,25 +86,29 @@ def tune(
         return rows[keys]
 
     def has_time(keys: int) -> bool:
+        if not took:
+            return seconds > 0
         nearest = max(took)
         return clock() - start + took[nearest] * keys / nearest <= seconds
 
     ways = ["exact", "decode", *(["tile"] if config.tile_fits else [])]
-    keys = [2 * config.top_k]
-    while not all(_wins(at(keys[-1]), way) for way in ways):
-        if 2 * keys[-1] > longest or not has_time(2 * keys[-1]):
-            break
-        keys.append(2 * keys[-1])
-    crossovers = dict.fromkeys(("tile", "exact", "decode"))
-    for way in ways:
-        crossovers[way] = _crossover(at, has_time, keys, config.top_k, way)
-    file = store(describe(model, indexers, config), crossovers)
-    ordered = [rows[n] for n in sorted(rows)]
+    keys, at_end = 2 * config.top_k, False
+    while not at_end and has_time(keys):
+        at_end = all(_wins(at(keys), way) for way in ways) or 2 * keys > longest
+        keys *= 2
+    searched = max(rows, default=0)
+    crossovers = {way: _crossover(at, has_time, rows, config.top_k, way) for way in ways if rows}
+    left_out = _left_out(crossovers, rows, at_end, config)
+    stored = {way: keys for way, keys in crossovers.items() if way not in left_out}
+    file = None
+    if stored:
+        file = str(store(describe(model, indexers, config), stored, sorted(rows)))
     return {
         "crossovers": crossovers,
-        "longest": keys[-1],
-        "rows": ordered,
-        "file": str(file),
+        "left_out": left_out,
+        "longest": searched,
+        "rows": [rows[n] for n in sorted(rows)],
+        "file": file,
     }
 
 
@@ -109,22 +117,42 @@ def _wins(row: Mapping[str, float], way: str) -> bool:
 
 
 def _crossover(
-    at: Callable, has_time: Callable, lengths: list[int], top_k: int, way: str
+    at: Callable, has_time: Callable, rows: Mapping[int, dict], top_k: int, way: str
 ) -> int | None:
-    """Return the fewest keys at which a way wins, to a quarter of the length before."""
-    winning = [n for n in lengths if _wins(at(n), way)]
-    if not winning:
-        return None
-    low, high = winning[0] // 2, winning[0]
-    for _ in range(_BISECTIONS):
-        middle = (low + high) // 2
-        if middle <= top_k or not has_time(middle):
-            break
-        if _wins(at(middle), way):
-            high = middle
-        else:
-            low = middle
-    return high
+    """Return the fewest keys from which a way always won, measured as closely as pays."""
+    while True:
+        lost, start = top_k, None
+        for keys in sorted(rows):
+            if not _wins(rows[keys], way):
+                lost, start = keys, None
+            elif start is None:
+                start = keys
+        if start is None or start - lost <= max(1, _PRECISION * lost):
+            return start
+        middle = (lost + start) // 2
+        if not has_time(middle):
+            return start
+        at(middle)
+
+
+def _left_out(crossovers, rows, at_end, config) -> dict[str, str]:
+    """Return why some ways are not stored: what was not compared says nothing."""
+    reasons = {}
+    for way in CROSSING:
+        if not rows:
+            reasons[way] = "there was no time to measure it"
+        elif way not in crossovers:
+            reasons[way] = (
+                f"top_k {config.top_k} has no room for a tile of {config.tile_size}, "
+                f"{config.n_sink} sinks and {config.n_recent} recent keys"
+            )
+        elif len(rows) == 1:
+            reasons[way] = "there was time to measure one length alone"
+        elif crossovers[way] is None and not at_end:
+            reasons[way] = (
+                f"slower up to {max(rows):,} keys, and there was no time for more"
+            )
+    return reasons
 
 
 def _steps(attentions: list, caches: list, x: mx.array) -> mx.array:

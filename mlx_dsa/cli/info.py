@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .. import __version__, blas
-from ..crossovers import crossover_file, describe_args, describe_run, lookup
+from ..crossovers import crossover_file, describe_args, describe_run, measured
 from ..crossovers import plan_prefill
 from ..ops import check_backend
 from ..presets import INDEXER_FILES, MODEL_FILES, Settings, fetch, is_repository
@@ -22,7 +22,7 @@ from ..presets import preset_names, read_indexers, resource, runs_float32
 from .options import dense_option, describe_config, model_options
 from .options import settings_from, sparse_options
 from .session import hint_at_blas
-from .tune import describe_crossovers
+from .tune import describe_crossovers, describe_measured
 
 
 @click.command()
@@ -95,14 +95,17 @@ def _tuned(settings: Settings) -> str:
         return "unknown: the model is not on this machine"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # The dtype is only known once the model is loaded.
-    found = lookup({**describe_args(config), **describe_run(settings.config)})
+    found = measured({**describe_args(config), **describe_run(settings.config)})
     if found is None:
         return "not yet: prefill auto follows a rule (see mlx-dsa tune)"
-    plan = plan_prefill(found, replace(settings.config, prefill="auto"))
+    plan = plan_prefill(found.crossovers, replace(settings.config, prefill="auto"))
     until = f", dense up to {plan.dense_until:,} keys" if plan.prefill != "dense" else ""
     used = "" if settings.config.prefill == "auto" else " (not used: prefill is set)"
-    lines = "; ".join(describe_crossovers(found))
-    return f"prefill auto is {plan.prefill}{until}{used} ({lines}; in {crossover_file()})"
+    lines = "; ".join(describe_crossovers(found.crossovers, found.lengths))
+    return (
+        f"prefill auto is {plan.prefill}{until}{used} ({lines}; {describe_measured(found)}, "
+        f"in {crossover_file()})"
+    )
 
 
 def _indexers(settings: Settings) -> str:

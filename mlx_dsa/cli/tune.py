@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 from rich.console import Console
 
 from ..bench import tune as run_tune
+from ..crossovers import CROSSING, Measured, crossover_file, describe, forget
 from .eval.show import print_table
 from .subject import chunk_option, open_subject, subject_options
 
@@ -21,13 +23,26 @@ from .subject import chunk_option, open_subject, subject_options
     show_default=True,
     help="Begin no measurement that would probably end after this time.",
 )
+@click.option(
+    "--reset",
+    is_flag=True,
+    help="Forget what was measured for this model and these settings; measure nothing.",
+)
+@click.option(
+    "--all", "everything", is_flag=True, help="With --reset: forget all that was measured."
+)
 @subject_options
-def tune(chunk: int, seconds: float, **given: Any):
+def tune(chunk: int, seconds: float, reset: bool, everything: bool, **given: Any):
     """Measure from which length on sparse attention is faster than dense, and store it.
 
     --prefill auto then follows it for the same model shape, settings, device and
     versions.
     """
+    if everything and not reset:
+        raise click.UsageError("--all needs --reset.")
+    if reset:
+        _reset(everything, given)
+        return
     subject = open_subject(**given)
     console = Console(stderr=True)
     with console.status("Measuring"):
@@ -38,33 +53,79 @@ def tune(chunk: int, seconds: float, **given: Any):
             seconds=seconds,
             report=lambda row: console.print(f"{row['keys']:,} keys measured", highlight=False),
         )
-    names = [name for name in result["rows"][0] if name != "keys"]
-    cells = [
-        [f"{row['keys']:,}", *(f"{row[name]:.3f}" for name in names)]
-        for row in result["rows"]
-    ]
+    rows = result["rows"]
+    if rows:
+        _print_rows(rows)
+    lengths = [row["keys"] for row in rows]
+    for line in describe_crossovers(result["crossovers"], lengths, result["left_out"]):
+        click.echo(line)
+    if result["file"]:
+        click.echo(f"Wrote {result['file']}")
+    else:
+        click.echo("Nothing is stored: give --seconds more.")
+
+
+def _reset(everything: bool, given: dict[str, Any]):
+    if everything:
+        named = [name for name, value in given.items() if value is not None]
+        if named:
+            option = named[0].removesuffix("_file").replace("_", "-")
+            raise click.UsageError(f"--all is of every model: leave --{option} out.")
+        found = forget()
+    else:
+        subject = open_subject(**given)
+        found = forget(describe(*subject.load(), subject.config))
+    what = "All measurements are" if everything else "What was measured for this model is"
+    click.echo(f"{what} forgotten ({crossover_file()})." if found else "Nothing was stored.")
+
+
+def _print_rows(rows: list[dict[str, float]]):
+    names = [name for name in rows[0] if name != "keys"]
+    cells = [[f"{row['keys']:,}", *(f"{row[name]:.3f}" for name in names)] for row in rows]
     titles = (name.replace("_", " ") for name in names)
     print_table(["keys", *(f"{title} ms" for title in titles)], cells)
     click.echo()
-    for line in describe_crossovers(result["crossovers"], result["longest"]):
-        click.echo(line)
-    click.echo(f"Wrote {result['file']}")
 
 
 def describe_crossovers(
-    crossovers: dict[str, int | None], longest: int | None = None
+    crossovers: Mapping[str, int | None],
+    lengths: Sequence[int],
+    left_out: Mapping[str, str] = {},
 ) -> list[str]:
     """Return what was measured as lines of text.
 
     Args:
-        crossovers (dict): ``tile``, ``exact`` and ``decode`` to keys, or ``None``.
-        longest (int, optional): Keys up to which it was looked for.
+        crossovers (Mapping): ``tile``, ``exact`` and ``decode``, where they were
+          measured, to keys, or ``None``.
+        lengths (sequence of int): Keys at which they were compared, ascending.
+        left_out (Mapping): Those that are not stored, and why. Default: ``{}``.
     """
-    limit = "" if longest is None else f" up to {longest:,} keys"
     names = {"tile": "prefill by tile", "exact": "exact prefill", "decode": "decode"}
-    return [
-        f"{name}: faster than dense from {crossovers[way]:,} keys"
-        if crossovers[way] is not None
-        else f"{name}: not faster than dense{limit}"
-        for way, name in names.items()
-    ]
+    lines = []
+    for way in CROSSING:
+        if way in left_out:
+            found = f"not known: {left_out[way]}"
+        elif way in crossovers:
+            found = _describe(crossovers[way], lengths)
+        else:
+            found = "not measured"
+        lines.append(f"{names[way]}: {found}")
+    return lines
+
+
+def _describe(start: int | None, lengths: Sequence[int]) -> str:
+    if start is None:
+        limit = f" up to {lengths[-1]:,} keys" if lengths else ""
+        return f"not faster than dense{limit}"
+    if lengths and start == lengths[0]:
+        return f"faster than dense from the shortest measured, {start:,} keys"
+    return f"faster than dense from {start:,} keys"
+
+
+def describe_measured(found: Measured) -> str:
+    """Return when a measurement was made, and from what."""
+    dtype, bits = found.of.get("dtype"), found.of.get("bits")
+    weights = f"{bits}-bit weights" if bits else "weights as they are"
+    lengths = found.lengths
+    spread = f" at {len(lengths)} lengths from {lengths[0]:,} to {lengths[-1]:,} keys"
+    return f"measured {found.when}, {dtype} and {weights}{spread if lengths else ''}"

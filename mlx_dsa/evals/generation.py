@@ -38,25 +38,29 @@ def read(model, ids, caches):
     edges = [*range(0, last, chunk_size()), last]
     _feed(model, ids, zip(edges, edges[1:]), caches)
     logits = model(ids[:, last:], cache=caches)[:, -1]
-    mx.eval(logits, [c.state for c in caches])
+    mx.eval(logits)
     return logits
 
 
 def _feed(model, ids, chunks, caches):
+    # As mlx-lm: a cache's state is read after a chunk, which says that the prompt goes on, and
+    # never after its last token or in decode.
     for start, stop in chunks:
         model(ids[:, start:stop], cache=caches)
         mx.eval([c.state for c in caches])
 
 
 def take_rows(caches, rows):
-    """Return caches that hold some rows of a batch."""
+    """Return caches that hold some rows of a batch; those given don't notice."""
     rows = mx.array(rows)
     taken = [copy.copy(c) for c in caches]  # mlx-lm's from_state differs by version
     for c in taken:
-        c.state = [
-            a[rows] if isinstance(a, mx.array) and a.ndim > 1 else a for a in c.state
+        state = [
+            a[rows] if isinstance(a, mx.array) and a.ndim > 1 else a
+            for a in copy.copy(c).state
         ]
-    mx.eval([c.state for c in taken])
+        mx.eval(state)
+        c.state = state
     return taken
 
 
@@ -102,7 +106,7 @@ def answer(model, logits, caches, *, max_tokens, stop_ids, finished=None):
             finished(ended, caches)
         if running:
             logits = model(tokens[:, None], cache=caches)[:, -1]
-            mx.eval(logits, [c.state for c in caches])
+            mx.eval(logits)
     return replies
 
 

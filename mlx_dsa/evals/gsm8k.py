@@ -86,7 +86,8 @@ def gsm8k(
     shown = random.Random(seed).sample(pool, n_shots)
     build = _chat if prompt == "chat" else _plain
     items = [(p, build(subject.tokenizer, shown, p.question)) for p in problems]
-    check_lengths("gsm8k", subject, [max(len(ids) for _, ids in items) + max_tokens])
+    longest = max(len(ids) for _, ids in items) + max_tokens
+    check_lengths("gsm8k", subject, [longest], "--shots, --many-shot or --max-tokens")
     config = {
         **describe(subject, name),
         "prompt": prompt,

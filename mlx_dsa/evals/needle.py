@@ -65,13 +65,15 @@ def needle(
     Returns:
         dict: the result; see docs/evaluation.md.
     """
-    check_lengths("needle", subject, [length + max_tokens for length in lengths])
+    check_lengths("needle", subject, lengths)
     spec = NeedleSpec(task, setting, value, phrasing, distractors, per_document, seed, turns)
     texts = [d.text for d in load_documents(haystack)]
     prose = Haystack(texts, subject.tokenizer, numbers, seed)
     items = make_items(spec, prose, subject.tokenizer, lengths, depths, limit)
     if not items:
         raise ValueError("[needle] there are no cases: 'limit' and 'depths' must not be empty.")
+    totals = [sum(len(t.ids) + bool(t.values) * max_tokens for t in item.turns) for item in items]
+    check_lengths("needle", subject, totals, "--lengths or --max-tokens")
     config = {
         **describe(subject, name),
         **_fields(spec),

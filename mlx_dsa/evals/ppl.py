@@ -75,7 +75,7 @@ def ppl(
             f"[ppl] 'stride' must be between 1 and length = {length} but got {stride}."
         )
     size = length + (decode_tokens if path == "decode" else 0)
-    check_lengths("ppl", subject, [size])
+    check_lengths("ppl", subject, [size], "--lengths or --decode-tokens")
     last = size - 1 if path == "prefill" else length
     blind = [p for p in policies if p.top_k and p.top_k >= last]
     if blind and all(p.top_k is None or p in blind for p in policies):
@@ -136,7 +136,7 @@ def _decode_states(model, ids, length):
     states = []
     for at in range(length, ids.shape[1] - 1):
         states.append(model.model(ids[:, at : at + 1], cache=caches))
-        mx.eval(states[-1], [c.state for c in caches])
+        mx.eval(states[-1])
     return mx.concatenate(states, axis=1)
 
 

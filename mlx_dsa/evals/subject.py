@@ -6,6 +6,7 @@ import json
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..positions import max_positions
 from ..presets import Preset
 
 
@@ -47,17 +48,28 @@ def policies_config(policies):
     ]
 
 
-def check_lengths(where, subject, lengths):
-    """Refuse contexts that a model has no positions for, or that are no lengths at all."""
-    limit = subject.model.args.max_position_embeddings
+def check_lengths(where, subject, lengths, options="--lengths"):
+    """Refuse texts that a model has no positions for, or that are no lengths at all.
+
+    Args:
+        where (str): the evaluator.
+        subject (Preset): the model.
+        lengths (list of int): tokens of the contexts, with what is written after each.
+        options (str): what makes them shorter. Default: ``"--lengths"``.
+
+    Raises:
+        ValueError: if a length is below 1 or above the model's positions, or there is none.
+    """
+    limit = max_positions(subject.model.args)
     if not lengths:
         raise ValueError(f"[{where}] 'lengths' must name at least one context length.")
     for length in lengths:
         if length < 1:
             raise ValueError(f"[{where}] 'lengths' must be above 0 but got {length}.")
-        if length > limit:
+        if limit is not None and length > limit:
             raise ValueError(
-                f"[{where}] a context of {length:,} tokens is longer than the model's {limit:,} positions."
+                f"[{where}] a text of {length:,} tokens, with what is written after it, is longer than "
+                f"the model's {limit:,} positions: it would answer wrongly. Lower {options}."
             )
 
 
