@@ -12,7 +12,9 @@ from time import perf_counter
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..cache import FullKVCache
 from ..chunks import chunk_size
+from ..patch import patch_of
 
 
 def spans(n):
@@ -29,6 +31,8 @@ def spans(n):
 def read(model, ids, caches):
     """Feed tokens, the last one alone, and return the logits after it `[B, V]`.
 
+    A budget is pruned then, as the first token of an answer would do.
+
     Args:
         model: patched or not.
         ids (mx.array): `[B, L]`.
@@ -39,6 +43,9 @@ def read(model, ids, caches):
     _feed(model, ids, zip(edges, edges[1:]), caches)
     logits = model(ids[:, last:], cache=caches)[:, -1]
     mx.eval(logits)
+    patch = patch_of(model)
+    if patch is not None:
+        patch.end_prompts(caches)
     return logits
 
 
@@ -55,12 +62,13 @@ def take_rows(caches, rows):
     rows = mx.array(rows)
     taken = [copy.copy(c) for c in caches]  # mlx-lm's from_state differs by version
     for c in taken:
-        state = [
-            a[rows] if isinstance(a, mx.array) and a.ndim > 1 else a
-            for a in copy.copy(c).state
+        # What ours hold can be read without a word on whether a prompt goes on.
+        name = "contents" if isinstance(c, FullKVCache) else "state"
+        held = [
+            a[rows] if isinstance(a, mx.array) and a.ndim > 1 else a for a in getattr(c, name)
         ]
-        mx.eval(state)
-        c.state = state
+        mx.eval(held)
+        setattr(c, name, held)
     return taken
 
 
