@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ _CLASSES = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache)}
 _FORMAT = "mlx-dsa cache 3"
 # What a kept cache depends on; how it was computed may differ.
 _KEPT_BY = ("top_k", "cache", "n_sink", "n_recent", "evict", "dense_layers")
-_OLD_FORMAT = b'"format":"mlx-dsa cache '
+_OLD_FORMAT = re.compile(rb'"format":"mlx-dsa cache [12]"')
 _AGAIN = "Make it again: mlx-dsa compress, or save_cache."
 
 
@@ -230,6 +231,6 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 def _what_it_is(path: Path) -> str:
     with path.open("rb") as file:
-        if _OLD_FORMAT in file.read(1 << 20):
+        if _OLD_FORMAT.search(file.read(1 << 20)):
             return f"was saved by an earlier version of mlx-dsa. {_AGAIN}"
     return f"is not a cache that mlx-dsa saved, or is damaged. {_AGAIN}"
