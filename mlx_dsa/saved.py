@@ -71,7 +71,7 @@ def save_cache(
         if cache.empty():
             raise ValueError("[save_cache] 'caches' are empty: read a text first.")
         classes.append(name)
-        for i, value in enumerate(_state_of(cache)):
+        for i, value in enumerate(_contents_of(cache)):
             where = arrays if isinstance(value, mx.array) else scalars
             where[f"{layer}.{i}"] = value
     header = {
@@ -113,12 +113,12 @@ def load_cache(path: str | os.PathLike, patch: SparsePatch) -> SavedCache:
     scalars = json.loads(header["scalars"])
     caches = []
     for layer, name in enumerate(json.loads(header["classes"])):
-        state, i = [], 0
+        contents, i = [], 0
         while (key := f"{layer}.{i}") in arrays or key in scalars:
-            state.append(arrays[key] if key in arrays else scalars[key])
+            contents.append(arrays[key] if key in arrays else scalars[key])
             i += 1
-        caches.append(_rebuilt(name, state))
-    mx.eval([arrays[key] for key in arrays])
+        caches.append(_rebuilt(name, contents))
+    mx.eval(list(arrays.values()))
     patch.adopt(caches)
     return SavedCache(caches, int(header["tokens"]), json.loads(header["metadata"]))
 
@@ -138,19 +138,20 @@ def read_saved_config(path: str | os.PathLike) -> dict[str, Any]:
     return json.loads(_read(Path(path))[1]["config"])
 
 
-def _state_of(cache: Any) -> list[Any]:
-    if isinstance(cache, KVCache):  # whose own state differs by version of mlx-lm
-        return [*cache.keys_and_values(), cache.offset]
-    return cache.state
+def _contents_of(cache: Any) -> list[Any]:
+    if isinstance(cache, KVCache):  # whose state differs by version of mlx-lm
+        seen = slice(cache.offset)
+        return [cache.keys[..., seen, :], cache.values[..., seen, :], cache.offset]
+    return cache.contents
 
 
-def _rebuilt(name: str, state: Sequence[Any]) -> Any:
+def _rebuilt(name: str, contents: Sequence[Any]) -> Any:
     if name == KVCache.__name__:
         cache = KVCache()
-        cache.keys, cache.values, cache.offset = state
+        cache.keys, cache.values, cache.offset = contents
         return cache
     cache = BudgetKVCache(1) if name == BudgetKVCache.__name__ else _CLASSES[name]()
-    cache.state = state
+    cache.contents = contents
     return cache
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from builders import SHAPES, feed_calls, make_indexers, make_model, make_tokens
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 from mlx_dsa import SparseConfig, load_cache, patch_sparse_generate, save_cache
 from mlx_dsa.saved import read_saved_config
@@ -243,6 +244,29 @@ def test_empty_and_tiered_caches_and_bad_places_are_refused(small, tmp_path):
         feed_calls(model, make_tokens(60), [60], cache)
         with pytest.raises(ValueError, match="can't be saved"):
             save_cache(tmp_path / "a.kv", cache, patch)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"cache": "full"}, {"cache": "tiered", "cold_bits": 16}, {"dense_layers": (0,)}]
+)
+def test_the_prompt_cache_file_of_mlx_lm_is_refused_in_saving(small, tmp_path, config):
+    model, indexers = small
+    file = tmp_path / "a.safetensors"
+    save_prompt_cache(str(file), [KVCache()])
+    before = file.read_bytes()
+    with patch_sparse_generate(model, indexers, **RULES, **config) as patch:
+        cache = read(model, patch)
+        steps = generate_step(make_tokens(9)[0], model, max_tokens=3, prompt_cache=cache)
+        assert len(list(steps)) == 3
+        with pytest.raises(ValueError, match="mlx_dsa.save_cache") as error:
+            save_prompt_cache(str(file), cache, {"model": "small"})
+        assert "\n" not in str(error.value) and file.read_bytes() == before
+        with pytest.raises(ValueError, match="mlx_dsa.save_cache"):
+            [c.meta_state for c in cache if not isinstance(c, KVCache)]
+    dense = make_prompt_cache(model)
+    feed_calls(model, make_tokens(9), [9], dense)
+    save_prompt_cache(str(file), dense)
+    assert [c.offset for c in load_prompt_cache(str(file))] == [9, 9, 9]
 
 
 SAVE_FOR_EVER = """
