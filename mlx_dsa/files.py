@@ -55,7 +55,7 @@ def check_writable(path: str | os.PathLike):
     if path.is_dir():
         raise ValueError(f"{path} is a folder. Name a file.")
     if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent}.")
+        raise ValueError(f"{path} can't be written: there is no folder {path.parent}.")
     try:
         part, lock = _new_part(path, path.suffix)
     except OSError as error:
