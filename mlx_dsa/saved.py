@@ -87,7 +87,11 @@ def save_cache(
     try:
         write_sealed(path, arrays, header)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"[save_cache] {path} can't be written: {error}") from None
+        reason = str(getattr(error, "strerror", None) or error).rstrip(".")
+        raise ValueError(
+            f"[save_cache] {path} can't be written: {reason}. Free some space, or name a file "
+            f"in another folder."
+        ) from None
     return path
 
 

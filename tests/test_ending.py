@@ -1,9 +1,12 @@
 """A signal ends a command in order: nothing is left, and the same command runs again."""
 
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import threading
 from pathlib import Path
 
@@ -28,17 +31,20 @@ def chat(tmp_path_factory):
     options = ["--model", "model", "--indexer", "indexer", "--file", "book.txt"]
     options += ["--top-k", "100", "--cache", "tiered", "--prompt", "How many?"]
 
-    def start(cold, *more, ignored=None):
+    def start(cold, *more, ignored=None, terminal=None):
         command = [sys.executable, "-m", "mlx_dsa", "chat", *options, "--cold", str(cold), *more]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
 
-        def ignore():
+        def prepare():
             if ignored is not None:
                 signal.signal(ignored, signal.SIG_IGN)
+            if terminal is not None:
+                os.setsid()
+                fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        ends = dict.fromkeys(("stdin", "stdout", "stderr"), terminal or subprocess.PIPE)
         return subprocess.Popen(
-            command, cwd=root, env=environment, text=True, preexec_fn=ignore, **pipes
+            command, cwd=root, env=environment, text=True, preexec_fn=prepare, **ends
         )
 
     return start
@@ -57,8 +63,9 @@ def wait_for(process, cold, more):
     assert cold.exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("more", [WAITING, ANSWERING], ids=["waiting", "answering"])
+@pytest.mark.parametrize(
+    "number, more", [(signal.SIGTERM, ANSWERING), (signal.SIGHUP, WAITING)]
+)
 def test_a_signal_leaves_no_cold_file(chat, tmp_path, number, more):
     cold = tmp_path / "cold"
     with chat(cold, *more) as process:
@@ -134,3 +141,17 @@ def test_other_errors_and_other_threads_are_left_alone():
     thread.start()
     thread.join()
     assert done == [signal.SIG_DFL]
+
+
+def test_a_terminal_that_is_closed_leaves_no_cold_file(chat, tmp_path):
+    cold = tmp_path / "cold"
+    ours, theirs = pty.openpty()
+    with chat(cold, *WAITING, terminal=theirs) as process:
+        os.close(theirs)
+        seen = b""
+        while b"tokens seen" not in seen:
+            seen += os.read(ours, 1000)
+        assert cold.exists()
+        os.close(ours)
+        assert process.wait(timeout=60) in (0, 128 + signal.SIGHUP)
+    assert not list(tmp_path.iterdir())
