@@ -49,6 +49,7 @@ def compress(file: str, out: str, force: bool, system: str | None, **given: Any)
         start = time.perf_counter()
         with reading_bar() as conversation.progress:
             conversation.read(document)
+        session.patch.prune(conversation.cache)
         seconds = time.perf_counter() - start
         save_cache(path, conversation.cache, session.patch, {"file": Path(file).name})
         report = measure(conversation.cache, None, None)
