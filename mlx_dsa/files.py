@@ -7,6 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# What file managers, network drives and git users leave in folders.
+_DROPPINGS = (
+    ".ds_store .localized .directory .gitkeep icon\r thumbs.db ehthumbs.db desktop.ini "
+    ".spotlight-v100 .fseventsd .trashes"
+).split(" ")
+
+
+def is_dropping(name: str) -> bool:
+    """Tell whether a name in a folder is one that nobody put there as content.
+
+    Args:
+        name (str): A file's name, without its folder.
+
+    Returns:
+        bool: Whether a folder that holds only such files counts as empty.
+    """
+    return name.lower() in _DROPPINGS or name.startswith(("._", ".nfs"))
+
 
 @contextmanager
 def replacing(
