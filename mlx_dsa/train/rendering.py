@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-from bisect import bisect_left
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..texts import is_broken
@@ -77,7 +76,7 @@ def _find_replies(tokenizer: Any, chat: Chat, text: str) -> list[tuple[int, int]
     The text is compared with what the template makes of marks in their places. It may
     strip, reorder or leave out replies, and put more around them than around marks.
     """
-    for keep in (False, True):  # the answer of a tool may need the call before it
+    for keep in (False, True):  # the answer of a tool may need the call before it: keep calls
         messages = [
             {**(m if keep else {}), "role": m["role"], "content": f"\x02{i}\x02"}
             if is_reply(m)
@@ -93,29 +92,40 @@ def _find_replies(tokenizer: Any, chat: Chat, text: str) -> list[tuple[int, int]
 
 
 def _align(text: str, around: list[str]) -> list[tuple[int, int]]:
-    """Find in a text what stands between these parts; nothing where that is not clear.
-
-    Of each part the beginning has to be there: its end may be what the template puts
-    before a mark, such as a block of reasoning that is empty.
-    """
+    """Find in a text what stands between these parts; nothing where that is not clear."""
     first, *parts = around
-    start = _count(first, lambda n: text.startswith(first[:n]))
-    clear, places = 2 * start >= len(first), []
-    for i, part in enumerate(parts, 1):
-        if i == len(parts):
-            at = max(start, len(text) - len(part))
-            length = len(part) if text.endswith(part) else 0
-        else:
-            length = _count(part, lambda n: text.find(part[:n], start) >= 0)
-            at = text.find(part[:length], start)
-        clear = clear and 2 * length >= len(part)
-        places.append((start, at))
-        start = at + length
-    return [place for place in places if place[0] < place[1]] if clear else []
+    start = _common(first, text)
+    if 2 * start < len(first):
+        return []
+    places = []
+    for part in parts[:-1]:
+        found = _find(part, text, start)
+        if found is None:
+            return []
+        places.append((start, found[0]))
+        start = found[1]
+    for last in parts[-1:]:
+        places.append((start, len(text) - _common(last[::-1], text[start:][::-1])))
+    return [place for place in places if place[0] < place[1]]
 
 
-def _count(part: str, holds: Callable[[int], bool]) -> int:
-    """Return the most characters of a part for which a condition holds; for fewer it does."""
-    if holds(len(part)):
-        return len(part)
-    return bisect_left(range(1, len(part) + 1), True, key=lambda n: not holds(n))
+def _find(part: str, text: str, start: int) -> tuple[int, int] | None:
+    """Find a part in a text: a half of it, and as much around that as is alike.
+
+    The rest may be what the template puts about a mark only, such as a block of reasoning
+    that is empty.
+    """
+    half = (len(part) + 1) // 2
+    for begin in (half // 2, 0, len(part) - half):
+        end = begin + half
+        at = text.find(part[begin:end], start)
+        if at >= 0:
+            before = _common(part[:begin][::-1], text[start:at][::-1])
+            after = _common(part[end:], text[at + half :])
+            return at - before, at + half + after
+    return None
+
+
+def _common(a: str, b: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    return len(os.path.commonprefix([a, b]))
