@@ -6,10 +6,15 @@ import warnings
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from local_models import write_model
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
 from transformers import AutoTokenizer
 
+from mlx_dsa.cli import main
 from mlx_dsa.presets import resource
+from mlx_dsa.train import data
 from mlx_dsa.train.chats import Chat, read_row
 from mlx_dsa.train.data import load_sequences
 from mlx_dsa.train.rendering import render_row
@@ -117,8 +122,6 @@ def test_a_chat_is_what_the_template_renders(template, chat, tmp_path):
 @pytest.mark.skipif(not QWEN3.is_dir(), reason="Qwen3's tokenizer is not on this machine")
 @pytest.mark.parametrize("chat", CHATS)
 def test_qwen3s_own_template(chat):
-    from mlx_lm.utils import load_tokenizer
-
     tokenizer, messages = load_tokenizer(QWEN3), CHATS[chat]
     text, replies, _ = render_row(tokenizer, {"messages": messages})
     assert text == tokenizer.apply_chat_template(messages, tokenize=False)
@@ -310,7 +313,7 @@ def test_broken_rows_are_left_out_and_counted_in_one_line(tmp_path):
         assert same(load(file), whole)
     (line,) = (str(w.message) for w in told)
     assert line == (
-        f"Left out 6 of 12 rows of {file}: 1 with half a character (a lone surrogate) (row 4), "
+        f"{file}: Left out 6 of 12 rows: 1 with half a character (a lone surrogate) (row 4), "
         "1 not UTF-8 (line 5), 1 not JSON (line 6), 1 without text, messages, or prompt and "
         "completion (row 7), 2 without a reply of the assistant (rows 8, 9)."
     )
@@ -337,8 +340,6 @@ def test_marks_and_line_ends_of_other_systems(tmp_path):
 
 
 def test_one_huge_line_is_the_text_that_it_is(tmp_path, monkeypatch):
-    from mlx_dsa.train import data
-
     monkeypatch.setattr(data, "LONGEST", 1 << 12)
     monkeypatch.setattr(data, "_TEXT_BLOCK", 1 << 13)
     text = "It rained on the hills. " * 3_000
@@ -349,10 +350,28 @@ def test_one_huge_line_is_the_text_that_it_is(tmp_path, monkeypatch):
 
 
 def test_many_places_are_not_all_named():
-    report = Report("a.jsonl")
+    report = Report()
     for row in range(1, 6):
         report.begin(row)
         report.leave_out("broken", f"reason {row} " * 99)
-    assert str(report).startswith("Left out 5 of 5 rows of a.jsonl: 5 broken (rows 1, 2, 3, ...: reason 1")
+    assert str(report).startswith("Left out 5 of 5 rows: 5 broken (rows 1, 2, 3, ...: reason 1")
     assert len(str(report)) < 250
-    assert str(Report("a.jsonl")) == ""
+    assert str(Report()) == ""
+
+
+def test_the_command_says_what_it_left_out(tmp_path):
+    """Once when the data is read, and again beside the result, hours later."""
+    model = write_model(tmp_path / "model")
+    file = write_rows(tmp_path / "a.jsonl", *GOOD, BAD[0])
+    options = "--steps 1 --sequence-length 64 --top-k 16 --n-recent 4 --held-out 1 --query-rows 8"
+    given = ["--model", model, "--data", file, "--out", tmp_path / "out", *options.split()]
+    done = CliRunner().invoke(main, ["train", *map(str, given)])
+    assert done.exit_code == 0, done.output
+    left_out = "Left out 1 of 7 rows: 1 with half a character (a lone surrogate) (row 7)."
+    assert f"Note: {file}: {left_out}" in done.stderr
+    assert done.stderr.splitlines()[-1] == left_out
+    write_rows(file, BAD[0])
+    done = CliRunner().invoke(main, ["train", *map(str, given), "--out", str(tmp_path / "other")])
+    assert done.exit_code == 1
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("Error: ") and "Left out 1 of 1 rows" in line and not (tmp_path / "other").exists()

@@ -43,6 +43,7 @@ def load_sequences(
     shortest: int,
     limit: int,
     reason: str = "top_k",
+    report: Report | None = None,
 ) -> list[Sequence]:
     """Read a text source and cut it into token sequences.
 
@@ -61,6 +62,7 @@ def load_sequences(
         limit (int): Reading stops after so many sequences.
         reason (str): The setting that ``shortest`` comes from, for an error.
           Default: ``"top_k"``.
+        report (Report, optional): Told what is left out. Default: ``None``.
 
     Returns:
         list of Sequence: In the order of the source.
@@ -69,7 +71,7 @@ def load_sequences(
         ValueError: If the source cannot be read, holds no text, or no sequence
           is longer than ``shortest``.
     """
-    report = Report(os.fspath(data))
+    report = report or Report()
     sequences: list[Sequence] = []
     text, chat = _Packer(length, split=True), _Packer(length, split=False)
     for pieces in _blocks(_render(tokenizer, read_rows(data, report), report)):
@@ -90,7 +92,7 @@ def load_sequences(
             f"smaller {reason.split()[-1]}. {told}".rstrip()
         )
     if told:
-        warnings.warn(told, stacklevel=2)
+        warnings.warn(f"{data}: {told}", stacklevel=2)
     return [s for s in sequences if len(s.tokens) > shortest][:limit]
 
 

@@ -20,14 +20,9 @@ class Unusable(Exception):
 
 
 class Report:
-    """Count rows as they are read, and what becomes of them.
+    """Count the rows of a source as they are read, and what becomes of them."""
 
-    Args:
-        source (str): What is read.
-    """
-
-    def __init__(self, source: str):
-        self.source = source
+    def __init__(self):
         self.n_rows = 0
         self._row = 0
         self._left_out: dict[str, _Kind] = {}
@@ -52,7 +47,7 @@ class Report:
         if self._left_out:
             total = sum(kind.count for kind in self._left_out.values())
             kinds = ", ".join(f"{k.count:,} {name} {k}" for name, k in self._left_out.items())
-            parts.append(f"Left out {total:,} of {self.n_rows:,} rows of {self.source}: {kinds}.")
+            parts.append(f"Left out {total:,} of {self.n_rows:,} rows: {kinds}.")
         if n := self._unmarked.count:
             parts.append(
                 f"The chat template does not show where the replies are in {n:,} of "

@@ -28,7 +28,7 @@ def read_rows(data: str | os.PathLike, report: Report | None = None) -> Iterator
         ValueError: If the source is missing or is not text of that kind.
     """
     name = os.fspath(data)
-    report = report or Report(name)
+    report = report or Report()
     if name.endswith((".txt", ".jsonl", ".jsonl.gz")):
         if not Path(name).is_file():
             raise ValueError(f"[read_rows] there is no file {name}.")
