@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mlx_dsa.files import replacing
+from mlx_dsa.files import is_dropping, replacing
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -40,3 +40,14 @@ def test_what_a_kill_left_is_written_over(tmp_path):
         part.write_text("newer")
     assert (tmp_path / "a.json").read_text() == "newer"
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "thumbs.db", "desktop.ini", "._a.txt"])
+def test_what_systems_leave_in_folders_is_no_content(name):
+    assert is_dropping(name)
+    assert not is_dropping("my " + name)
+
+
+@pytest.mark.parametrize("name", [".env", "notes.txt", "checkpoint.safetensors", "_a", "DS_Store"])
+def test_what_a_user_put_there_is(name):
+    assert not is_dropping(name)

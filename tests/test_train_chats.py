@@ -120,13 +120,13 @@ def test_a_chat_is_what_the_template_renders(template, chat, tmp_path):
 
 
 @pytest.mark.skipif(not QWEN3.is_dir(), reason="Qwen3's tokenizer is not on this machine")
-@pytest.mark.parametrize("chat", CHATS)
-def test_qwen3s_own_template(chat):
-    tokenizer, messages = load_tokenizer(QWEN3), CHATS[chat]
-    text, replies, _ = render_row(tokenizer, {"messages": messages})
-    assert text == tokenizer.apply_chat_template(messages, tokenize=False)
-    found = [text[begin:end].split("</think>")[-1].strip() for begin, end in replies]
-    assert found == [m["content"].split("</think>")[-1].strip() for m in messages[1::2]]
+def test_qwen3s_own_template():
+    tokenizer = load_tokenizer(QWEN3)
+    for messages in CHATS.values():
+        text, replies, _ = render_row(tokenizer, {"messages": messages})
+        assert text == tokenizer.apply_chat_template(messages, tokenize=False)
+        found = [text[begin:end].split("</think>")[-1].strip() for begin, end in replies]
+        assert found == [m["content"].split("</think>")[-1].strip() for m in messages[1::2]]
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
@@ -183,6 +183,17 @@ def test_without_places_a_chat_is_learnt_from_as_a_whole_and_counted(template, t
     expected = tokenizer.apply_chat_template(messages, tokenize=False)
     assert sequence.tokens.tolist() == tokenizer.encode(expected, add_special_tokens=False)
     assert not len(sequence.focus)
+
+
+def test_without_places_a_chat_is_kept_whole_too(tmp_path):
+    tokenizer = make_tokenizer("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    chats = [turns(f"Is it {i}? " * 8, "Yes.") for i in range(3)]
+    file = write_rows(tmp_path / "a.jsonl", *({"messages": m} for m in chats))
+    expected = [tokenizer.encode(m[0]["content"], add_special_tokens=False) for m in chats]
+    length = len(expected[0]) * 3 // 2
+    with pytest.warns(UserWarning, match="in 3 of 3 rows"):
+        sequences = load_sequences(file, tokenizer, length, 4, 10)
+    assert [s.tokens.tolist() for s in sequences] == expected
 
 
 # --- rows as people have them ------------------------------------------------------
@@ -252,6 +263,38 @@ def test_what_has_none_says_its_kind(row, kind):
         render_row(tokenizer, row)
     told = f"{error.value.kind}: {error.value.detail}".removesuffix(": ")
     assert re.search(kind, told) and "template" not in told
+
+
+def spoilt(value, replacement):
+    """Yield copies of a JSON value with one place in it replaced, for every place."""
+    yield replacement
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        for other in spoilt(inner, replacement) if isinstance(inner, (dict, list)) else [replacement]:
+            copy = value.copy()
+            copy[key] = other
+            yield copy
+
+
+ODD = [None, 5, 1.5, True, "", "x", "\ud83d", [], {}, [None], [[]], [5], {"a": 1}, [{}], [{"a": None}]]
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama-like"])
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+def test_any_damage_of_a_row_is_read_or_left_out(template, odd):
+    tokenizer = make_tokenizer(TEMPLATES[template])
+    calls = [*turns("2 + 3?"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    rows = [
+        {"messages": calls + turns("Hi", [{"type": "text", "text": "Ho"}]), "tools": TOOLS},
+        {"prompt": turns("Hi"), "completion": "Ho"},
+    ]
+    for row in (r for row in rows for r in list(spoilt(row, odd))[1:]):
+        try:
+            text, replies, _ = render_row(tokenizer, row)
+        except Unusable as error:
+            assert "template" not in error.kind
+        else:
+            tokenizer.encode(text)
+            assert all(0 <= begin < end <= len(text) for begin, end in replies)
 
 
 @pytest.mark.parametrize(
