@@ -12,6 +12,23 @@ from pathlib import Path
 
 # Its process is in a part's name for whoever finds it; its lock says whether it is written.
 _PART = re.compile(r".*\.mlx-dsa-\d+-[0-9a-f]{8}\.part(\.[^.]*)?", re.DOTALL)
+# What file managers, network drives and git users leave in folders.
+_DROPPINGS = (
+    ".ds_store .localized .directory .gitkeep icon\r thumbs.db ehthumbs.db desktop.ini "
+    ".spotlight-v100 .fseventsd .trashes"
+).split(" ")
+
+
+def is_dropping(name: str) -> bool:
+    """Tell whether a name in a folder is one that nobody put there as content.
+
+    Args:
+        name (str): A file's name, without its folder.
+
+    Returns:
+        bool: Whether a folder that holds only such files counts as empty.
+    """
+    return name.lower() in _DROPPINGS or name.startswith(("._", ".nfs"))
 
 
 @contextmanager

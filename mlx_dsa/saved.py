@@ -61,6 +61,7 @@ def save_cache(
         ValueError: If the caches are empty or of a kind that can't be saved, or
           the file can't be written.
     """
+    patch.end_prompts(caches)
     arrays, scalars, classes = {}, {}, []
     for layer, cache in enumerate(caches):
         name = type(cache).__name__

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_dsa.files import HeldFile, check_writable, is_part, replacing
+from mlx_dsa.files import HeldFile, check_writable, is_dropping, is_part, replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = b"ours\n"
@@ -194,3 +194,14 @@ def test_another_file_in_its_place_is_not_deleted(tmp_path):
     path.write_text("mine")
     held.release()
     assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "thumbs.db", "desktop.ini", "._a.txt"])
+def test_what_systems_leave_in_folders_is_no_content(name):
+    assert is_dropping(name)
+    assert not is_dropping("my " + name)
+
+
+@pytest.mark.parametrize("name", [".env", "notes.txt", "checkpoint.safetensors", "_a", "DS_Store"])
+def test_what_a_user_put_there_is(name):
+    assert not is_dropping(name)
