@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import create_app_session
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPress, KeyPressEvent
@@ -59,18 +60,14 @@ class TypedLines:
         keys.add("enter")(_accept)
         keys.add("escape", "enter")(_new_line)
         keys.add(Keys.BracketedPaste)(self._insert)
-        self._output = create_output(always_prefer_tty=True)
-        # A terminal that is slow to tell where its cursor is would tell it to the model.
-        self._output.enable_cpr = False
         self._session = PromptSession(
-            ">>> ",
+            # Without a style its space is not sent, and a script could not wait for it.
+            [("ansidefault", ">>> ")],
             multiline=True,
             prompt_continuation=lambda width, line, wrapped: "" if wrapped else "... ",
             history=history,
             key_bindings=keys,
             enable_suspend=True,
-            input=_Keyboard(sys.stdin),
-            output=self._output,
         )
 
     def read(self) -> str:
@@ -85,7 +82,7 @@ class TypedLines:
     def _insert(self, event: KeyPressEvent):
         text = event.data.replace("\r\n", "\n").replace("\r", "\n")
         if is_dumb_terminal():  # there only the last character is shown
-            self._output.write(text[:-1])
+            self._session.output.write(text[:-1])
         event.current_buffer.insert_text(text)
 
 
@@ -114,7 +111,11 @@ def open_lines(history: Path) -> Iterator[PipedLines | TypedLines]:
     termios.tcsetattr(terminal, termios.TCSANOW, held)
     try:
         _drop_what_was_cut(terminal)
-        yield TypedLines(_open_history(history))
+        output = create_output(always_prefer_tty=True)
+        # Where the cursor is, a slow terminal would tell the model.
+        output.enable_cpr = False
+        with create_app_session(_Keyboard(sys.stdin), output):
+            yield TypedLines(_open_history(history))
     finally:
         termios.tcsetattr(terminal, termios.TCSANOW, before)
 
