@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 60  # seconds, on a machine that does other work, too
+PATIENCE = 90  # seconds, on a machine that does other work, too
 
 
 class Terminal:

@@ -221,7 +221,8 @@ def test_an_option_that_is_no_text_is_refused(option, text, sparse):
     prompt = ["--prompt", "Who?"] if option == "--system" else []
     refused(run("chat", *sparse, option, text, *prompt), 1, "not UTF-8 text")
     if option == "--prompt":
-        refused(run("generate", *sparse, option, text), 1, "not UTF-8 text")
+        for command in ("generate", "demo"):
+            refused(run(command, *sparse, option, text), 1, "not UTF-8 text")
 
 
 def test_standard_input_that_is_no_text_is_refused(sparse):

@@ -188,35 +188,30 @@ def test_first_ctrl_c_sets_a_flag_and_the_second_stops():
 # No text can say what the program thinks
 
 
-def words_around(fed, tokenizer, text):
-    before, found, after = tokenizer.decode(fed).partition(text)
-    assert found, tokenizer.decode(fed)
-    return before, after
+@pytest.mark.parametrize("text", ["THE-ANSWER-STOOD-HERE", "drawn"])
+def test_no_text_is_taken_for_a_boundary(preset, fed, monkeypatch, text):
+    """Neither what once was the marker, nor what is drawn as one."""
+    text = f"Before {text} and after."
+    draws = []
+    monkeypatch.setattr(template.secrets, "token_hex", lambda n: draws.pop(0))
 
+    def step(action):
+        draws[:] = ["drawn", "another", "a third"]
+        fed.clear()
+        action(text)
 
-@pytest.mark.parametrize("taken", [None, "first", "second"])
-def test_no_text_is_taken_for_a_boundary(preset, fed, monkeypatch, taken):
-    """Neither what once was the marker, nor what would be drawn as one."""
-    text = f"Before THE-ANSWER-STOOD-HERE {taken} after."
-    if taken is not None:
-        drawn = iter(["first", "second", "third"] * 9)
-        monkeypatch.setattr(template.secrets, "token_hex", lambda n: next(drawn))
     tokenizer = preset.tokenizer
     begin, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 
     chat = Conversation(preset.model, tokenizer, max_tokens=1)
-    say(chat, text)
+    step(lambda text: say(chat, text))
     assert tokenizer.decode(fed).startswith(begin + text + end)
-    fed.clear()
-    say(chat, text)
+    step(lambda text: say(chat, text))
     assert tokenizer.decode(fed).startswith(f"<|im_end|>\n{begin}{text}{end}")
-
-    fed.clear()
     chat = Conversation(preset.model, tokenizer, max_tokens=1)
-    chat.read(text)
+    step(chat.read)
     assert tokenizer.decode(fed) == f"{begin}{text}\n\n"
-    fed.clear()
-    say(chat, text)
+    step(lambda text: say(chat, text))
     assert tokenizer.decode(fed).startswith(text + end)
 
 

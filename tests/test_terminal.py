@@ -74,6 +74,27 @@ def test_a_line_of_any_length_is_answered_to_its_end(model, term, form):
     assert chat.close() == 0 and b"Traceback" not in chat.shown
 
 
+def test_ctrl_c_while_a_document_is_read(model, tmp_path):
+    """The word about the rest stands below the answer, and nothing is drawn over it."""
+    file = tmp_path / "text.txt"
+    file.write_text("The river was calm. " * 800 + "The password of the mill is marigold.")
+    chat = Terminal(
+        "-m", "mlx_dsa", "chat", "--model", model, "--indexer", model, "--top-k", 256,
+        "--max-tokens", 2, "--file", file, term="xterm",
+    )  # fmt: skip
+    chat.wait(">>> ")
+    chat.type(b"Who?\r")
+    chat.wait("Reading")
+    chat.type(CTRL_C)
+    assert "stopped while reading" in chat.wait("tokens left")
+    assert "Reading" not in chat.wait(">>> ")
+    chat.type(b"/reset\r")
+    assert "forgotten" in chat.wait("forgotten[^\n]*\n")
+    chat.wait(">>> ")
+    chat.type(CTRL_D)
+    assert chat.close() == 0
+
+
 READ = """
 import sys, time
 from pathlib import Path

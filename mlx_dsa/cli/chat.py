@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import click
 
-from ..crossovers import crossover_file
 from ..evals.facts import user_message
 from ..saved import load_cache
 from .conversation import Conversation, check_prompt
 from .documents import check_text, read_texts
 from .errors import one_line
 from .interrupt import Interrupt
-from .lines import PipedLines, TypedLines, open_lines
+from .lines import LEAVE, PipedLines, TypedLines, open_lines
 from .options import check_seed, dense_option, describe_config, generation_options
 from .options import model_options, settings_from, sparse_options, think_option
 from .progress import reading_bar
@@ -32,7 +31,6 @@ _HELP = """\
 Ctrl-C      end an answer; twice: leave
 Esc, Enter  begin another line of the same question; pasted lines stay one question
 Up, Down    earlier questions"""
-_LEAVE = ("/exit", "/quit", "exit", "quit")
 
 
 @click.command()
@@ -91,10 +89,9 @@ def chat(
     for prompt in prompts:
         check_prompt(prompt)
     interactive = interactive or not prompts
-    history = crossover_file().with_name("chat-history")
     # First of all: what is typed while the model loads is kept, too.
     with (
-        open_lines(history) if interactive else nullcontext() as lines,
+        open_lines() if interactive else nullcontext() as lines,
         open_session(settings, dense=dense, temp=temp, seed=seed) as session,
     ):
         interrupt = Interrupt()
@@ -152,7 +149,7 @@ class _Talk(NamedTuple):
             except ValueError as error:
                 self._refuse(error)
                 continue
-            if line.lower() in _LEAVE:
+            if line.lower() in LEAVE:
                 return
             if line:
                 self._obey(line)
@@ -181,9 +178,10 @@ class _Talk(NamedTuple):
         return self.conversation.ask(question)
 
     def _show(self, pieces: Iterator[str]):
-        with self.interrupt, reading_bar() as self.conversation.progress:
-            for piece in pieces:
-                click.echo(piece, nl=False)
+        with self.interrupt:
+            with reading_bar() as self.conversation.progress:
+                for piece in pieces:
+                    click.echo(piece, nl=False)
             click.echo()
             report = self.conversation.report
             show_report(report, dense=self.dense)

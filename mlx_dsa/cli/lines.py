@@ -21,7 +21,10 @@ from prompt_toolkit.keys import Keys
 from prompt_toolkit.output.defaults import create_output
 from prompt_toolkit.utils import is_dumb_terminal
 
+from ..crossovers import crossover_file
 from .documents import decode
+
+LEAVE = ("/exit", "/quit", "exit", "quit")  # what ends a talk, in any case
 
 _PASTED = 16  # keys in one go that nobody types
 _PAUSE = 0.02  # seconds without a key that end a paste
@@ -87,7 +90,7 @@ class TypedLines:
 
 
 @contextmanager
-def open_lines(history: Path) -> Iterator[PipedLines | TypedLines]:
+def open_lines(history: Path | None = None) -> Iterator[PipedLines | TypedLines]:
     """Take lines from standard input until the context ends.
 
     A terminal cuts what is typed while nobody reads it at 4,095 characters a line
@@ -95,8 +98,9 @@ def open_lines(history: Path) -> Iterator[PipedLines | TypedLines]:
     asked for.
 
     Args:
-        history (Path): The file for the lines of other times; where it can't be
-          written, lines are remembered until the end.
+        history (Path, optional): The file for the lines of other times; where it
+          can't be written, lines are remembered until the end. Default: beside what
+          mlx-dsa tune has measured.
 
     Yields:
         PipedLines or TypedLines: :meth:`read` returns the next line.
@@ -115,7 +119,7 @@ def open_lines(history: Path) -> Iterator[PipedLines | TypedLines]:
         # Where the cursor is, a slow terminal would tell the model.
         output.enable_cpr = False
         with create_app_session(_Keyboard(sys.stdin), output):
-            yield TypedLines(_open_history(history))
+            yield TypedLines(_open_history(history or crossover_file().with_name("history")))
     finally:
         termios.tcsetattr(terminal, termios.TCSANOW, before)
 
