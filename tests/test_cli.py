@@ -180,6 +180,11 @@ def test_files_stand_in_their_order(tmp_path):
     assert read_texts([tmp_path / "b", tmp_path / "a"]) == "Text b.\n\nText a."
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfText")
+    assert read_texts([tmp_path / "a"]) == "Text"
+
+
 def test_several_prompts_are_asked_in_order(sparse):
     prompts = ["--prompt", "Who?", "--prompt", "And then?"]
     result = run("chat", *sparse, *prompts, "--max-tokens", 2)

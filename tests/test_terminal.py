@@ -38,7 +38,7 @@ def line_of(length):
     return (FILLER * (n // len(FILLER) + 1))[-n:] + " " + QUESTION
 
 
-@pytest.mark.parametrize("term, form", [("dumb", "{}"), ("xterm", "{}"), ("xterm", PASTE)])
+@pytest.mark.parametrize("term, form", [("dumb", "{}"), ("xterm", PASTE)])
 def test_a_line_of_any_length_is_answered_to_its_end(model, term, form):
     chat = Terminal(
         "-m", "mlx_dsa", "chat", "--model", model, "--indexer", model, "--top-k", 256,
