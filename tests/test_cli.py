@@ -1,16 +1,22 @@
 """The commands, run in this process on a small random model."""
 
 import json
+import os
 import re
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from local_models import write_indexers, write_model
 
-from mlx_dsa.cli import main
+from mlx_dsa.cli import conversation, main
+from mlx_dsa.cli.documents import read_texts
+from mlx_dsa.cli.stats import Cold, Report, describe
 from mlx_dsa.presets import resource, runs_float32
 from mlx_dsa.train import (
     LayerScore,
@@ -109,6 +115,198 @@ def test_chat_dense(folders):
     )
     assert result.exit_code == 0, result.output
     assert "entries kept a layer" in result.output and "(dense" not in result.output
+
+
+def test_chat_says_what_it_runs(sparse, folders):
+    output = run("chat", *sparse, "--top-k", 100, "--prompt", "x", "--max-tokens", 2).stderr
+    assert f"{folders[0]}: top_k 100, cache budget" in output
+    dense = run("chat", "--model", folders[0], "--dense", "--prompt", "x", "--max-tokens", 2)
+    assert f"{folders[0]}: dense" in dense.stderr
+
+
+@pytest.mark.parametrize("word", ["/exit", "/quit", "exit", "quit", "QUIT", "/Exit"])
+def test_chat_is_left_with_a_word(word, sparse):
+    result = run("chat", *sparse, "--max-tokens", 2, given=f"Who?\n{word}\nnever asked\n")
+    assert result.exit_code == 0 and len(REPORT.findall(result.output)) == 1
+
+
+def test_chat_knows_its_commands(sparse):
+    lines = "/help\n/nosuch\n/etc/hosts holds what?\nexit where?\n"
+    result = run("chat", *sparse, "--max-tokens", 2, given=lines)
+    assert len(REPORT.findall(result.output)) == 2
+    for words in ("/reset", "/exit", "Ctrl-C", "There is no /nosuch. /help names"):
+        assert result.stderr.count(words) == 1
+
+
+def test_a_prompt_is_no_command(sparse):
+    result = run("chat", *sparse, "--prompt", "/exit", "--max-tokens", 2)
+    assert len(REPORT.findall(result.output)) == 1
+
+
+def test_what_cuts_an_answer_is_said(sparse, monkeypatch):
+    for command in ("chat", "generate"):
+        result = run(command, *sparse, "--prompt", "Who?", "--max-tokens", 5)
+        assert "Cut after 5 tokens, as --max-tokens says." in result.stderr
+    monkeypatch.setattr("mlx_dsa.cli.session.make_sampler", lambda temp: END)
+    result = run("generate", *sparse, "--prompt", "Who?", "--max-tokens", 5)
+    assert REPORT.search(result.output) and "Cut" not in result.output
+
+
+def END(logprobs):
+    """Draw the end mark of the bundled tokenizer."""
+    return mx.array([2])
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_no_file_of_several_is_lost(command, sparse, tmp_path):
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file, n in zip(files, (40, 90)):
+        file.write_text("A line of plain text. " * n)
+    question = ["--prompt", "Who?"] if command == "chat" else []
+
+    def seen(*names):
+        given = [part for name in names for part in ("--file", name)]
+        result = run(command, *sparse, *given, *question, "--max-tokens", 2)
+        return int(REPORT.search(result.output)[1].replace(",", ""))
+
+    first, second = seen(files[0]), seen(files[1])
+    assert seen(*files) > max(first, second) + 100
+    assert seen(*files[::-1]) > max(first, second) + 100
+
+
+def test_files_stand_in_their_order(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(f"Text {name}.")
+    assert read_texts([tmp_path / "b", tmp_path / "a"]) == "Text b.\n\nText a."
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfText")
+    assert read_texts([tmp_path / "a"]) == "Text"
+
+
+def test_several_prompts_are_asked_in_order(sparse):
+    prompts = ["--prompt", "Who?", "--prompt", "And then?"]
+    result = run("chat", *sparse, *prompts, "--max-tokens", 2)
+    seen = [int(m[0]) for m in REPORT.findall(result.output)]
+    assert len(seen) == 2 and seen[0] < seen[1]
+    refused(run("generate", *sparse, *prompts), 2, "--prompt is given twice")
+
+
+def test_a_line_that_is_no_text_does_not_end_the_chat(sparse):
+    lines = b"\xef\xbb\xbfWho?\ncaf\xe9\n\xed\xa0\xbd\nzero \0\nAnd?\n"
+    result = run("chat", *sparse, "--max-tokens", 2, given=lines)
+    assert result.exit_code == 0 and len(REPORT.findall(result.output)) == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error")]
+    assert [e.partition(" of ")[0] for e in errors] == [f"Error: Line {n}" for n in (2, 3, 4)]
+
+
+def test_a_line_without_positions_does_not_end_the_chat(sparse):
+    lines = "Who?\n" + "word " * 9_000 + "\nAnd?\n"
+    result = run("chat", *sparse, "--max-tokens", 2, given=lines)
+    assert result.exit_code == 0 and len(REPORT.findall(result.output)) == 2
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("Error")]
+    assert "8,192 positions" in error and "/reset forgets it" in error
+
+
+@pytest.mark.parametrize("command", ["chat", "generate", "demo", "compress"])
+def test_a_file_without_positions_is_refused(command, sparse, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("word " * 9_000)
+    given = {
+        "demo": ["--file", file, "--prompt", "Who?"],
+        "compress": [file, "--out", tmp_path / "a.kv"],
+    }.get(command, ["--file", file])
+    refused(run(command, *sparse, *given, given="Who?\n"), 1, "8,192 positions")
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--system"])
+@pytest.mark.parametrize("text", ["caf\udce9", "half \ud83d of one"])
+def test_an_option_that_is_no_text_is_refused(option, text, sparse):
+    prompt = ["--prompt", "Who?"] if option == "--system" else []
+    refused(run("chat", *sparse, option, text, *prompt), 1, "not UTF-8 text")
+    if option == "--prompt":
+        for command in ("generate", "demo"):
+            refused(run(command, *sparse, option, text), 1, "not UTF-8 text")
+
+
+def test_standard_input_that_is_no_text_is_refused(sparse):
+    refused(run("generate", *sparse, given=b"caf\xe9"), 1, "Standard input is not UTF-8")
+
+
+def test_without_standard_input_there_is_nothing_to_ask(sparse, monkeypatch):
+    monkeypatch.setattr(CliRunner, "invoke", invoke_without_stdin)
+    assert run("chat", *sparse).exit_code == 0
+    refused(run("generate", *sparse), 1, "must not be empty")
+
+
+def invoke_without_stdin(self, command, arguments, input):
+    with self.isolation() as (output, errors, mixed):
+        sys.stdin = None
+        with pytest.raises(SystemExit) as left:
+            command.main(arguments)
+        text = mixed.getvalue().decode()
+    return SimpleNamespace(exit_code=left.value.code, output=text, exception=left.value)
+
+
+@pytest.mark.parametrize("option", ["--think", "--no-think"])
+def test_thinking_that_cannot_be_told_is_refused(option, sparse):
+    words = f"{option} has no effect: this model's chat template"
+    refused(run("chat", *sparse, option, "--prompt", "x"), 1, words)
+    refused(run("generate", *sparse, option, "--prompt", "x"), 1, words)
+    refused(run("generate", *sparse, option, "--raw", "--prompt", "x"), 2, "with --raw")
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", '{"model": 3}', '{"added_tokens": null}', ""])
+def test_a_broken_tokenizer_is_refused(broken, sparse, tmp_path):
+    model = write_model(tmp_path / "model")
+    (model / "tokenizer.json").write_text(broken)
+    result = run("chat", "--model", model, "--indexer", sparse[3], "--prompt", "x")
+    refused(result, 1, "cannot load the model", str(model))
+
+
+def test_figures_are_broken_between_two():
+    for digits in range(1, 9):
+        n = int("987654321"[:digits])
+        report = Report(n, (n, n + 1), n, n, n, n / 3, n, n / 3, n / 7, 1.0, Cold(n, n / 7))
+        text = describe(report)
+        for width in (60, 79, 80, 81, 120):
+            lines = describe(report, width=width).split("\n")
+            assert " ".join(lines) == text and max(map(len, lines)) <= width
+            assert all(not line[0].isalpha() or line[:2] in ("KV", "co", "fi") for line in lines)
+        assert len(text) > 80 or digits < 3
+
+
+# Ctrl-C
+
+
+def press_ctrl_c(monkeypatch, name):
+    """Press Ctrl-C after the first step of mlx-lm's loop."""
+    inner = getattr(conversation, name)
+
+    def pressed(*arguments, **options):
+        for step in inner(*arguments, **options):
+            os.kill(os.getpid(), signal.SIGINT)
+            yield step
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(conversation, name, pressed)
+
+
+@pytest.mark.parametrize("command", ["chat", "piped chat", "generate", "compress", "demo"])
+def test_ctrl_c_is_exit_130_everywhere(command, sparse, tmp_path, monkeypatch):
+    file = tmp_path / "text.txt"
+    file.write_text("A line of plain text. " * 60)
+    loop = "generate_step" if command == "compress" else "stream_generate"
+    press_ctrl_c(monkeypatch, loop)
+    given = {
+        "compress": [file, "--out", tmp_path / "a.kv"],
+        "piped chat": ["--file", file],
+    }.get(command, ["--prompt", "Who?"])
+    result = run(command.split()[-1], *sparse, *given, given="Who?\nAnd?\n")
+    assert result.exit_code == 130, result.output
+    assert "Traceback" not in result.output and len(REPORT.findall(result.output)) <= 1
+    assert not (tmp_path / "a.kv").exists()
 
 
 # generate

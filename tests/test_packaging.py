@@ -73,7 +73,7 @@ def test_imports_run_one_way(path):
     for name in imported_units(path):
         if name in RANKS and name != own:
             assert RANKS[name] <= RANKS[own], f"{own} must not import {name}"
-        if name in ("click (package)", "rich (package)"):
+        if name in ("click (package)", "rich (package)", "prompt_toolkit (package)"):
             assert own == "cli", f"{own} must not import {name}"
 
 

@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import click
 
 from ..evals.facts import user_message
 from ..saved import load_cache
 from .conversation import Conversation, check_prompt
-from .documents import read_text
+from .documents import check_text, read_texts
+from .errors import one_line
 from .interrupt import Interrupt
-from .options import check_seed, dense_option, generation_options
-from .options import model_options, settings_from, sparse_options
+from .lines import LEAVE, PipedLines, TypedLines, open_lines
+from .options import check_seed, dense_option, describe_config, generation_options
+from .options import model_options, settings_from, sparse_options, think_option
 from .progress import reading_bar
 from .session import open_session
-from .stats import describe
+from .stats import show_report
 
-_HELP = "Ctrl-C ends an answer; /reset starts over; /exit or Ctrl-D leaves."
+_HINT = "Ctrl-C ends an answer; /help tells more; /exit or Ctrl-D leaves."
+_HELP = """\
+/help       this
+/reset      forget what was said
+/exit       leave; so do /quit, exit, quit and Ctrl-D
+Ctrl-C      end an answer; twice: leave
+Esc, Enter  begin another line of the same question; pasted lines stay one question
+Up, Down    earlier questions"""
 
 
 @click.command()
-@click.option("--prompt", metavar="TEXT", help="Ask this, and leave after the answer.")
+@click.option(
+    "--prompt",
+    "prompts",
+    metavar="TEXT",
+    multiple=True,
+    help="Ask this, and leave after the answer. More than one are asked in order.",
+)
 @click.option("--interactive", is_flag=True, help="Go on asking after --prompt.")
-@click.option("--file", metavar="FILE", help="A text to put before the first question.")
+@click.option(
+    "--file",
+    "files",
+    metavar="FILE",
+    multiple=True,
+    help="A text to put before the first question. More than one are put in order.",
+)
 @click.option(
     "--cache-file", metavar="FILE", help="A document that mlx-dsa compress has read."
 )
@@ -33,14 +56,16 @@ _HELP = "Ctrl-C ends an answer; /reset starts over; /exit or Ctrl-D leaves."
 @model_options
 @sparse_options
 @dense_option
+@think_option
 @generation_options
 def chat(
-    prompt: str | None,
+    prompts: tuple[str, ...],
     interactive: bool,
-    file: str | None,
+    files: tuple[str, ...],
     cache_file: str | None,
     system: str | None,
     dense: bool,
+    think: bool | None,
     max_tokens: int,
     temp: float,
     seed: int | None,
@@ -48,27 +73,33 @@ def chat(
 ):
     """Chat with a model, about a document if you like.
 
-    Without --prompt, questions are read from the terminal, one a line. After
-    each answer one line tells what it took.
+    Without --prompt, questions are read from the terminal, or from standard input,
+    one a line. After each answer one line tells what it took.
     """
     seed = check_seed(seed, temp)
     if cache_file is not None:
-        for name, value in (("file", file), ("system", system), ("dense", dense)):
+        for name, value in (("file", files), ("system", system), ("dense", dense)):
             if value:
                 raise click.UsageError(
                     f"--{name} has no effect with --cache-file. Leave one of them out."
                 )
     settings = settings_from(dense=dense, **given)
-    document = read_text(file) if file else None
-    if prompt is not None:
+    document = read_texts(files) if files else None
+    check_text(system or "", "--system")
+    for prompt in prompts:
         check_prompt(prompt)
-    interactive = interactive or prompt is None
-    with open_session(settings, dense=dense, temp=temp, seed=seed) as session:
+    interactive = interactive or not prompts
+    # First of all: what is typed while the model loads is kept, too.
+    with (
+        open_lines() if interactive else nullcontext() as lines,
+        open_session(settings, dense=dense, temp=temp, seed=seed) as session,
+    ):
         interrupt = Interrupt()
         conversation = Conversation(
             session.model,
             session.tokenizer,
             system=system,
+            think=think,
             max_tokens=max_tokens,
             sampler=session.sampler,
             stopped=interrupt,
@@ -76,40 +107,90 @@ def chat(
             if cache_file is not None
             else None,
         )
-        if interactive and sys.stdin.isatty():
-            click.echo(_HELP, err=True)
-        for question in _questions(prompt, interactive):
-            if question == "/reset":
-                conversation.reset()
-                click.echo("Everything said so far is forgotten.", err=True)
+        conversation.check(document or "-")
+        how = describe_config(session.patch.config) if session.patch else "dense"
+        click.echo(f"{settings.model}: {how}", err=True)
+        talk = _Talk(conversation, interrupt, document, dense)
+        for prompt in prompts:
+            talk.ask(prompt)
+            if not interactive and interrupt():
+                sys.exit(130)
+        if lines is not None:
+            talk.go_on(lines)
+
+
+class _Talk(NamedTuple):
+    """A conversation with the one who types; its document comes before the first question."""
+
+    conversation: Conversation
+    interrupt: Interrupt
+    document: str | None
+    dense: bool
+
+    def ask(self, question: str):
+        """Show the answer to a question, and what it took."""
+        self._show(self._start(question))
+
+    def go_on(self, lines: PipedLines | TypedLines):
+        """Ask what is typed or piped in, until there is no more."""
+        at_terminal = isinstance(lines, TypedLines)
+        if at_terminal:
+            click.echo(_HINT, err=True)
+        while True:
+            try:
+                line = lines.read().strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if not at_terminal:
+                    raise
+                click.echo(_HINT, err=True)
                 continue
-            if document is not None and not conversation.started:
-                question = user_message(document, question)
-            _answer(conversation, question, interrupt, dense)
+            except ValueError as error:
+                self._refuse(error)
+                continue
+            if line.lower() in LEAVE:
+                return
+            if line:
+                self._obey(line)
+            if self.interrupt() and not at_terminal:
+                sys.exit(130)
 
+    def _obey(self, line: str):
+        if line.lower() == "/help":
+            click.echo(_HELP, err=True)
+        elif line.lower() == "/reset":
+            self.conversation.reset()
+            click.echo("Everything said so far is forgotten.", err=True)
+        elif re.fullmatch(r"/[A-Za-z]+", line):
+            click.echo(f"There is no {line}. /help names what there is.", err=True)
+        else:
+            try:
+                pieces = self._start(line)
+            except ValueError as error:
+                self._refuse(error)
+            else:
+                self._show(pieces)
 
-def _questions(prompt: str | None, interactive: bool) -> Iterator[str]:
-    if prompt is not None:
-        yield prompt
-    while interactive:
-        try:
-            question = input(">>> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            click.echo(f"\n{_HELP}", err=True)
-            continue
-        if question == "/exit":
-            return
-        if question:
-            yield question
+    def _start(self, question: str) -> Iterator[str]:
+        if self.document is not None and not self.conversation.started:
+            question = user_message(self.document, question)
+        return self.conversation.ask(question)
 
+    def _show(self, pieces: Iterator[str]):
+        with self.interrupt:
+            with reading_bar() as self.conversation.progress:
+                for piece in pieces:
+                    click.echo(piece, nl=False)
+            click.echo()
+            report = self.conversation.report
+            show_report(report, dense=self.dense)
+            if report.unread:
+                click.echo(
+                    "The rest is read with the next question; /reset forgets all of it.",
+                    err=True,
+                )
 
-def _answer(
-    conversation: Conversation, question: str, interrupt: Interrupt, dense: bool
-):
-    with interrupt, reading_bar() as conversation.progress:
-        for text in conversation.ask(question):
-            click.echo(text, nl=False)
-    click.echo()
-    click.secho(describe(conversation.report, dense=dense), dim=True, err=True)
+    def _refuse(self, error: ValueError):
+        stays = " What was said stays; /reset forgets it." if self.conversation.started else ""
+        click.echo(f"Error: {one_line(error)}{stays}", err=True)

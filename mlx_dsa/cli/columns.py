@@ -44,7 +44,7 @@ def _reading(report: Report) -> str:
 
 def _writing(report: Report) -> str:
     seconds = report.tokens / report.generation_tps if report.generation_tps else 0.0
-    return f"{report.tokens:,} in {seconds:.2f} s"
+    return f"{report.tokens:,} in {seconds:.2f} s" + (", then cut" if report.cut else "")
 
 
 _FIGURES = (

@@ -14,9 +14,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..chunks import chunk_size
-from .stats import Report, measure
-
-_PLACE = "THE-ANSWER-STOOD-HERE"
+from ..positions import check_positions, max_positions
+from .documents import check_text
+from .stats import Report, measure, tokens_seen
+from .template import ChatTemplate
 
 
 class _PrefillStopped(Exception):
@@ -30,6 +31,8 @@ class Conversation:
         model (nn.Module): A model, patched or not.
         tokenizer (TokenizerWrapper): Its tokenizer, with a chat template.
         system (str, optional): A system message. Default: ``None``.
+        think (bool, optional): Whether the model is to think before it answers.
+          Default: ``None``, as its chat template does by itself.
         max_tokens (int): Tokens an answer may have. Default: ``512``.
         sampler (Callable, optional): Log-probabilities to a token.
           Default: ``None``, the most likely one.
@@ -47,6 +50,7 @@ class Conversation:
         tokenizer: TokenizerWrapper,
         *,
         system: str | None = None,
+        think: bool | None = None,
         max_tokens: int = 512,
         sampler: Callable[[mx.array], mx.array] | None = None,
         stopped: Callable[[], bool] = lambda: False,
@@ -55,7 +59,7 @@ class Conversation:
     ):
         self.model = model
         self.tokenizer = tokenizer
-        self.system = system
+        self.template = ChatTemplate(tokenizer, system=system, think=think)
         self.max_tokens = max_tokens
         self.sampler = sampler
         self.stopped = stopped
@@ -69,7 +73,9 @@ class Conversation:
         self.cache = self.begin() if self.begin else make_prompt_cache(self.model)
         self._has_document = self.begin is not None
         self.started = False
-        self._last_token: int | None = None
+        self._answer: list[int] = []  # of the last turn, as the cache has seen it
+        self._ended = False  # whether the model itself ended that answer
+        self._unread: list[int] = []  # of a prompt that was stopped
 
     def read(self, document: str):
         """Read a document to the end, before any question about it.
@@ -78,17 +84,16 @@ class Conversation:
             document (str): The text; it begins the first message.
 
         Raises:
-            ValueError: If the text is empty, or there is no chat template.
+            ValueError: If the text is empty or longer than the model's positions, or
+              there is no chat template.
         """
         check_prompt(document)
-        self._check_template()
-        system = {"role": "system", "content": self.system}
-        user = {"role": "user", "content": f"{document.strip()}\n\n{_PLACE}"}
-        text = self._render([system, user] if self.system else [user])
-        prompt = mx.array(self._encode(text.partition(_PLACE)[0]))
+        self.template.check()
+        prompt = self.template.document(document)
+        self._check_positions(prompt)
         # No token is generated: the last one of the text ends the prompt.
         steps = generate_step(
-            prompt,
+            mx.array(prompt),
             self.model,
             max_tokens=0,
             prompt_cache=self.cache,
@@ -99,21 +104,34 @@ class Conversation:
             pass
         self._has_document = True
 
+    def check(self, message: str):
+        """Refuse a message as :meth:`ask` would now, without asking it.
+
+        Args:
+            message (str): What the user would say.
+
+        Raises:
+            ValueError: As in :meth:`ask`.
+        """
+        self._prepare(message)
+
     def ask(self, message: str) -> Iterator[str]:
         """Stream the answer to a message.
+
+        Where the last prompt was stopped before its end, its rest is read first.
 
         Args:
             message (str): What the user says.
 
-        Yields:
-            str: Pieces of the answer. Afterwards ``report`` holds its figures.
+        Returns:
+            iterator: Pieces of the answer. Afterwards ``report`` holds its figures.
 
         Raises:
-            ValueError: If the message is empty, or there is no chat template.
+            ValueError: At once, and nothing has been read: if the message is empty or
+              not text, the model has no positions for it, or there is no chat
+              template for it.
         """
-        check_prompt(message)
-        self._check_template()
-        yield from self._stream(self._turn(message))
+        return self._stream(self._prepare(message))
 
     def complete(self, text: str) -> Iterator[str]:
         """Stream the continuation of a text, without the chat template.
@@ -121,24 +139,37 @@ class Conversation:
         Args:
             text (str): The text.
 
-        Yields:
-            str: Pieces of the continuation. Afterwards ``report`` holds its
+        Returns:
+            iterator: Pieces of the continuation. Afterwards ``report`` holds its
             figures.
 
         Raises:
-            ValueError: If the text is empty.
+            ValueError: If the text is empty, not text, or longer than the model's
+              positions.
         """
         check_prompt(text)
-        yield from self._stream(self.tokenizer.encode(text))
+        prompt = self.tokenizer.encode(text)
+        self._check_positions(prompt)
+        return self._stream(prompt)
+
+    def _prepare(self, message: str) -> list[int]:
+        check_prompt(message)
+        self.template.check()
+        prompt = self._unread + self._turn(message)
+        self._check_positions(prompt)
+        return prompt
 
     def _stream(self, prompt: list[int]) -> Iterator[str]:
-        self.started, self._last_token = True, None
+        self.started = True
+        self._answer, self._ended, self._unread = [], False, []
+        max_tokens = self._room(prompt)
         start, first, response = time.perf_counter(), None, None
 
         def on_chunk(done: int, total: int):
             self.progress(done, total)
             # Between two chunks every layer has seen the same tokens.
             if done < total and self.stopped():
+                self._unread = prompt[done:]
                 raise _PrefillStopped
 
         try:
@@ -146,7 +177,7 @@ class Conversation:
                 self.model,
                 self.tokenizer,
                 prompt,
-                max_tokens=self.max_tokens,
+                max_tokens=max_tokens,
                 sampler=self.sampler,
                 prompt_cache=self.cache,
                 prefill_step_size=chunk_size(),
@@ -154,47 +185,45 @@ class Conversation:
             ):
                 first = first or time.perf_counter() - start
                 # mlx-lm feeds a token before it yields it: the cache holds this one.
-                self._last_token = response.token
+                self._answer.append(response.token)
                 yield response.text
                 if self.stopped():
                     break
         except _PrefillStopped:
             pass
-        self.report = measure(self.cache, response, first)
+        reason = response and response.finish_reason
+        self._ended = reason == "stop"
+        cut = None
+        if reason == "length":
+            cut = "positions" if max_tokens < self.max_tokens else "max_tokens"
+        self.report = measure(self.cache, response, first, cut, len(self._unread))
 
     def _turn(self, message: str) -> list[int]:
-        user = {"role": "user", "content": message}
         if not self.started and self._has_document:
-            user = {"role": "user", "content": _PLACE + message}
-            return self._encode(self._render([user]).partition(_PLACE)[2])
+            return self.template.after_document(message)
         if not self.started:
-            system = {"role": "system", "content": self.system}
-            text = self._render([system, user] if self.system else [user])
-            return self._encode(text)
-        # What the template puts after an answer: its end mark, then the new turn.
-        earlier = [
-            {"role": "user", "content": "-"},
-            {"role": "assistant", "content": _PLACE},
-        ]
-        tokens = self._encode(self._render([*earlier, user]).partition(_PLACE)[2])
-        return tokens[1:] if tokens[0] == self._last_token else tokens
+            return self.template.first(message)
+        tokens = self.template.after_answer(message)
+        if self._ended:
+            return tokens[1:] if tokens[:1] == self._answer[-1:] else tokens
+        if self.template.thinks(self._answer):
+            return self.template.end_of_thoughts() + tokens
+        return tokens
 
-    def _check_template(self):
-        if not self.tokenizer.has_chat_template:
-            raise ValueError(
-                "[chat] this model has no chat template. Use: mlx-dsa generate --raw"
-            )
+    def _check_positions(self, prompt: list[int]):
+        # One more, for the answer to begin.
+        n_tokens = tokens_seen(self.cache) + len(prompt) + 1
+        check_positions("prompt", self.model.args, n_tokens)
 
-    def _render(self, messages: list[dict]) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def _room(self, prompt: list[int]) -> int:
+        limit = max_positions(self.model.args)
+        if limit is None:
+            return self.max_tokens
+        return min(self.max_tokens, limit - tokens_seen(self.cache) - len(prompt))
 
 
 def check_prompt(text: str):
-    """Refuse a prompt without any text."""
+    """Refuse a prompt without any text, or with what is no text."""
     if not text.strip():
         raise ValueError("The prompt must not be empty.")
+    check_text(text, "The prompt")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import click
@@ -17,8 +17,9 @@ from ..evals.facts import user_message
 from ..patch import patch_sparse_generate
 from ..presets import Preset, load_settings, resource
 from .columns import Column, columns
-from .conversation import Conversation
+from .conversation import Conversation, check_prompt
 from .documents import read_text
+from .lines import LEAVE, open_lines
 from .options import describe_config, model_options, settings_from, sparse_options
 from .session import hint_at_blas
 
@@ -65,6 +66,8 @@ def demo(prompt: str | None, interactive: bool, file: str | None, **given: Any):
     """
     if file is not None and prompt is None and not interactive:
         raise click.UsageError("--file needs a question: --prompt or --interactive.")
+    if prompt is not None:
+        check_prompt(prompt)
     settings = settings_from(**given)
     caches = (settings.config.cache,) if given["cache"] else tuple(_NAMES)
     document = read_text(file) if file else None
@@ -97,15 +100,16 @@ def _bundled() -> Iterator[Prompt]:
 def _own(prompt: str | None, interactive: bool, document: str | None) -> Iterator[Prompt]:
     if prompt is not None:
         yield Prompt("", _join(document, prompt), prompt)
-    while interactive:
-        try:
-            question = input(">>> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if question == "/exit":
-            return
-        if question:
-            yield Prompt("", _join(document, question), "")
+    with open_lines() if interactive else nullcontext() as lines:
+        while interactive:
+            try:
+                question = lines.read().strip()
+            except EOFError:
+                return
+            if question.lower() in LEAVE:
+                return
+            if question:
+                yield Prompt("", _join(document, question), "")
 
 
 def _join(document: str | None, question: str | None) -> str:

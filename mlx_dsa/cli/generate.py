@@ -8,27 +8,35 @@ from typing import Any
 import click
 
 from .conversation import Conversation, check_prompt
-from .documents import read_text
+from .documents import read_standard_input, read_texts
 from .interrupt import Interrupt
 from .options import check_seed, dense_option, generation_options
-from .options import model_options, settings_from, sparse_options
+from .options import model_options, settings_from, sparse_options, think_option
 from .progress import reading_bar
 from .session import open_session
-from .stats import describe
+from .stats import show_report
 
 
 @click.command()
-@click.option("--prompt", metavar="TEXT", help="The prompt.")
-@click.option("--file", metavar="FILE", help="A file that holds the prompt.")
+@click.option("--prompt", metavar="TEXT", multiple=True, help="The prompt.")
+@click.option(
+    "--file",
+    "files",
+    metavar="FILE",
+    multiple=True,
+    help="A file that holds the prompt, or a part of it: they are read in order.",
+)
 @click.option("--raw", is_flag=True, help="Continue the text: no chat template.")
 @model_options
 @sparse_options
 @dense_option
+@think_option
 @generation_options
 def generate(
-    prompt: str | None,
-    file: str | None,
+    prompt: tuple[str, ...],
+    files: tuple[str, ...],
     raw: bool,
+    think: bool | None,
     dense: bool,
     max_tokens: int,
     temp: float,
@@ -41,14 +49,17 @@ def generate(
     standard output, and a line on what it took to standard error.
     """
     seed = check_seed(seed, temp)
+    if raw and think is not None:
+        raise click.UsageError("--think and --no-think have no effect with --raw.")
     settings = settings_from(dense=dense, **given)
-    text = _prompt_text(prompt, file)
+    text = _prompt_text(prompt, files)
     check_prompt(text)
     with open_session(settings, dense=dense, temp=temp, seed=seed) as session:
         interrupt = Interrupt()
         conversation = Conversation(
             session.model,
             session.tokenizer,
+            think=think,
             max_tokens=max_tokens,
             sampler=session.sampler,
             stopped=interrupt,
@@ -58,18 +69,20 @@ def generate(
             for piece in pieces:
                 click.echo(piece, nl=False)
         click.echo()
-        click.secho(describe(conversation.report, dense=dense), dim=True, err=True)
+        show_report(conversation.report, dense=dense)
     if interrupt():
         sys.exit(130)
 
 
-def _prompt_text(prompt: str | None, file: str | None) -> str:
-    if prompt is not None and file is not None:
+def _prompt_text(prompt: tuple[str, ...], files: tuple[str, ...]) -> str:
+    if len(prompt) > 1:
+        raise click.UsageError("--prompt is given twice. Leave one of them out.")
+    if prompt and files:
         raise click.UsageError("--prompt and --file exclude each other here.")
-    if prompt is not None:
-        return prompt
-    if file is not None:
-        return read_text(file)
-    if sys.stdin.isatty():
+    if prompt:
+        return prompt[0]
+    if files:
+        return read_texts(files)
+    if sys.stdin is not None and sys.stdin.isatty():
         raise click.UsageError("Give --prompt or --file, or pipe a text in.")
-    return sys.stdin.read()
+    return read_standard_input()

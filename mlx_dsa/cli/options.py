@@ -53,6 +53,12 @@ _SPARSE = (
 dense_option = click.option(
     "--dense", is_flag=True, help="Use no indexers: the model as it is."
 )
+think_option = click.option(
+    "--think/--no-think",
+    default=None,
+    help="Let the model think before it answers, or not, where its chat template knows "
+    "enable_thinking. Default: as mlx-lm does.",
+)
 plot_option = click.option(
     "--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help="Draw the results."
 )

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from typing import Any, NamedTuple
 
+import click
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import KVCache
 
 from ..cache import TieredKVCache
+
+_NO_BREAK = "\N{NO-BREAK SPACE}"
+_CUTS = {
+    "max_tokens": "Cut after {:,} tokens, as --max-tokens says.",
+    "positions": "Cut after {:,} tokens: the model has no more positions.",
+}
 
 
 class Cold(NamedTuple):
@@ -39,6 +49,9 @@ class Report(NamedTuple):
         first (float, optional): Seconds to its first token.
         peak_memory (float): Peak memory of the process in GB.
         cold (Cold, optional): What a tiered cache cost.
+        cut (str, optional): What cut the answer: ``"max_tokens"``, or
+          ``"positions"``, of which the model has no more.
+        unread (int): Tokens of the prompt that were not read, since it was stopped.
     """
 
     seen: int
@@ -52,10 +65,16 @@ class Report(NamedTuple):
     first: float | None
     peak_memory: float
     cold: Cold | None = None
+    cut: str | None = None
+    unread: int = 0
 
 
 def measure(
-    cache: list[Any], response: GenerationResponse | None, first: float | None
+    cache: list[Any],
+    response: GenerationResponse | None,
+    first: float | None,
+    cut: str | None = None,
+    unread: int = 0,
 ) -> Report:
     """Read the figures off a cache and the last response of mlx-lm.
 
@@ -64,6 +83,8 @@ def measure(
         response (GenerationResponse, optional): ``None`` where the answer ended
           before its first token.
         first (float, optional): Seconds to the first token.
+        cut (str, optional): As in :class:`Report`. Default: ``None``.
+        unread (int): Likewise. Default: ``0``.
 
     Returns:
         Report: The figures.
@@ -71,7 +92,7 @@ def measure(
     layers = [layer for layer in cache if not layer.empty()]
     kept = [layer.size() for layer in layers] or [0]
     return Report(
-        seen=max((layer.offset for layer in layers), default=0),
+        seen=tokens_seen(cache),
         kept=(min(kept), max(kept)),
         kv_bytes=sum(layer.nbytes for layer in layers),
         dense_bytes=sum(_dense_bytes(layer) for layer in layers),
@@ -82,28 +103,59 @@ def measure(
         first=first,
         peak_memory=response.peak_memory if response else 0.0,
         cold=_cold(layers),
+        cut=cut,
+        unread=unread,
     )
 
 
-def describe(report: Report, *, dense: bool = False) -> str:
-    """Return the line that follows an answer."""
+def tokens_seen(cache: list[Any]) -> int:
+    """Return the tokens that a cache has seen, kept or not."""
+    return max((layer.offset for layer in cache if not layer.empty()), default=0)
+
+
+def describe(report: Report, *, dense: bool = False, width: int | None = None) -> str:
+    """Return the line that follows an answer.
+
+    Args:
+        report (Report): The figures.
+        dense (bool): Leave out what dense attention would need. Default: ``False``.
+        width (int, optional): Characters that a terminal has room for: a line that
+          is longer is broken between two figures. Default: ``None``, one line.
+    """
+    parts = _parts(report, dense)
+    if width is None:
+        return " · ".join(parts)
+    figures = [part.replace(" ", _NO_BREAK).replace("," + _NO_BREAK, ", ") for part in parts]
+    text = textwrap.fill(" · ".join(figures), width, break_long_words=False)
+    return text.replace(_NO_BREAK, " ")
+
+
+def _parts(report: Report, dense: bool) -> list[str]:
     memory = f"KV {megabytes(report.kv_bytes)}"
     if not dense:
         memory += f" (dense {megabytes(report.dense_bytes)})"
-    if report.cold is not None:
-        memory += (
-            f", cold {report.cold.token_bytes:,} B a token, "
-            f"{report.cold.recalled:.1f} entries recalled a step and layer"
-        )
     parts = [
         f"{report.seen:,} tokens seen",
         f"{entries(report)} entries kept a layer",
         memory,
     ]
+    if report.cold is not None:
+        parts.append(
+            f"cold {report.cold.token_bytes:,} B a token, "
+            f"{report.cold.recalled:.1f} entries recalled a step and layer"
+        )
     if report.first is None:
-        return " · ".join([*parts, "stopped while reading"])
+        return [*parts, f"stopped while reading, {report.unread:,} tokens left"]
     speed = f"{report.generation_tps:,.1f} tokens/s"
-    return " · ".join([*parts, speed, f"first token {report.first:.2f} s"])
+    return [*parts, speed, f"first token {report.first:.2f} s"]
+
+
+def show_report(report: Report, *, dense: bool):
+    """Tell on standard error what an answer took, and what cut it."""
+    width = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
+    if report.cut is not None:
+        click.echo(_CUTS[report.cut].format(report.tokens), err=True)
+    click.secho(describe(report, dense=dense, width=width), dim=True, err=True)
 
 
 def entries(report: Report) -> str:
