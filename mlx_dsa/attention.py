@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import (
-    BudgetKVCache,
-    ColdFile,
-    FileStore,
-    FullKVCache,
-    MemoryStore,
-    TieredKVCache,
-)
+from .cache import BudgetKVCache, FullKVCache, TieredKVCache
 from .chunks import cut_chunk
 from .config import SparseConfig
 from .crossovers import PrefillPlan
@@ -27,6 +18,7 @@ from .ops import (
     tile_attention,
     tile_scores,
 )
+from .positions import warn_of_positions
 from .projections import JoinedProjections
 from .selectors import select_topk
 
@@ -62,27 +54,6 @@ class SparseAttention(nn.Module):
         self.starts = False
         self.positions: int | None = None
         self._joined = JoinedProjections(attention)
-
-    def make_cache(self, layer: int, cold_file: ColdFile | None = None) -> FullKVCache:
-        """Make the empty cache that this layer needs.
-
-        Args:
-            layer (int): The layer's number.
-            cold_file (ColdFile, optional): Where a tiered cache's cold entries go.
-              Default: ``None``, to memory.
-        """
-        config = self.config
-        if config.cache == "full":
-            return FullKVCache()
-        if config.cache == "budget":
-            return BudgetKVCache(config.top_k, phase=layer)
-
-        def make_store():
-            if cold_file is None:
-                return MemoryStore(config.cold_bits or 8)
-            return FileStore(cold_file)
-
-        return TieredKVCache(config.top_k, make_store)
 
     def __call__(
         self,
@@ -120,7 +91,7 @@ class SparseAttention(nn.Module):
             steps = [self(step, mask, cache) for step in mx.split(x, x.shape[1], axis=1)]
             return mx.concatenate(steps, axis=1)
         if self.positions is not None and cache.offset + x.shape[1] > self.positions:
-            _warn_of_positions(self.positions)
+            warn_of_positions(self.positions)
             self.positions = None
         in_prompt = cache.prompt.call(x.shape[1])
         read = self._prefill if in_prompt else self._decode
@@ -346,14 +317,6 @@ class SparseAttention(nn.Module):
     @property
     def _forced(self) -> tuple[int, int]:
         return self.config.n_sink, self.config.n_recent
-
-
-def _warn_of_positions(positions: int):
-    warnings.warn(
-        f"mlx-dsa: the text has become longer than the model's {positions:,} positions: "
-        f"from here on it answers wrongly.",
-        stacklevel=3,
-    )
 
 
 def _start(array: mx.array):

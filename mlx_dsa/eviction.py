@@ -126,7 +126,8 @@ class Eviction:
         backend = self._config.backend
         slots = select_kept(scores, cache.size(), cache.budget, *self._forced, backend)
         n_planned = 0
-        if decoding and self._plans:
+        # How much a key is like the others changes with them.
+        if decoding and self._plans and self.rule != "keydiff":
             kept = None if scores is None else mx.take_along_axis(scores, slots, axis=1)
             order, n_planned = self._plan(kept, cache.budget)
             slots = mx.take_along_axis(slots, order, axis=1)

@@ -15,6 +15,7 @@ from mlx.utils import tree_map
 from mlx_lm.models.rope_utils import initialize_rope
 
 from .ops import index_scores
+from .positions import fit_scaling
 
 # The projections in the order in which they are fused: what is wanted together is adjacent.
 _FUSED = ("retention", "wk", "wq", "weights_proj")
@@ -300,7 +301,7 @@ class Indexer(nn.Module):
             replace(
                 self.args,
                 rope_theta=model_args.rope_theta,
-                rope_scaling=_fit_scaling(scaling, self.args.index_rope_dim),
+                rope_scaling=fit_scaling(scaling, self.args.index_rope_dim),
                 max_position_embeddings=model_args.max_position_embeddings,
             )
         )
@@ -333,19 +334,3 @@ class Indexer(nn.Module):
             layer.weight = self._fused.weight[start : start + n]
             if "bias" in layer:
                 layer.bias = self._fused.bias[start : start + n]
-
-
-def _fit_scaling(scaling: dict | None, dims: int) -> dict | None:
-    """Return a RoPE scaling for heads that rotate ``dims`` dims.
-
-    A scaling may have a factor for each pair of dims of the model's heads; a pair of the
-    indexer takes that of the model's pair that turns as fast.
-    """
-    if not scaling:
-        return scaling
-    fitted, n = dict(scaling), dims // 2
-    for name in ("short_factor", "long_factor"):
-        factors = fitted.get(name)
-        if isinstance(factors, (list, tuple)):
-            fitted[name] = [factors[i * len(factors) // n] for i in range(n)]
-    return fitted

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import KVCache
 
 from .arrays import evaluate, is_imprecise
 from .attention import SparseAttention
-from .cache import BudgetKVCache, ColdFile, FullKVCache
+from .cache import BudgetKVCache, ColdFile, FullKVCache, make_cache
 from .cache.callers import find_caller
 from .config import SparseConfig
 from .crossovers import describe, lookup, plan_prefill
@@ -78,7 +78,7 @@ class SparsePatch:
             self._claimed = _claim(Path(self.config.cold_file))
             self._cold_file = ColdFile(self.config.cold_file)
         caches = [
-            self.layers[i].make_cache(i, self._cold_file) if i in self.layers else KVCache()
+            make_cache(self.config, i, self._cold_file) if i in self.layers else KVCache()
             for i in range(len(self._model.layers))
         ]
         self._caches.update(caches)

@@ -1,7 +1,8 @@
-"""How long a text a model has positions for: one rule for every command."""
+"""Positions: for how long a text a model has them, and how heads of other widths turn."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,3 +46,32 @@ def check_positions(where: str, args: Any, n_tokens: int) -> None:
             f"[{where}] {n_tokens:,} tokens are more than the model's {limit:,} positions: "
             f"it would answer wrongly. Use a shorter text, or a model with more positions."
         )
+
+
+def warn_of_positions(limit: int) -> None:
+    """Tell that a text goes on where a model has no positions."""
+    warnings.warn(
+        f"mlx-dsa: the text has become longer than the model's {limit:,} positions: from here "
+        f"on it answers wrongly.",
+        stacklevel=2,
+    )
+
+
+def fit_scaling(scaling: dict | None, dims: int) -> dict | None:
+    """Return a RoPE scaling for heads that rotate ``dims`` dims.
+
+    It may have a factor for each pair of dims of the model's heads: a pair here takes that
+    of the model's pair that turns as fast.
+
+    Args:
+        scaling (dict, optional): ``rope_scaling`` of a model.
+        dims (int): Even.
+    """
+    if not scaling:
+        return scaling
+    fitted, n = dict(scaling), dims // 2
+    for name in ("short_factor", "long_factor"):
+        factors = fitted.get(name)
+        if isinstance(factors, (list, tuple)):
+            fitted[name] = [factors[i * len(factors) // n] for i in range(n)]
+    return fitted

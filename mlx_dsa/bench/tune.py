@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from ..attention import SparseAttention
-from ..cache import FullKVCache
+from ..cache import FullKVCache, make_cache
 from ..config import SparseConfig
 from ..crossovers import CROSSING, describe, plan_prefill, store
 from ..indexer import Indexer
@@ -236,7 +236,7 @@ class _Bench:
         layers = self._sparse(prefill="dense", cache="budget")
         for layer in layers:
             layer.join()
-        caches = [layer.make_cache(i) for i, layer in enumerate(layers)]
+        caches = [make_cache(layer.config, i) for i, layer in enumerate(layers)]
         prompt = self._noise(1, self._config.top_k, self._args.hidden_size)
         mx.eval([layer(prompt, None, cache) for layer, cache in zip(layers, caches)])
         return layers, caches

@@ -4,6 +4,7 @@ from .budget import BudgetKVCache
 from .cold import MemoryStore
 from .cold_file import ColdFile, FileStore
 from .full import FullKVCache
+from .making import make_cache
 from .tiered import TieredKVCache
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "FullKVCache",
     "MemoryStore",
     "TieredKVCache",
+    "make_cache",
 ]
