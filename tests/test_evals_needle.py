@@ -73,6 +73,8 @@ def test_state_is_read_after_chunks_alone_as_by_mlx_lm(subject, asked):
         assert len(list(steps)) == 5 and asked == {512, 699}
     asked.clear()
     memory(subject, policies, lengths=[150])
+    assert asked == {149, 158}  # the second is after all steps
+    asked.clear()
     ppl(subject, policies, path="decode", length=150, decode_tokens=8, limit=1)
     assert asked == {149}
 
