@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from .cache import (
     BudgetKVCache,
+    ColdFile,
     FileStore,
     FullKVCache,
     MemoryStore,
@@ -27,9 +30,6 @@ from .ops import (
 from .projections import JoinedProjections
 from .selectors import select_topk
 
-# Bytes of a cold file between two layers; what is not written takes no space.
-_COLD_REGION = 1 << 36
-
 
 class SparseAttention(nn.Module):
     """Attend to the keys that an indexer selects.
@@ -45,6 +45,7 @@ class SparseAttention(nn.Module):
 
     Attributes:
         eviction (Eviction): What keeps a budget cache to its budget.
+        positions (int, optional): What a text may have at most before a warning is given.
         starts (bool): Whether the device starts on a chunk of a prompt at this layer,
           while Python builds the layers after it.
     """
@@ -59,13 +60,16 @@ class SparseAttention(nn.Module):
         self.prefill, self.dense_until = plan
         self.eviction = Eviction(indexer, config)
         self.starts = False
+        self.positions: int | None = None
         self._joined = JoinedProjections(attention)
 
-    def make_cache(self, layer: int) -> FullKVCache:
+    def make_cache(self, layer: int, cold_file: ColdFile | None = None) -> FullKVCache:
         """Make the empty cache that this layer needs.
 
         Args:
-            layer (int): The layer's number: its region of a cold file.
+            layer (int): The layer's number.
+            cold_file (ColdFile, optional): Where a tiered cache's cold entries go.
+              Default: ``None``, to memory.
         """
         config = self.config
         if config.cache == "full":
@@ -74,9 +78,9 @@ class SparseAttention(nn.Module):
             return BudgetKVCache(config.top_k, phase=layer)
 
         def make_store():
-            if config.cold_file is None:
+            if cold_file is None:
                 return MemoryStore(config.cold_bits or 8)
-            return FileStore(config.cold_file, layer * _COLD_REGION)
+            return FileStore(cold_file)
 
         return TieredKVCache(config.top_k, make_store)
 
@@ -112,25 +116,37 @@ class SparseAttention(nn.Module):
                 f"[SparseAttention] 'cache' keeps {cache.budget} entries but top_k is "
                 f"{self.config.top_k}. Make one with make_prompt_cache(model)."
             )
-        read = self._decode if x.shape[1] == 1 else self._prefill
-        output = read(x, *self._project(x, cache), cache)
+        if x.shape[1] > 1 and cache.prompt.held == "decode":
+            steps = [self(step, mask, cache) for step in mx.split(x, x.shape[1], axis=1)]
+            return mx.concatenate(steps, axis=1)
+        if self.positions is not None and cache.offset + x.shape[1] > self.positions:
+            _warn_of_positions(self.positions)
+            self.positions = None
+        in_prompt = cache.prompt.call(x.shape[1])
+        read = self._prefill if in_prompt else self._decode
+        # A sparse step is not bit for bit a dense one, so it takes the fastest way.
+        is_sparse_step = not in_prompt and cache.size() >= self.config.top_k
+        project = self._joined if is_sparse_step else self._joined.apart
+        output = read(x, *self._project(x, project, cache.offset), cache)
         B, L = x.shape[:2]
         if self.starts and L > 1:
             _start(output)
         output = output.transpose(0, 2, 1, 3).reshape(B, L, -1)
         return self.attention.o_proj(output)
 
+    def join(self):
+        """Project in steps of decode with one product; changes the wrapped layer's arrays
+        to views with the same values."""
+        self._joined.join()
+
     def release(self):
         """Let go of what the layer shares with the one that it wraps."""
         self._joined.release()
 
-    def _project(self, x: mx.array, cache: FullKVCache):
+    def _project(self, x: mx.array, project, offset: int):
         """Compute queries, keys and values, as the wrapped layer does."""
         B, L, _ = x.shape
-        attention, offset = self.attention, cache.offset
-        # A sparse step is not bit for bit a dense one, so it takes the fastest way.
-        is_sparse_step = L == 1 and cache.size() >= self.config.top_k
-        project = self._joined if is_sparse_step else self._joined.apart
+        attention = self.attention
         queries, keys, values = project(x)
         queries = queries.reshape(B, L, attention.n_heads, -1)
         keys = keys.reshape(B, L, attention.n_kv_heads, -1)
@@ -162,31 +178,25 @@ class SparseAttention(nn.Module):
     # Decode.
 
     def _decode(self, x, queries, keys, values, cache) -> mx.array:
-        top_k = self.config.top_k
-        has_budget = isinstance(cache, BudgetKVCache)
-        if has_budget and cache.size() <= cache.budget:
-            cache.window = None  # the prompt ends here without a prune
-        if has_budget and cache.size() == cache.budget:
-            self.eviction.replace(x, keys, values, cache)
-            return self._attend_all(queries, cache.keys, cache.values, causal=False)
-        if cache.size() < top_k:
+        if isinstance(cache, BudgetKVCache):
+            self._end_prompt(cache)
+            if cache.size() == cache.budget:
+                self.eviction.replace(x, keys, values, cache)
+                return self._attend_all(queries, cache.keys, cache.values, causal=False)
+        if cache.size() < self.config.top_k:
             self._append(x, keys, values, cache)
             return self._attend_all(queries, cache.keys, cache.values, causal=False)
-        if has_budget:
-            index_queries, weights = self.indexer.project_queries(x, cache.offset)
-            self._append(x, keys, values, cache)
-        else:
-            index_keys, index_queries, weights = self.indexer.project(x, cache.offset)
-            cache.append(keys, values, index_keys)
-        T = cache.size()
+        index_keys, index_queries, weights = self.indexer.project(x, cache.offset)
+        cache.append(keys, values, index_keys)
         scores = self.score(index_queries, weights, cache.index_keys)
-        slots = select_topk(scores, top_k, mx.array([T]), *self._forced)
-        output = self.attend_selected(queries, cache, slots)
-        if has_budget:
-            if self.eviction.rule == "index":
-                cache.observe(index_queries, weights, self.config.observation_window)
+        slots = self._select(scores, self.config.top_k, mx.array([cache.size()]))
+        return self.attend_selected(queries, cache, slots)
+
+    def _end_prompt(self, cache: BudgetKVCache):
+        """Cut a cache to its budget where a prompt has left more."""
+        if cache.size() > cache.budget:
             self.eviction.prune(cache, decoding=True)
-        return output
+        cache.window = None
 
     def take(self, x: mx.array, keys: mx.array, values: mx.array, cache: FullKVCache):
         """Add tokens that were attended to elsewhere, as reading them here would.
@@ -197,6 +207,7 @@ class SparseAttention(nn.Module):
             values (mx.array): ``[B, Hkv, L, D]``.
             cache (FullKVCache): Changed in place.
         """
+        cache.prompt.reopen()
         self._append(x, keys, values, cache)
         if isinstance(cache, BudgetKVCache) and self.eviction.rule == "index":
             n = min(x.shape[1], self.config.observation_window)
@@ -231,16 +242,21 @@ class SparseAttention(nn.Module):
 
         T = cache.size()
         if isinstance(cache, TieredKVCache):
-            cache = cache.assembled()
+            # One selection can be recalled, if that gives what reading everything does.
+            if n_dense or L > 1 or not cache.recalls_exactly:
+                cache = cache.assembled()
         outputs = []
         if n_dense:
             seen = slice(0, T - L + n_dense)
             entries = cache.keys[:, :, seen], cache.values[:, :, seen]
             rows = queries[:, :, :n_dense]
             outputs.append(self._attend_all(rows, *entries, causal=n_dense > 1))
-        attend = self._attend_tiles if self.prefill == "tile" else self._attend_exact
         for start, stop in zip(cuts, cuts[1:]):
             part = slice(start - first, stop - first)
+            # A tile of one query is that query's own selection: a call of one token does
+            # not show whether it ends the prompt.
+            shares = self.prefill == "tile" and stop - start > 1
+            attend = self._attend_tiles if shares else self._attend_exact
             outputs.append(
                 attend(
                     queries[:, :, start:stop],
@@ -330,6 +346,14 @@ class SparseAttention(nn.Module):
     @property
     def _forced(self) -> tuple[int, int]:
         return self.config.n_sink, self.config.n_recent
+
+
+def _warn_of_positions(positions: int):
+    warnings.warn(
+        f"mlx-dsa: the text has become longer than the model's {positions:,} positions: "
+        f"from here on it answers wrongly.",
+        stacklevel=3,
+    )
 
 
 def _start(array: mx.array):

@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
+from .arrays import evaluate
 from .files import replacing
 from .indexer import Indexer, IndexerArgs
 
@@ -82,6 +83,7 @@ def load_indexers(
         indexers[layer] = indexer = Indexer(args)
         indexer.load_weights(_match(layers[layer], indexer, layer, file))
         indexer.eval()
+    evaluate(*indexers.values())
     return indexers
 
 

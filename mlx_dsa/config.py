@@ -30,9 +30,10 @@ class SparseConfig:
         observation_window (int): Last prompt queries whose scores decide what
           prefill leaves in the budget. Default: ``32``.
         evict (str): What orders entries for eviction: ``"retention"`` (the score
-          of the retention head, decided when a token is read; ``"index"`` where
-          a layer has no head), ``"index"`` (the scores of the last queries), or
-          ``"window"`` (oldest first). Default: ``"retention"``.
+          of the retention head, decided when a token is read; ``"keydiff"`` where
+          a layer has no head), ``"keydiff"`` (keys most like the others go first),
+          ``"index"`` (the scores of the last queries), or ``"window"`` (oldest
+          first). Default: ``"retention"``.
         cold_bits (int, optional): Bits of a cold entry's numbers in memory: 4, 8, or
           16 for entries as they are. Default: ``None`` (8).
         cold_file (str, optional): A new file that holds the cold entries, as they
@@ -53,7 +54,7 @@ class SparseConfig:
     tile_size: int = 64
     dense_layers: tuple[int, ...] = ()
     observation_window: int = 32
-    evict: Literal["retention", "index", "window"] = "retention"
+    evict: Literal["retention", "keydiff", "index", "window"] = "retention"
     cold_bits: int | None = None
     cold_file: str | None = None
     backend: Literal["auto", "reference", "metal", "cuda"] = "auto"

@@ -9,6 +9,7 @@ from .config import SparseConfig
 from .indexer import Indexer
 from .ops import index_scores
 from .selectors import (
+    keydiff_scores,
     lay_last,
     plan_evicted,
     pool_neighbours,
@@ -30,7 +31,7 @@ class Eviction:
         config (SparseConfig): What to keep.
 
     Attributes:
-        rule (str): ``config.evict``, or ``"index"`` where there is no retention head.
+        rule (str): ``config.evict``, or ``"keydiff"`` where there is no retention head.
     """
 
     def __init__(self, indexer: Indexer, config: SparseConfig):
@@ -39,7 +40,7 @@ class Eviction:
         self._forced = config.n_sink, config.n_recent
         self.rule = config.evict
         if config.evict == "retention" and not indexer.has_retention:
-            self.rule = "index"
+            self.rule = "keydiff"
 
     def project(self, x: mx.array, offset: int) -> list[mx.array]:
         """Compute what a budget cache keeps beside keys and values.
@@ -77,7 +78,7 @@ class Eviction:
             # What entries are worth is decided, and no younger one can go before.
             cache.settle(self.project)
             cache.sort()
-            cache.plan(*self._plan(cache.worth, cache.size()))
+            cache.plan(*self._plan(self._worth(cache), cache.size()))
         cache.replace_planned(keys, values, x)
 
     @property
@@ -89,8 +90,12 @@ class Eviction:
         evicted = plan_evicted(worth, size, n_steps, *self._forced)
         return lay_last(evicted, size), n_steps
 
+    def _worth(self, cache) -> mx.array | None:
+        """Return what entries are worth, whatever is asked later ``[B, size]``."""
+        return keydiff_scores(cache.keys) if self.rule == "keydiff" else cache.worth
+
     def _least(self, x, cache) -> mx.array:
-        scores = cache.worth
+        scores = self._worth(cache)
         if self.rule == "index":
             queries = self._indexer.project_queries(x, cache.offset)
             scores = self._score(*queries, cache.index_keys)[:, 0]
@@ -107,18 +112,22 @@ class Eviction:
         """
         cache.settle(self.project)
         if cache.size() <= cache.budget:
+            cache.window = None
             return
         scores = worth = None
         if self.rule == "index":
             scores = self._window_scores(cache)
+        elif self.rule == "keydiff":
+            scores = keydiff_scores(cache.keys)
         elif self.rule == "retention":
             scores = worth = pool_neighbours(
                 cache.retention, cache.positions, _POOL_RADIUS
             )
-        slots = select_kept(scores, cache.size(), cache.budget, *self._forced)
+        backend = self._config.backend
+        slots = select_kept(scores, cache.size(), cache.budget, *self._forced, backend)
         n_planned = 0
         if decoding and self._plans:
-            kept = None if worth is None else mx.take_along_axis(worth, slots, axis=1)
+            kept = None if scores is None else mx.take_along_axis(scores, slots, axis=1)
             order, n_planned = self._plan(kept, cache.budget)
             slots = mx.take_along_axis(slots, order, axis=1)
         cache.prune(slots, worth, n_planned)

@@ -295,12 +295,12 @@ class Indexer(nn.Module):
                 f"made for another model."
             )
         # mlx-lm's qwen3_moe builds its RoPE without the scaling in its config.
-        scaled = model_args.model_type == "qwen3"
+        scaling = model_args.rope_scaling if model_args.model_type == "qwen3" else None
         bound = Indexer(
             replace(
                 self.args,
                 rope_theta=model_args.rope_theta,
-                rope_scaling=model_args.rope_scaling if scaled else None,
+                rope_scaling=_fit_scaling(scaling, self.args.index_rope_dim),
                 max_position_embeddings=model_args.max_position_embeddings,
             )
         )
@@ -333,3 +333,19 @@ class Indexer(nn.Module):
             layer.weight = self._fused.weight[start : start + n]
             if "bias" in layer:
                 layer.bias = self._fused.bias[start : start + n]
+
+
+def _fit_scaling(scaling: dict | None, dims: int) -> dict | None:
+    """Return a RoPE scaling for heads that rotate ``dims`` dims.
+
+    A scaling may have a factor for each pair of dims of the model's heads; a pair of the
+    indexer takes that of the model's pair that turns as fast.
+    """
+    if not scaling:
+        return scaling
+    fitted, n = dict(scaling), dims // 2
+    for name in ("short_factor", "long_factor"):
+        factors = fitted.get(name)
+        if isinstance(factors, (list, tuple)):
+            fitted[name] = [factors[i * len(factors) // n] for i in range(n)]
+    return fitted

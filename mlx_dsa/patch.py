@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import KVCache
 
+from .arrays import evaluate, is_imprecise
 from .attention import SparseAttention
-from .cache import BudgetKVCache, FullKVCache
+from .cache import BudgetKVCache, ColdFile, FullKVCache
+from .cache.callers import find_caller
 from .config import SparseConfig
 from .crossovers import describe, lookup, plan_prefill
 from .indexer import Indexer
 from .ops import check_backend
+from .positions import max_positions
 
 _MODEL_TYPES = ("qwen3", "qwen3_moe")
 # The sparse layer, counted from 1, at which the device starts on a chunk of a prompt: a
@@ -43,7 +46,7 @@ class SparsePatch:
         self.config = config
         self._model = model
         self._caches: weakref.WeakSet = weakref.WeakSet()
-        self._cold_file: Path | None = None  # one that this patch has made
+        self._cold_file: ColdFile | None = None  # one that this patch has made
         found = None
         if config.prefill == "auto":
             found = lookup(describe(model, indexers, config))
@@ -59,51 +62,46 @@ class SparsePatch:
             if i not in config.dense_layers
         }
         list(self.layers.values())[:_STARTS_AT][-1].starts = True
+        next(iter(self.layers.values())).positions = max_positions(model.args)
         for i, layer in self.layers.items():
+            layer.join()
             model.layers[i].self_attn = layer
         model.make_cache = self._make_cache_for_mlx_lm
+        evaluate(model, *(x for x in indexers.values() if isinstance(x, nn.Module)))
 
     def make_cache(self) -> list[Any]:
         """Make an empty cache for each layer: what ``make_prompt_cache`` returns."""
-        if self.config.cold_file is not None:
-            self._claim_cold_file(Path(self.config.cold_file))
+        if self.config.cold_file is not None and self._cold_file is None:
+            self._cold_file = _claim(Path(self.config.cold_file))
         caches = [
-            self.layers[i].make_cache(i) if i in self.layers else KVCache()
+            self.layers[i].make_cache(i, self._cold_file) if i in self.layers else KVCache()
             for i in range(len(self._model.layers))
         ]
         self._caches.update(caches)
         return caches
 
-    def _claim_cold_file(self, path: Path):
-        if self._cold_file is None:
-            try:
-                path.open("xb").close()
-            except FileExistsError:
-                raise ValueError(
-                    f"[SparsePatch] 'cold_file' {path} exists and is not overwritten. "
-                    f"Name a new file, or delete it."
-                ) from None
-            except OSError as error:
-                raise ValueError(
-                    f"[SparsePatch] 'cold_file' {path} can't be made: {error.strerror}."
-                ) from None
-            self._cold_file = path
-        elif any(not cache.empty() for cache in self._caches):
-            raise ValueError(
-                "[SparsePatch] 'cold_file' holds another conversation of this patch. "
-                "Call the patch to clear it first."
-            )
-
     def _make_cache_for_mlx_lm(self) -> list[Any]:
         # make_prompt_cache drops max_kv_size for a model that makes its own caches,
         # and passes nothing on: its frame is the only place that shows it was asked for.
-        caller = inspect.currentframe().f_back
-        if caller is not None and caller.f_locals.get("max_kv_size") is not None:
+        asked = find_caller("mlx_lm.models.cache", "make_prompt_cache")
+        if asked is not None and asked.f_locals.get("max_kv_size") is not None:
             raise ValueError(
                 "[SparsePatch] max_kv_size is not supported on a patched model. Leave "
                 "it out: top_k is the number of entries that the cache keeps."
             )
-        return self.make_cache()
+        scoring = find_caller("mlx_lm.evaluate", "_score_fn", "_process_prompt")
+        reads_whole_texts = scoring is not None and scoring.f_code.co_name == "_score_fn"
+        if reads_whole_texts and self.config.cache == "budget":
+            raise ValueError(
+                "[SparsePatch] rolling log-likelihoods are read in one call, in which a "
+                "budget evicts nothing: they would be those of a full cache. Use cache "
+                "'full', or: mlx-dsa eval ppl"
+            )
+        caches = self.make_cache()
+        if scoring is not None:
+            for i in self.layers:
+                caches[i].prompt.copies_decode = True
+        return caches
 
     def adopt(self, caches: Sequence[Any]):
         """Count caches made elsewhere, such as loaded ones, among this patch's own.
@@ -124,15 +122,63 @@ class SparsePatch:
         )
 
     def prune(self, caches: Sequence[Any]):
-        """Cut caches to their budget now, before any question is known.
+        """Cut caches to their budget now: the prompt is over, or no question is known yet.
 
         Args:
             caches (Sequence): One cache a layer, of this patch; those of dense layers
-              and full caches stay as they are.
+              and full caches keep what they have.
         """
         for i, layer in self.layers.items():
             if isinstance(caches[i], BudgetKVCache):
                 layer.eviction.prune(caches[i])
+            caches[i].prompt.end()
+
+    def end_prompts(self, caches: Sequence[Any]):
+        """Do what the next step of decode would: :meth:`prune` where a prompt has ended.
+
+        Args:
+            caches (Sequence): As there.
+        """
+        if all(caches[i].prompt.ended for i in self.layers):
+            self.prune(caches)
+
+    @contextmanager
+    def reading(self, caches: Sequence[Any]) -> Iterator[None]:
+        """Say that the calls inside are one prompt, however it is cut.
+
+        Without it a call of one token ends the prompt, unless the caches' ``state`` is
+        read after it. What was read is pruned at the end.
+
+        Args:
+            caches (Sequence): One cache a layer, of this patch.
+        """
+        with self._held(caches, "prompt"):
+            yield
+        self.prune(caches)
+
+    @contextmanager
+    def decoding(self, caches: Sequence[Any]) -> Iterator[None]:
+        """Say that the calls inside are of decode, also those of several tokens.
+
+        So a text that is known can be read as if it had been written, a token at a time.
+
+        Args:
+            caches (Sequence): One cache a layer, of this patch.
+        """
+        with self._held(caches, "decode"):
+            yield
+
+    @contextmanager
+    def _held(self, caches, what) -> Iterator[None]:
+        phases = [caches[i].prompt for i in self.layers]
+        before = [phase.held for phase in phases]
+        for phase in phases:
+            phase.held = what
+        try:
+            yield
+        finally:
+            for phase, held in zip(phases, before):
+                phase.held = held
 
     def clear(self):
         """Empty every cache that this patch has made."""
@@ -150,7 +196,7 @@ class SparsePatch:
                 self._model.layers[i].self_attn = layer.attention
             layer.release()
         if self._cold_file is not None:
-            self._cold_file.unlink(missing_ok=True)
+            Path(self._cold_file.path).unlink(missing_ok=True)
             self._cold_file = None
         if getattr(self._model, "make_cache", None) == self._make_cache_for_mlx_lm:
             del self._model.make_cache
@@ -163,6 +209,12 @@ class SparsePatch:
 
     def __exit__(self, *exception):
         self.restore()
+
+
+def patch_of(model: nn.Module) -> SparsePatch | None:
+    """Return the patch that is in force on a model, if there is one."""
+    owner = getattr(getattr(model, "make_cache", None), "__self__", None)
+    return owner if isinstance(owner, SparsePatch) else None
 
 
 def patch_sparse_generate(
@@ -217,13 +269,41 @@ def patch_sparse_generate(
             "[patch_sparse_generate] 'indexers' must hold at least one layer that is "
             "not in dense_layers: nothing would be sparse."
         )
-    if sparse.cache == "budget" and sparse.evict == "retention":
-        without = [i for i, indexer in indexers.items() if not indexer.has_retention]
-        if without:
+    _warn(model, indexers, sparse)
+    return SparsePatch(model, indexers, sparse)
+
+
+def _warn(model: nn.Module, indexers: Mapping[int, Indexer], config: SparseConfig):
+    """Tell what will answer worse than it need."""
+    if config.cache == "budget" and config.evict == "retention":
+        if not all(indexer.has_retention for indexer in indexers.values()):
             warnings.warn(
                 "[patch_sparse_generate] these indexers have no retention head: the "
-                "budget evicts by index scores, which lose facts that no question has "
-                "asked for yet. Use cache='full', or train the heads.",
-                stacklevel=2,
+                "budget keeps the keys least like the others (KeyDiff), which loses more "
+                "facts than trained heads do. Use cache='full', or train the heads.",
+                stacklevel=3,
             )
-    return SparsePatch(model, indexers, sparse)
+    dtype = model.layers[0].input_layernorm.weight.dtype
+    if is_imprecise(dtype):
+        name = str(dtype).rpartition(".")[2]
+        warnings.warn(
+            f"[patch_sparse_generate] on a CPU MLX adds products of {name} up in {name}: "
+            f"answers are worse. Call model.set_dtype(mx.float32) before patching.",
+            stacklevel=3,
+        )
+
+
+def _claim(path: Path) -> ColdFile:
+    """Make a new cold file."""
+    try:
+        path.open("xb").close()
+    except FileExistsError:
+        raise ValueError(
+            f"[SparsePatch] 'cold_file' {path} exists and is not overwritten. Name a new "
+            f"file, or delete it."
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"[SparsePatch] 'cold_file' {path} can't be made: {error.strerror}."
+        ) from None
+    return ColdFile(path)

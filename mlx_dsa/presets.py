@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx_lm import load
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .arrays import evaluate
 from .checkpoint import load_indexers
 from .config import SparseConfig
 from .indexer import Indexer
@@ -231,6 +232,7 @@ def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
         ) from error
     if runs_float32():
         model.set_dtype(mx.float32)
+    evaluate(model)
     return model, tokenizer
 
 

@@ -15,10 +15,9 @@ _PLAIN = (nn.Linear, nn.QuantizedLinear)
 class JoinedProjections:
     """Project one token at a time: a step's time is that of its operations' number.
 
-    The layer's own arrays become views of the joined ones, with the same values, so
-    that nothing is in memory twice. Where one is replaced later, or they were never
-    alike (other bits, an adapter), the layer's own modules run. An array that is changed
-    in place can't be told from what it was: replace it, or patch again.
+    Until :meth:`join` is called, and where the projections are not alike (other bits, an
+    adapter) or an array is replaced later, the layer's own modules run. An array that is
+    changed in place can't be told from what it was: replace it, or patch again.
 
     Args:
         attention (nn.Module): The attention of an mlx-lm Qwen3 layer.
@@ -27,6 +26,12 @@ class JoinedProjections:
     def __init__(self, attention: nn.Module):
         self._attention = attention
         self.release()
+
+    def join(self):
+        """Join the projections: the layer's own arrays become views of the joined ones.
+
+        They keep their values, and nothing is in memory twice.
+        """
         layers = self._layers()
         if _are_alike(layers):
             self._joined = _join(layers)

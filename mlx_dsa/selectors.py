@@ -39,7 +39,12 @@ def select_topk(
 
 
 def select_kept(
-    scores: mx.array | None, n_entries: int, budget: int, n_sink: int, n_recent: int
+    scores: mx.array | None,
+    n_entries: int,
+    budget: int,
+    n_sink: int,
+    n_recent: int,
+    backend: str = "auto",
 ) -> mx.array:
     """Select the entries that a cache keeps when it is pruned.
 
@@ -50,6 +55,7 @@ def select_kept(
         budget (int): Entries to keep, at most ``T``.
         n_sink (int): First entries, always kept.
         n_recent (int): Newest entries, always kept.
+        backend (str): Kernels to use. Default: ``"auto"``.
 
     Returns:
         mx.array: Slots ``[B, budget]`` (``[1, budget]`` without scores), int32,
@@ -61,7 +67,8 @@ def select_kept(
             None
         ]
     n_visible = mx.array([n_entries])
-    return select_topk(scores[:, None], budget, n_visible, n_sink, n_recent)[:, 0]
+    slots = select_topk(scores[:, None], budget, n_visible, n_sink, n_recent, backend)
+    return slots[:, 0]
 
 
 @mx.compile
@@ -89,6 +96,27 @@ def pool_neighbours(scores: mx.array, positions: mx.array, radius: int) -> mx.ar
 
     near = mx.abs(around(positions, far) - positions[..., None]) <= radius
     return mx.where(near, around(scores, -mx.inf), -mx.inf).max(axis=-1)
+
+
+@mx.compile
+def keydiff_scores(keys: mx.array) -> mx.array:
+    """Score entries by how little their keys are like the others' [1].
+
+    Args:
+        keys (mx.array): ``[B, Hkv, T, D]``.
+
+    Returns:
+        mx.array: ``[B, T]`` in float32: minus the cosine of each key to the mean of the
+        normalised keys of its head, on average over the heads.
+
+    [1] Park et al., KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM
+        Inference in Resource-Constrained Environments, 2025.
+    """
+    keys = keys.astype(mx.float32)
+    keys = keys * mx.rsqrt((keys * keys).sum(axis=-1, keepdims=True) + 1e-12)
+    anchor = keys.mean(axis=2, keepdims=True)
+    anchor = anchor * mx.rsqrt((anchor * anchor).sum(axis=-1, keepdims=True) + 1e-12)
+    return -(keys * anchor).sum(axis=-1).mean(axis=1)
 
 
 def plan_evicted(

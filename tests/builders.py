@@ -8,6 +8,7 @@ from mlx_lm.models import qwen3, qwen3_moe
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_dsa import Indexer, IndexerArgs
+from mlx_dsa.patch import patch_of
 
 VOCAB = 101
 
@@ -127,19 +128,21 @@ def make_tokens(length, seed=2, batch=1):
 def feed(model, tokens, chunk, cache=None):
     """Feed tokens [B, L] in calls of `chunk`; return the cache and all logits."""
     cache = lm_cache.make_prompt_cache(model) if cache is None else cache
-    parts = []
-    for start in range(0, tokens.shape[1], chunk):
-        parts.append(model(tokens[:, start : start + chunk], cache=cache))
-        mx.eval(parts[-1], [c.state for c in cache])
-    return cache, mx.concatenate(parts, axis=1)
+    calls = [min(chunk, tokens.shape[1] - i) for i in range(0, tokens.shape[1], chunk)]
+    return cache, mx.concatenate(feed_calls(model, tokens, calls, cache), axis=1)
 
 
 def feed_calls(model, tokens, calls, cache):
-    """Feed tokens [B, L] in calls of these lengths; return the logits of each call."""
-    parts, start = [], 0
+    """Feed tokens [B, L] in calls of these lengths; return the logits of each call.
+
+    The first call of one token ends a prompt, and is seen to: `state` is not read.
+    """
+    patch, parts, start = patch_of(model), [], 0
     for length in calls:
         parts.append(model(tokens[:, start : start + length], cache=cache))
-        mx.eval(parts[-1], [c.state for c in cache])
+        mx.eval(parts[-1])
+        if patch is not None:
+            patch.end_prompts(cache)
         start += length
     return parts
 

@@ -60,13 +60,15 @@ class Probe:
     def program(self, calls, row=0, **rules):
         """Return position -> set, with the patched attention fed in `calls`."""
         sets, start = {}, 0
+        rules = {"evict": "index", **rules}
         with patch_sparse_generate(self.model, self.indexers, **rules) as patch:
             cache = patch.make_cache()[0]
             attention = self.model.layers[0].self_attn
             for length in calls:
                 x = mx.array(self.x[:, start : start + length])
                 out = attention(x, create_attention_mask(x, cache), cache)
-                mx.eval(out, cache.state)
+                mx.eval(out)
+                patch.end_prompts([cache])
                 weights = np.array(out)[row, :, CONTENT:]
                 for i, w in enumerate(weights):
                     sets[start + i] = frozenset(np.flatnonzero(w).tolist())

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import numpy as np
-from builders import SHAPES, make_indexers, make_model, make_tokens
+from builders import SHAPES, feed_calls, make_indexers, make_model, make_tokens
 from mlx_lm.models import cache as lm_cache
 
 from mlx_dsa import patch_sparse_generate
@@ -16,7 +16,9 @@ MARGIN = 1e-5
 LOGITS = 5e-5
 
 # A budget that short prompts exceed.
-RULES = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact", observation_window=8)
+RULES = dict(
+    top_k=24, n_sink=3, n_recent=5, prefill="exact", observation_window=8, evict="index"
+)
 
 
 def make_small():
@@ -71,12 +73,11 @@ def run_program(model, indexers, rules, tokens, calls, row=0):
         tuple: the logits of each call as float64 [L, vocab], and after each call
         the set of positions that each layer keeps, both of one row of the batch.
     """
-    with patch_sparse_generate(model, indexers, **rules):
+    with patch_sparse_generate(model, indexers, **{"evict": "index", **rules}):
         cache = lm_cache.make_prompt_cache(model)
         logits, kept, start = [], [], 0
         for length in calls:
-            out = model(tokens[:, start : start + length], cache=cache)
-            mx.eval(out, [c.state for c in cache])
+            (out,) = feed_calls(model, tokens[:, start : start + length], [length], cache)
             logits.append(np.array(out[row].astype(mx.float32), dtype=np.float64))
             kept.append([kept_positions(c, row) for c in cache])
             start += length

@@ -63,7 +63,7 @@ def resident_bytes():
 
 def active_bytes(cache):
     """Return the memory of arrays when nothing is left to be computed."""
-    mx.eval(cache.state)
+    mx.eval(cache.contents)
     mx.synchronize()
     return mx.get_active_memory()
 
@@ -97,6 +97,7 @@ def soak(steps, check_every=1000, tell=lambda line: None):
         (cache,) = make_prompt_cache(model)
         mx.eval(model(mx.array(tokens[None, :PROMPT]), cache=[cache]))
         mx.eval(model(mx.array(tokens[None, PROMPT : PROMPT + 1]), cache=[cache]))
+        patch.prune([cache])
         kept = Simulation(np.array(cache.positions[0]), np.array(cache.worth[0]))
         for step in range(1, steps + 1):
             at = PROMPT + step

@@ -117,7 +117,7 @@ def test_caches_of_two_phases_do_not_grow_at_once():
 def test_positions_stay_what_they_were(small):
     """Those of later steps are written in place, but not into what was handed out."""
     model, indexers, _ = small
-    with patch_sparse_generate(model, indexers, **RULES, evict="window"):
+    with patch_sparse_generate(model, indexers, **{**RULES, "evict": "window"}):
         cache, _ = feed(model, make_tokens(60), 59)
         feed(model, make_tokens(3), 1, cache)
         cache[0].settle(model.layers[0].self_attn.eviction.project)

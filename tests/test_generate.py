@@ -19,7 +19,7 @@ from simulate import (
 from mlx_dsa import load_indexers, patch_sparse_generate, save_indexers
 from numpy_reference import ReferenceModel, Rules
 
-SMALL = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact")
+SMALL = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact", evict="index")
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ def test_they_are_the_layers_own(bits, bias):
     expected = project(layer, x)
     mx.eval(expected)
     joined = JoinedProjections(layer)
+    joined.join()
     assert joined._joined is not None
     assert is_close(joined(x), expected)
     after = dict(tree_flatten(layer.parameters()))
@@ -56,6 +57,7 @@ def test_nothing_is_in_memory_twice():
     size = sum(layer[name].weight.nbytes for name in ("q_proj", "k_proj", "v_proj"))
     before = mx.get_active_memory()
     joined = JoinedProjections(layer)
+    joined.join()
     assert mx.get_active_memory() - before < size / 4
     assert joined._joined.weight.nbytes == size
 
@@ -94,12 +96,14 @@ def test_what_is_not_alike_or_was_replaced_runs_by_itself(change, late):
     x = mx.random.normal((1, 1, 64))
     if late:
         joined = JoinedProjections(layer)
+        joined.join()
         stale = joined(x)
         change(layer)
         assert not is_close(stale, project(layer, x))
     else:
         change(layer)
         joined = JoinedProjections(layer)
+        joined.join()
     ours = joined(x)
     assert (joined._joined is None) == (late or change in (add_adapter, other_bits))
     assert is_close(ours, project(layer, x))
@@ -118,8 +122,8 @@ def test_a_restored_patch_holds_no_weights():
         in_use.append(mx.get_active_memory())
     layer = model.layers[0].self_attn
     size = sum(layer[name].weight.nbytes for name in ("q_proj", "k_proj", "v_proj"))
-    # Each patch has indexers of its own, that are smaller.
-    assert in_use[3] - in_use[2] < size / 2
+    # Each patch has indexers of its own: a quarter of the joined weights of both layers.
+    assert in_use[3] - in_use[2] < size
 
 
 @pytest.mark.parametrize("cache", ["budget", "full", "tiered"])

@@ -118,7 +118,7 @@ def test_kept_positions_follow_the_scores(small, calls, n_recent):
     with patch_sparse_generate(model, indexers, **rules):
         cache, start = make_prompt_cache(model), 0
         for length in calls:
-            model(tokens[:, start : start + length], cache=cache)
+            feed_calls(model, tokens[:, start : start + length], [length], cache)
             start += length
             for row, run in enumerate(runs):
                 run.step() if length == 1 else run.append(length)
@@ -286,12 +286,12 @@ def test_pooling_reaches_four_positions_and_no_further():
     assert not np.array_equal(np.array(pooled)[0], scores[0])
 
 
-def test_indexers_without_heads_evict_by_index_and_say_so():
+def test_indexers_without_heads_evict_by_keydiff_and_say_so():
     model = make_model(**SHAPES["gqa2"])
     indexers = make_indexers(model)
     tokens = make_tokens(90)
     kept = {}
-    for evict in ("retention", "index"):
+    for evict in ("retention", "keydiff", "index"):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             with patch_sparse_generate(model, indexers, **RULES, evict=evict):
@@ -300,7 +300,7 @@ def test_indexers_without_heads_evict_by_index_and_say_so():
                 kept[evict] = [sorted(c.positions[0].tolist()) for c in cache]
         messages = [str(w.message) for w in said if "retention" in str(w.message)]
         assert len(messages) == (evict == "retention")
-    assert kept["retention"] == kept["index"]
+    assert kept["retention"] == kept["keydiff"] != kept["index"]
 
 
 def test_heads_are_saved_with_the_indexers(small, tmp_path):

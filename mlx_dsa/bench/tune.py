@@ -234,6 +234,8 @@ class _Bench:
     def _full_budget(self):
         """Return layers and their caches, full and past a prompt."""
         layers = self._sparse(prefill="dense", cache="budget")
+        for layer in layers:
+            layer.join()
         caches = [layer.make_cache(i) for i, layer in enumerate(layers)]
         prompt = self._noise(1, self._config.top_k, self._args.hidden_size)
         mx.eval([layer(prompt, None, cache) for layer, cache in zip(layers, caches)])

@@ -1,12 +1,14 @@
 """KV caches that carry index keys."""
 
 from .budget import BudgetKVCache
-from .cold import FileStore, MemoryStore
+from .cold import MemoryStore
+from .cold_file import ColdFile, FileStore
 from .full import FullKVCache
 from .tiered import TieredKVCache
 
 __all__ = [
     "BudgetKVCache",
+    "ColdFile",
     "FileStore",
     "FullKVCache",
     "MemoryStore",

@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..ops import gather_rows, write_rows
 from .full import FullKVCache, snapshot
 from .late import LateStates
+from .prompt import PromptPhase
 
 # Steps that may leave something open, and the share of the budget that they may be.
 _MOST_LATE, _LATE_SHARE = 256, 4
@@ -54,6 +55,7 @@ class BudgetKVCache(FullKVCache):
     """
 
     phase = 0  # of a cache that from_state builds
+    _saves_memory = "for less memory lower top_k, the number of entries that it keeps"
 
     def __init__(self, budget: int, phase: int = 0):
         if budget < 1:
@@ -232,6 +234,7 @@ class BudgetKVCache(FullKVCache):
         self._positions = write_rows(positions, offset, slots[:, None], axis=1)
         self._late_slots.append(slots)
         self._add_late(x)
+        self._tie(self._positions)
         self.offset += 1
         self._sorted = False
 
@@ -286,7 +289,7 @@ class BudgetKVCache(FullKVCache):
         return super().nbytes + self._late.nbytes + sum(a.nbytes for a in extra)
 
     @property
-    def state(self) -> list[Any]:
+    def contents(self) -> list[Any]:
         """What a copy needs: arrays, whole numbers and ``None``."""
         late = [None, None]
         if self.n_late:
@@ -297,7 +300,7 @@ class BudgetKVCache(FullKVCache):
         if self.window is not None:
             window = [*self.window[:2], mx.array(self.window.positions, mx.int32)]
         state = [
-            *(self.keys, self.values, self.index_keys, self.offset),
+            *(self.keys, self.values, self.index_keys, self.offset, self.prompt.code),
             *(self.positions if self.evicted else None, int(self._sorted)),
             *(self.budget, self.n_planned),
             *window,
@@ -306,15 +309,16 @@ class BudgetKVCache(FullKVCache):
         ]
         return snapshot(state)
 
-    @state.setter
-    def state(self, state: Sequence[Any]):
-        keys, values, index_keys, self.offset, *state = snapshot(state)
-        self._positions, in_order, self.budget, self.n_planned, *state = state
-        *window, late, late_slots = state[:5]
+    @contents.setter
+    def contents(self, contents: Sequence[Any]):
+        keys, values, index_keys, self.offset, prompt, *rest = snapshot(contents)
+        self.prompt = PromptPhase.from_code(prompt)
+        self._positions, in_order, self.budget, self.n_planned, *rest = rest
+        *window, late, late_slots = rest[:5]
         self._late = LateStates(self.most_late)
         if late is not None:
             self._late.add(late)
-        self._buffers = None if keys is None else [keys, values, index_keys, *state[5:]]
+        self._buffers = None if keys is None else [keys, values, index_keys, *rest[5:]]
         self._late_slots = []
         if late_slots is not None:
             self._late_slots = [late_slots[:, i] for i in range(self.n_late)]
@@ -324,13 +328,8 @@ class BudgetKVCache(FullKVCache):
         if window[0] is not None:
             self.window = Window(*window[:2], tuple(window[2].tolist()))
 
-    def is_trimmable(self) -> bool:
-        """Return whether the newest tokens can be taken back: not after eviction.
-
-        Not while empty, either: so mlx-lm refuses speculative decoding, whose calls
-        of several tokens look like prompts and would never be evicted from.
-        """
-        return not self.evicted and not self.empty()
+    def _is_trimmable(self) -> bool:
+        return not self.evicted
 
     def trim(self, n: int) -> int:
         """Take back the newest ``n`` tokens; return how many were."""

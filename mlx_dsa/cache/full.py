@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+
+from .callers import find_caller
+from .prompt import PromptPhase
 
 
 class FullKVCache:
@@ -15,9 +19,13 @@ class FullKVCache:
     ``make_mask``, ``trim``), with :meth:`append` in place of
     ``update_and_fetch``, since an entry has an index key too. A slot is a place
     in the cache; here it equals the position of its token.
+
+    Attributes:
+        prompt (PromptPhase): Whether the calls that it sees are of a prompt.
     """
 
     step = 256
+    _saves_memory = "for less memory use cache 'budget' or 'tiered'"
 
     def __init__(self):
         self.reset()
@@ -27,6 +35,7 @@ class FullKVCache:
         self.offset = 0
         self._size = 0
         self._buffers: list[mx.array] | None = None
+        self.prompt = PromptPhase()
 
     @property
     def keys(self) -> mx.array | None:
@@ -110,15 +119,33 @@ class FullKVCache:
         return sum(b.nbytes for b in self._buffers or ())
 
     @property
+    def contents(self) -> list[Any]:
+        """What a copy needs: arrays, whole numbers and ``None``."""
+        entries = [self.keys, self.values, self.index_keys, self.offset]
+        return snapshot([*entries, self.prompt.code])
+
+    @contents.setter
+    def contents(self, contents: Sequence[Any]):
+        keys, values, index_keys, self.offset, prompt = snapshot(contents)
+        self.prompt = PromptPhase.from_code(prompt)
+        self._buffers = None if keys is None else [keys, values, index_keys]
+        self._size = self.offset
+
+    def copy(self) -> FullKVCache:
+        """Return a cache that goes on by itself from where this one is."""
+        other = copy.copy(self)
+        other.contents = self.contents
+        return other
+
+    @property
     def state(self) -> list[Any]:
-        """What a copy needs: arrays and whole numbers."""
-        return snapshot([self.keys, self.values, self.index_keys, self.offset])
+        """The contents, for mlx-lm, which reads them while a prompt goes on."""
+        self.prompt.state_was_read()
+        return self.contents
 
     @state.setter
     def state(self, state: Sequence[Any]):
-        keys, values, index_keys, self.offset = snapshot(state)
-        self._buffers = None if keys is None else [keys, values, index_keys]
-        self._size = self.offset
+        self.contents = state
 
     @classmethod
     def from_state(cls, state: Sequence[Any]):
@@ -128,14 +155,29 @@ class FullKVCache:
         return cache
 
     def is_trimmable(self) -> bool:
-        """Return whether the newest tokens can be taken back."""
+        """Return whether the newest tokens can be taken back.
+
+        Raises:
+            ValueError: If speculative decoding asks. Its calls of several tokens can't be
+                told from a prompt's, which are never evicted from.
+        """
+        if find_caller("mlx_lm.generate", "speculative_generate_step"):
+            raise ValueError(
+                f"[{type(self).__name__}] speculative decoding is not supported on a "
+                f"patched model. Leave draft_model out, or restore() the patch."
+            )
+        return self._is_trimmable()
+
+    def _is_trimmable(self) -> bool:
         return True
 
     def trim(self, n: int) -> int:
         """Take back the newest ``n`` tokens; return how many were."""
-        n = min(self._size, n) if self.is_trimmable() else 0
+        n = min(self._size, n) if self._is_trimmable() else 0
         self._size -= n
         self.offset -= n
+        if n:
+            self.prompt.reopen()
         return n
 
     def make_mask(
@@ -165,8 +207,8 @@ class FullKVCache:
     def to_quantized(self):
         """Refuse ``kv_bits``; mlx-lm asks for this attribute when it is set."""
         raise ValueError(
-            f"[{type(self).__name__}] kv_bits is not supported: the cache is already "
-            f"bounded by its budget. Leave kv_bits out, and lower top_k for less memory."
+            f"[{type(self).__name__}] kv_bits is not supported on a patched model. Leave it "
+            f"out; {self._saves_memory}."
         )
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..ops import gather_rows
-from .cold import FileStore, MemoryStore
+from .cold import MemoryStore
+from .cold_file import FileStore
 from .full import FullKVCache
+from .prompt import PromptPhase
 
 
 class TieredKVCache(FullKVCache):
@@ -24,6 +26,8 @@ class TieredKVCache(FullKVCache):
         budget (int): Hot entries.
         make_store (callable): Makes an empty cold store.
     """
+
+    _saves_memory = "for less memory use cold_bits=4, or cold_file"
 
     def __init__(self, budget: int, make_store: Callable[[], MemoryStore | FileStore]):
         self.budget = budget
@@ -43,6 +47,11 @@ class TieredKVCache(FullKVCache):
     def split(self) -> bool:
         """Whether entries have gone to the cold store."""
         return self._hot is not None
+
+    @property
+    def recalls_exactly(self) -> bool:
+        """Whether what comes back from the cold store is what went there."""
+        return self.split and self.cold.is_exact
 
     @property
     def recalled(self) -> int:
@@ -147,7 +156,9 @@ class TieredKVCache(FullKVCache):
             cold = self.cold.fetch_all()
             everything = [mx.where(is_hot, h, c) for h, c in zip(hot, cold)]
             everything.append(self._fetch(2))
-        return FullKVCache.from_state([*everything, self._size])
+        full = FullKVCache()
+        full.contents = [*everything, self._size, 0]
+        return full
 
     @property
     def hot_nbytes(self) -> int:
@@ -168,23 +179,25 @@ class TieredKVCache(FullKVCache):
         )
 
     @property
-    def state(self) -> list[Any]:
+    def contents(self) -> list[Any]:
         """What a copy needs; of one that is split, with its store."""
         if not self.split:
-            return super().state
-        at_hand = [*self._hot, self.index_keys, self.offset]
+            return super().contents
+        at_hand = [*self._hot, self.index_keys, self.offset, self.prompt.code]
         return [*at_hand, self._slots_in_hot, self._recalled, *self.cold.arrays]
 
-    @state.setter
-    def state(self, state: Sequence[Any]):
+    @contents.setter
+    def contents(self, contents: Sequence[Any]):
         self._hot = self._slots_in_hot = self._recalled = None
         self.n_selections = 0
         store, self.cold = self.cold, self._make_store()
-        if len(state) == 4:
-            FullKVCache.state.fset(self, state)
+        if len(contents) == 5:
+            FullKVCache.contents.fset(self, contents)
             return
-        *hot, index_keys, self.offset, self._slots_in_hot, self._recalled = state[:6]
-        self.cold = store.copy(state[6:])
+        *hot, index_keys, self.offset, prompt = contents[:5]
+        self._slots_in_hot, self._recalled, *arrays = contents[5:]
+        self.prompt = PromptPhase.from_code(prompt)
+        self.cold = store.copy(arrays)
         self._hot, self._size = hot, self.offset
         nothing = mx.zeros((*hot[0].shape[:2], self._size, 0), hot[0].dtype)
         self._buffers = [nothing, nothing, index_keys]
@@ -197,6 +210,5 @@ class TieredKVCache(FullKVCache):
             "cache instead."
         )
 
-    def is_trimmable(self) -> bool:
-        """Return whether the newest tokens can be taken back: not after the split."""
+    def _is_trimmable(self) -> bool:
         return not self.split

@@ -13,6 +13,7 @@ class LayerCache:
         self.positions = np.zeros(0, dtype=np.int64)
         self.entries = None
         self.observed = []
+        self.open = True  # a prompt begins, or goes on
 
     def append(self, *arrays):
         """Add keys, values and index keys [L, ...] at the next positions."""
@@ -66,6 +67,7 @@ class ReferenceRun:
             cache.offset -= n
             cache.keep(cache.positions[cache.positions < cache.offset].tolist())
             cache.observed = [o for o in cache.observed if o[0] < cache.offset]
+            cache.open = True
 
     def kept(self, layer):
         """Return the set of positions that a layer's cache holds."""
@@ -109,29 +111,30 @@ class ReferenceRun:
         scores = indexer.scores(iq, iw, cache.entries[2])
         causal = [set(positions[positions <= p].tolist()) for p in new]
 
-        if len(new) > 1:
+        query, total = int(new[-1]), len(positions)
+        in_prompt = len(new) > 1 or cache.open
+        cache.open = len(new) > 1
+        if in_prompt:
             cache.observed += list(zip(new.tolist(), iq, iw))
             cache.observed = cache.observed[-rules.observation_window :]
-            if rules.mode() == "dense":
-                return causal, None
-            if rules.mode() == "tile":
-                return rules.select_tiles(positions, scores, new), None
-            return [rules.select(positions, s, p) for p, s in zip(new, scores)], None
+            sets = causal
+            if total > rules.top_k and rules.mode() == "tile":
+                sets = rules.select_tiles(positions, scores, new)
+            elif total > rules.top_k and rules.mode() == "exact":
+                sets = [rules.select(positions, s, p) for p, s in zip(new, scores)]
+            if cache.open:
+                return sets, None
+            # A call of one token ends the prompt: it attends as the others did.
+            merit = eviction_scores(indexer, cache.observed, cache)
+            cache.observed = []
+            if rules.cache == "full" or total <= rules.top_k:
+                return sets, None
+            return sets, rules.prune(positions, merit, query)
 
-        query = int(new[0])
-        observed = (cache.observed + [(query, iq[0], iw[0])])[
-            -rules.observation_window :
-        ]
-        cache.observed = []
-        before = len(positions) - 1
-        if before + 1 <= rules.top_k:
+        if total <= rules.top_k:
             return causal, None
-        own = rules.select(positions, scores[0], query)
         if rules.cache == "full":
-            return [own], None
-        if before > rules.top_k:
-            merit = eviction_scores(indexer, observed, cache)
-            return [own], rules.prune(positions, merit, query)
+            return [rules.select(positions, scores[0], query)], None
         stays = rules.drop_one(positions, scores[0], query)
         return [stays], stays
 

@@ -84,6 +84,9 @@ class Rules:
             rows = np.flatnonzero(queries // self.tile_size == tile)
             first, last = queries[rows[0]], queries[rows[-1]]
             earlier = positions < first
+            if len(rows) == 1:
+                sets.append(self.select(positions, scores[rows[0]], first))
+                continue
             if last + 1 <= self.top_k:
                 shared = set(positions[earlier].tolist())
             elif earlier.sum() <= self.top_k - self.tile_size:
