@@ -86,7 +86,7 @@ def test_rows_that_are_taken_go_on_as_those_left(subject, asked):
         read(subject.model, text, caches)
         asked.clear()
         taken = take_rows(caches, [0])
-        assert asked == {120}  # of copies
+        assert not asked
         logits = [subject.model(question, cache=c) for c in (caches, taken)]
     assert mx.array_equal(*logits)
     assert {c.size() for c in (*caches, *taken)} == {64 + 120}  # the text was pruned before it

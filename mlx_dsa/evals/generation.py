@@ -12,7 +12,9 @@ from time import perf_counter
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..cache import FullKVCache
 from ..chunks import chunk_size
+from ..patch import patch_of
 
 
 def spans(n):
@@ -27,7 +29,9 @@ def spans(n):
 
 
 def read(model, ids, caches):
-    """Feed tokens, the last one alone, and return the logits after it `[B, V]`.
+    """Feed a prompt, its last token alone, and return the logits after it `[B, V]`.
+
+    It ends there: what a budget drops is dropped before a later turn is read.
 
     Args:
         model: patched or not.
@@ -38,6 +42,9 @@ def read(model, ids, caches):
     edges = [*range(0, last, chunk_size()), last]
     _feed(model, ids, zip(edges, edges[1:]), caches)
     logits = model(ids[:, last:], cache=caches)[:, -1]
+    patch = patch_of(model)
+    if patch is not None:
+        patch.end_prompts(caches)
     mx.eval(logits)
     return logits
 
@@ -53,14 +60,14 @@ def _feed(model, ids, chunks, caches):
 def take_rows(caches, rows):
     """Return caches that hold some rows of a batch; those given don't notice."""
     rows = mx.array(rows)
-    taken = [copy.copy(c) for c in caches]  # mlx-lm's from_state differs by version
-    for c in taken:
-        state = [
-            a[rows] if isinstance(a, mx.array) and a.ndim > 1 else a
-            for a in copy.copy(c).state
-        ]
-        mx.eval(state)
-        c.state = state
+    taken = []
+    for c in caches:
+        # Ours tell what they hold without taking it for a chunk's end.
+        held = c.contents if isinstance(c, FullKVCache) else c.state
+        held = [a[rows] if isinstance(a, mx.array) and a.ndim > 1 else a for a in held]
+        mx.eval(held)
+        taken.append(copy.copy(c))  # mlx-lm's from_state differs by version
+        taken[-1].state = held
     return taken
 
 
