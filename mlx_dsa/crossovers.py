@@ -238,7 +238,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
 def _write(entries: list[dict[str, Any]]) -> Path:
     file = crossover_file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file, shared=True) as part:
+    with replacing(file) as part:
         part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     return file
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import KVCache
 
 from .arrays import evaluate, is_imprecise
@@ -19,6 +18,7 @@ from .cache import BudgetKVCache, ColdFile, FullKVCache
 from .cache.callers import find_caller
 from .config import SparseConfig
 from .crossovers import describe, lookup, plan_prefill
+from .files import HeldFile
 from .indexer import Indexer
 from .ops import check_backend
 from .positions import max_positions
@@ -27,6 +27,8 @@ _MODEL_TYPES = ("qwen3", "qwen3_moe")
 # The sparse layer, counted from 1, at which the device starts on a chunk of a prompt: a
 # GPU takes longer for these than Python for all that come after (docs/log.md).
 _STARTS_AT = 4
+# What a cold file begins with: one of ours, not a user's.
+_COLD_MARK = b"mlx-dsa cold file\n"
 
 
 class SparsePatch:
@@ -46,7 +48,8 @@ class SparsePatch:
         self.config = config
         self._model = model
         self._caches: weakref.WeakSet = weakref.WeakSet()
-        self._cold_file: ColdFile | None = None  # one that this patch has made
+        self._cold_file: ColdFile | None = None
+        self._claimed: HeldFile | None = None  # the file that it is
         found = None
         if config.prefill == "auto":
             found = lookup(describe(model, indexers, config))
@@ -72,7 +75,8 @@ class SparsePatch:
     def make_cache(self) -> list[Any]:
         """Make an empty cache for each layer: what ``make_prompt_cache`` returns."""
         if self.config.cold_file is not None and self._cold_file is None:
-            self._cold_file = _claim(Path(self.config.cold_file))
+            self._claimed = _claim(Path(self.config.cold_file))
+            self._cold_file = ColdFile(self.config.cold_file)
         caches = [
             self.layers[i].make_cache(i, self._cold_file) if i in self.layers else KVCache()
             for i in range(len(self._model.layers))
@@ -111,15 +115,13 @@ class SparsePatch:
         """
         self._caches.update(caches)
 
-    def dense_parameters(self) -> dict[str, Any]:
-        """Return the model's parameters under the names they have unpatched."""
-        return tree_unflatten(
-            [
-                (name.replace(".self_attn.attention.", ".self_attn."), value)
-                for name, value in tree_flatten(self._model.parameters())
-                if ".self_attn.indexer." not in name
-            ]
-        )
+    def dense_modules(self) -> dict[str, nn.Module]:
+        """Return the model's modules under the names they have unpatched."""
+        return {
+            name.replace(".self_attn.attention", ".self_attn"): module
+            for name, module in self._model.named_modules()
+            if not isinstance(module, SparseAttention) and ".self_attn.indexer" not in name
+        }
 
     def prune(self, caches: Sequence[Any]):
         """Cut caches to their budget now: the prompt is over, or no question is known yet.
@@ -196,8 +198,8 @@ class SparsePatch:
                 self._model.layers[i].self_attn = layer.attention
             layer.release()
         if self._cold_file is not None:
-            Path(self._cold_file.path).unlink(missing_ok=True)
-            self._cold_file = None
+            self._claimed.release()
+            self._claimed = self._cold_file = None
         if getattr(self._model, "make_cache", None) == self._make_cache_for_mlx_lm:
             del self._model.make_cache
 
@@ -293,10 +295,14 @@ def _warn(model: nn.Module, indexers: Mapping[int, Indexer], config: SparseConfi
         )
 
 
-def _claim(path: Path) -> ColdFile:
-    """Make a new cold file."""
+def _claim(path: Path) -> HeldFile:
+    """Make a new cold file, in place of one that a killed process left."""
     try:
-        path.open("xb").close()
+        return HeldFile(path, _COLD_MARK)
+    except BlockingIOError:
+        raise ValueError(
+            f"[SparsePatch] 'cold_file' {path} is in use by another run. Name another file."
+        ) from None
     except FileExistsError:
         raise ValueError(
             f"[SparsePatch] 'cold_file' {path} exists and is not overwritten. Name a new "
@@ -306,4 +312,3 @@ def _claim(path: Path) -> ColdFile:
         raise ValueError(
             f"[SparsePatch] 'cold_file' {path} can't be made: {error.strerror}."
         ) from None
-    return ColdFile(path)

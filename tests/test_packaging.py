@@ -20,7 +20,7 @@ PACKAGE = ROOT / "mlx_dsa"
 
 # Imports run from right to left only (docs/design.md, layout).
 LAYERS = [
-    {"arrays", "blas", "config", "files", "pictures", "positions"},
+    {"arrays", "blas", "config", "files", "fingerprint", "pictures", "positions", "sealed", "texts"},
     {"startup"},
     {"ops"},
     {"indexer", "selectors", "cache", "checkpoint", "chunks", "crossovers", "projections"},

@@ -23,6 +23,7 @@ from mlx_dsa.train import teacher as teacher_module
 from mlx_dsa.train.data import Sequence, load_sequences, sample_rows
 from mlx_dsa.train.loss import distillation_loss, layer_score, open_keys, row_scores
 from mlx_dsa.train.sources import read_rows
+from mlx_dsa.train.state import check_out
 from mlx_dsa.train.teacher import attention_target, layer_views
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -487,6 +488,24 @@ def test_a_folder_with_something_else_is_refused(tmp_path, name, resume):
             resume=resume,
         )
     assert (out / name).read_text() == "mine" and os.listdir(out) == [name]
+
+
+def test_a_folder_that_is_empty_but_for_what_systems_leave_there_is_taken(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    left = [".DS_Store", "Thumbs.db", "desktop.ini", "._.DS_Store"]
+    for name in left:
+        (out / name).write_bytes(b"\0")
+    check_out(out, resume=False)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="new or empty folder but it holds notes.txt"):
+        check_out(out, resume=False)
+    (out / "notes.txt").unlink()
+    (out / "checkpoint.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="unfinished run"):
+        check_out(out, resume=False)
+    check_out(out, resume=True)
+    assert sorted(os.listdir(out)) == sorted([*left, "checkpoint.safetensors"])
 
 
 def test_an_unsupported_model_is_refused(tmp_path):

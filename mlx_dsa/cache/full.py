@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from .callers import find_caller
+from .foreign import SAVE_WITH, marked, unmarked
 from .prompt import PromptPhase
 
 
@@ -139,13 +140,19 @@ class FullKVCache:
 
     @property
     def state(self) -> list[Any]:
-        """The contents, for mlx-lm, which reads them while a prompt goes on."""
+        """The contents, for mlx-lm, which reads them while a prompt goes on, and can
+        evaluate and copy them but not save them."""
         self.prompt.state_was_read()
-        return self.contents
+        return marked(self.contents)
 
     @state.setter
     def state(self, state: Sequence[Any]):
-        self.contents = state
+        self.contents = unmarked(state)
+
+    @property
+    def meta_state(self):
+        """Refuse ``save_prompt_cache`` of mlx-lm before 0.32, which alone asks for it."""
+        raise ValueError(f"[{type(self).__name__}] {SAVE_WITH}.")
 
     @classmethod
     def from_state(cls, state: Sequence[Any]):

@@ -133,6 +133,8 @@ def _report(model: str, result: TrainResult):
     click.echo(f"Best steps together: {_describe(result.scores)}")
     click.echo(f"Wrote {result.path}")
     click.echo(f"Try: mlx-dsa chat --model {model} --indexer {result.path}")
+    if result.left_out:
+        click.echo(result.left_out, err=True)
 
 
 def _settings(kind: type, config: str | None, given: dict[str, Any]) -> Any:

@@ -1,9 +1,9 @@
 """Where the evaluators' texts come from: the bundled books, local files, the hub."""
 
-import gzip
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..texts import is_broken, read_blocks, read_objects
 
 BOOKS = Path(__file__).with_name("data") / "books.jsonl.gz"
 # Hub names that need a configuration, and where in them the text stands.
@@ -22,36 +22,28 @@ class Document:
     text: str
 
 
-def read_lines(path):
+def read_lines(path, strings):
     """Yield (number, dict) for each line of a .jsonl or .jsonl.gz file.
 
+    Nothing is left out: what is measured must be the whole of what was given.
+
+    Args:
+        path (str or Path): the file.
+        strings (list of str): keys whose values must be strings.
+
     Raises:
-        ValueError: at a line that is no JSON object, with its number.
+        ValueError: at a line that is no JSON object, or lacks a string, with its number.
     """
-    path = Path(path)
-    opened = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    with opened(path, "rt", encoding="utf-8") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, _object(line, path, number)
-        except (UnicodeDecodeError, OSError, EOFError) as error:
-            raise ValueError(
-                f"[read_lines] '{path}' cannot be read after line {number}: {error}."
-            ) from None
-
-
-def _object(line, path, number):
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"[read_lines] '{path}' line {number} is not JSON: {error}.") from None
-    if not isinstance(entry, dict):
-        raise ValueError(
-            f"[read_lines] '{path}' line {number} is not a JSON object but a {type(entry).__name__}."
-        )
-    return entry
+    for number, row, flaw in read_objects(path):
+        place = f"[read_lines] '{path}' line {number}"
+        if flaw:
+            raise ValueError(f"{place} is {flaw}.")
+        if not all(isinstance(row.get(key), str) for key in strings):
+            wanted = " and ".join(f'"{key}"' for key in strings)
+            raise ValueError(f"{place} has no {wanted}.")
+        if any(is_broken(row[key]) for key in strings):
+            raise ValueError(f"{place} holds half a character (a lone surrogate).")
+        yield number, row
 
 
 def load_documents(source=None, limit=None):
@@ -68,7 +60,9 @@ def load_documents(source=None, limit=None):
     path = Path(source) if source else BOOKS
     if path.is_dir():
         files = sorted(
-            p for p in path.iterdir() if p.name.endswith((".txt", ".jsonl", ".jsonl.gz"))
+            p
+            for p in path.iterdir()
+            if p.name.endswith((".txt", ".jsonl", ".jsonl.gz")) and not p.name.startswith(".")
         )
         documents = [d for p in files for d in _read_file(p)]
     elif path.exists():
@@ -85,16 +79,16 @@ def load_documents(source=None, limit=None):
 
 def _read_file(path):
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        try:
-            return [Document(path.name, path.read_text(encoding="utf-8"))]
-        except UnicodeDecodeError:
-            raise ValueError(f"[load_documents] '{path}' is not UTF-8 text.") from None
-    documents = []
-    for number, entry in read_lines(path):
-        if not isinstance(entry.get("text"), str):
-            raise ValueError(f"[load_documents] '{path}' line {number} has no \"text\".")
-        documents.append(Document(entry.get("title") or f"{path.name}:{number}", entry["text"]))
-    return documents
+        return [Document(path.name, "".join(read_blocks(path)))]
+    return [
+        Document(_title(row) or f"{path.name}:{number}", row["text"])
+        for number, row in read_lines(path, ["text"])
+    ]
+
+
+def _title(row):
+    title = row.get("title")
+    return title if isinstance(title, str) and not is_broken(title) else None
 
 
 def _read_hub(source, limit):

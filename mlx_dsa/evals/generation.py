@@ -29,9 +29,9 @@ def spans(n):
 
 
 def read(model, ids, caches):
-    """Feed a prompt, its last token alone, and return the logits after it `[B, V]`.
+    """Feed tokens, the last one alone, and return the logits after it `[B, V]`.
 
-    It ends there: what a budget drops is dropped before a later turn is read.
+    A budget is pruned then, as the first token of an answer would do.
 
     Args:
         model: patched or not.
@@ -42,10 +42,10 @@ def read(model, ids, caches):
     edges = [*range(0, last, chunk_size()), last]
     _feed(model, ids, zip(edges, edges[1:]), caches)
     logits = model(ids[:, last:], cache=caches)[:, -1]
+    mx.eval(logits)
     patch = patch_of(model)
     if patch is not None:
         patch.end_prompts(caches)
-    mx.eval(logits)
     return logits
 
 
@@ -60,14 +60,15 @@ def _feed(model, ids, chunks, caches):
 def take_rows(caches, rows):
     """Return caches that hold some rows of a batch; those given don't notice."""
     rows = mx.array(rows)
-    taken = []
-    for c in caches:
-        # Ours tell what they hold without taking it for a chunk's end.
-        held = c.contents if isinstance(c, FullKVCache) else c.state
-        held = [a[rows] if isinstance(a, mx.array) and a.ndim > 1 else a for a in held]
+    taken = [copy.copy(c) for c in caches]  # mlx-lm's from_state differs by version
+    for c in taken:
+        # What ours hold can be read without a word on whether a prompt goes on.
+        name = "contents" if isinstance(c, FullKVCache) else "state"
+        held = [
+            a[rows] if isinstance(a, mx.array) and a.ndim > 1 else a for a in getattr(c, name)
+        ]
         mx.eval(held)
-        taken.append(copy.copy(c))  # mlx-lm's from_state differs by version
-        taken[-1].state = held
+        setattr(c, name, held)
     return taken
 
 

@@ -20,6 +20,7 @@ from .stats import paired_proportions, wilson
 from .subject import check_lengths, describe, fingerprint, policies_config
 
 PROMPTS = ("chat", "plain")
+_KEYS = ("question", "answer")  # of a problem
 # Where a continuation of "Question: ... Answer:" begins the next question by itself.
 _STOPS = ("Question:", "</s>", "<|im_end|>")
 
@@ -127,14 +128,14 @@ def load_problems(source):
     if Path(source).exists() or source.endswith((".jsonl", ".jsonl.gz")):
         if not Path(source).exists():
             raise ValueError(f"[gsm8k] '{source}' is not there.")
-        rows = [(f"line {n}", row) for n, row in read_lines(source)]
+        rows = [(f"line {n}", row) for n, row in read_lines(source, _KEYS)]
     else:
         name, _, split = source.partition(":")
         hub, part, test, _ = HUB.get(name, (name, None, "test", None))
         rows = [(f"row {i}", row) for i, row in enumerate(load_hub(hub, part, split or test))]
     problems = []
     for place, row in rows:
-        if not all(isinstance(row.get(k), str) for k in ("question", "answer")):
+        if not all(isinstance(row.get(key), str) for key in _KEYS):
             raise ValueError(f'[gsm8k] \'{source}\' {place} has no "question" and "answer".')
         if strict(row["answer"]) == INVALID:
             raise ValueError(f"[gsm8k] '{source}' {place}: the answer does not end in \"#### N\".")

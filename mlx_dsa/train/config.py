@@ -228,8 +228,11 @@ class TrainResult(NamedTuple):
         path (Path): The safetensors file.
         best_steps (dict): Layer number to the step its weights come from.
         scores (dict): Layer number to its :class:`LayerScore` at that step.
+        left_out (str): How many rows of the data were not learnt from, why, and
+          where they are, in one line; empty where all were. Default: ``""``.
     """
 
     path: Path
     best_steps: dict[int, int]
     scores: dict[int, LayerScore]
+    left_out: str = ""

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Iterator
-from itertools import islice
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..texts import LONGEST
+from .rendering import Piece, render_row
+from .report import Report, Unusable
 from .sources import read_rows
 
 # Tokens before a reply that count as its question (with the template's own tokens).
 _QUESTION_TOKENS = 32
+# What is encoded together: so many rows, or so many characters.
 _ROW_BLOCK = 64
+_TEXT_BLOCK = 4 * LONGEST
 
 
 class Sequence(NamedTuple):
@@ -39,10 +43,12 @@ def load_sequences(
     shortest: int,
     limit: int,
     reason: str = "top_k",
+    report: Report | None = None,
 ) -> list[Sequence]:
     """Read a text source and cut it into token sequences.
 
-    Running text is joined and cut every ``length`` tokens. A conversation is
+    What cannot be learnt from is left out, and a warning says in one line how many
+    rows that were, why and where. Running text is joined and cut every ``length`` tokens. A conversation is
     kept whole: several are packed into a sequence while they fit, and one that
     is longer than ``length`` loses its beginning. Sequences of ``shortest``
     tokens or fewer are left out, as there is nothing to be learnt from them.
@@ -56,6 +62,7 @@ def load_sequences(
         limit (int): Reading stops after so many sequences.
         reason (str): The setting that ``shortest`` comes from, for an error.
           Default: ``"top_k"``.
+        report (Report, optional): Told what is left out. Default: ``None``.
 
     Returns:
         list of Sequence: In the order of the source.
@@ -64,27 +71,28 @@ def load_sequences(
         ValueError: If the source cannot be read, holds no text, or no sequence
           is longer than ``shortest``.
     """
-    if isinstance(tokenizer, TokenizerWrapper):
-        tokenizer = tokenizer._tokenizer  # the wrapper itself gives no offsets
+    report = report or Report()
     sequences: list[Sequence] = []
     text, chat = _Packer(length, split=True), _Packer(length, split=False)
-    for rows in _blocks(enumerate(read_rows(data), 1), _ROW_BLOCK):
-        pieces = [_render(tokenizer, row, number, data) for number, row in rows]
+    for pieces in _blocks(_render(tokenizer, read_rows(data, report), report)):
         for piece, tokens, focus in _encode(tokenizer, pieces):
-            (chat if piece.replies else text).add(tokens, focus, sequences)
+            (chat if piece.is_chat else text).add(tokens, focus, sequences)
         if len(sequences) >= limit:
             break
     text.flush(sequences)
     chat.flush(sequences)
     longest = max((len(s.tokens) for s in sequences), default=0)
+    told = str(report)
     if longest == 0:
-        raise ValueError(f"[load_sequences] {data} holds no text.")
+        raise ValueError(f"[load_sequences] {data} holds no text. {told}".rstrip())
     if longest <= shortest:
         raise ValueError(
             f"[load_sequences] the sequences must be longer than {reason} = {shortest} "
             f"but the longest in {data} has {longest} tokens. Give longer texts, or a "
-            f"smaller {reason.split()[-1]}."
+            f"smaller {reason.split()[-1]}. {told}".rstrip()
         )
+    if told:
+        warnings.warn(f"{data}: {told}", stacklevel=2)
     return [s for s in sequences if len(s.tokens) > shortest][:limit]
 
 
@@ -161,60 +169,41 @@ class _Packer:
         self.pieces, self.size = [], 0
 
 
-class _Piece(NamedTuple):
-    """A row as text, and the (start, end) of each reply in it."""
+def _render(tokenizer: Any, rows: Iterator[dict], report: Report) -> Iterator[Piece]:
+    """Render rows one by one; the report says of which nothing is learnt."""
+    for row in rows:
+        try:
+            piece = render_row(tokenizer, row)
+        except Unusable as reason:
+            report.leave_out(reason.kind, reason.detail)
+            continue
+        if piece.is_chat:
+            if not piece.replies:
+                report.learn_without_replies()
+            yield piece
+        else:
+            for at in range(0, len(piece.text), LONGEST):
+                yield piece._replace(text=piece.text[at : at + LONGEST])
 
-    text: str
-    replies: list[tuple[int, int]]
 
-
-def _blocks(items: Iterator, size: int) -> Iterator[list]:
-    while block := list(islice(items, size)):
+def _blocks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    block, size = [], 0
+    for piece in pieces:
+        block.append(piece)
+        size += len(piece.text)
+        if len(block) == _ROW_BLOCK or size >= _TEXT_BLOCK:
+            yield block
+            block, size = [], 0
+    if block:
         yield block
 
 
-def _render(tokenizer: Any, row: dict, number: int, data: str | os.PathLike) -> _Piece:
-    text, messages = row.get("text"), row.get("messages")
-    if messages:
-        try:
-            return _render_chat(tokenizer, messages)
-        except Exception as error:  # a template raises what its author chose
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(
-                f"[load_sequences] the messages in row {number} of {data} do not fit the "
-                f"model's chat template: {reason[0]}"
-            ) from None
-    if isinstance(text, str):
-        return _Piece(text if not text or text.endswith("\n") else text + "\n\n", [])
-    raise ValueError(
-        f"[load_sequences] row {number} of {data} must have 'text' or 'messages' but has "
-        f"{', '.join(map(repr, row)) or 'nothing'}."
-    )
-
-
-def _render_chat(tokenizer: Any, messages: list[dict]) -> _Piece:
-    """Render a conversation with marks for the replies, so that their places are known."""
-    replies = [m["content"].strip() for m in messages if m["role"] == "assistant"]
-    if not any(replies):
-        raise ValueError("there is no reply of the assistant.")
-    marks = iter(f"\x02{i}\x02" for i in range(len(replies)))
-    marked = [
-        {**m, "content": next(marks)} if m["role"] == "assistant" else m for m in messages
-    ]
-    parts = re.split("\x02[0-9]+\x02", tokenizer.apply_chat_template(marked, tokenize=False))
-    if len(parts) != len(replies) + 1:
-        raise ValueError("it leaves out replies.")
-    text, places = parts[0], []
-    for reply, after in zip(replies, parts[1:]):
-        places.append((len(text), len(text) + len(reply)))
-        text += reply + after
-    return _Piece(text, places)
-
-
 def _encode(
-    tokenizer: Any, pieces: list[_Piece]
-) -> Iterator[tuple[_Piece, np.ndarray, np.ndarray]]:
+    tokenizer: Any, pieces: list[Piece]
+) -> Iterator[tuple[Piece, np.ndarray, np.ndarray]]:
     """Encode pieces together, which uses every core; yield tokens and focus positions."""
+    if isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = tokenizer._tokenizer  # the wrapper itself gives no offsets
     encoded = tokenizer(
         [piece.text for piece in pieces],
         add_special_tokens=False,

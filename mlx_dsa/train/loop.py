@@ -20,6 +20,7 @@ from ..indexer import Indexer, IndexerArgs
 from .config import LayerScore, TrainConfig, TrainProgress, TrainResult
 from .data import Sequence, fingerprint, load_sequences, pad_batch, sample_rows
 from .loss import distillation_loss, layer_score, open_keys, row_scores
+from .report import Report
 from .state import CHECKPOINT, TrainState, check_out, run_identity
 from .teacher import LayerView, attention_target, check_model, layer_views
 
@@ -50,7 +51,9 @@ def train_indexers(
         tokenizer: Its tokenizer, as ``mlx_lm.load`` returns it.
         data (str or PathLike): A ``.txt``, ``.jsonl`` or ``.jsonl.gz`` file, or
           else a dataset's name on the hub or its local folder. A row has
-          ``"text"``, or a chat as ``"messages"``.
+          ``"text"``, or a chat as ``"messages"`` (and ``"tools"``) or as
+          ``"prompt"`` and ``"completion"``. A chat becomes what the tokenizer's
+          template renders. Other rows are left out, counted, and warned of.
         out (str or PathLike): The folder for the checkpoint, and at the end for
           ``indexers.safetensors`` with its ``run_config.json``. It must be new
           or empty, unless ``resume`` is set.
@@ -74,14 +77,15 @@ def train_indexers(
     check_model(model)
     check_out(out, resume)
     wanted = config.steps * config.batch_size + config.held_out
+    report = Report()
     sequences = load_sequences(
-        data, tokenizer, config.sequence_length, config.top_k, wanted
+        data, tokenizer, config.sequence_length, config.top_k, wanted, report=report
     )
     identity = run_identity(model, fingerprint(sequences), config)
     state = TrainState(_new_indexers(model, config), config, LayerScore)
     run = _IndexerRun(model, config, state, *split(sequences, config))
     run.finish(out, identity, resume, progress)
-    return _assemble(out, model, config, state)
+    return _assemble(out, model, config, state)._replace(left_out=str(report))
 
 
 class TrainRun:

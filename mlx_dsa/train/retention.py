@@ -21,6 +21,7 @@ from .config import TrainProgress, TrainResult
 from .data import fingerprint, load_sequences
 from .lessons import Lesson, make_lessons, stack_queries
 from .loop import TrainRun, split
+from .report import Report
 from .retention_config import RetentionConfig, RetentionScore
 from .state import CHECKPOINT, TrainState, check_out, hash_parameters, run_identity
 from .teacher import LayerView, check_model, future_attention
@@ -78,6 +79,7 @@ def train_retention(
     check_out(out, resume)
     beside = load_indexers(source)
     _check_sizes(model, beside, config)
+    report = Report()
     sequences = load_sequences(
         data,
         tokenizer,
@@ -85,6 +87,7 @@ def train_retention(
         config.shortest,
         config.steps * config.batch_size + config.held_out,
         reason="8 * min_distance",
+        report=report,
     )
     identity = {
         **run_identity(model, fingerprint(sequences), config),
@@ -93,7 +96,7 @@ def train_retention(
     state = TrainState(_new_heads(beside, config), config, RetentionScore)
     lessons = split(make_lessons(sequences, config), config)
     _RetentionRun(model, config, state, *lessons).finish(out, identity, resume, progress)
-    return _assemble(out, source, beside, config, state)
+    return _assemble(out, source, beside, config, state)._replace(left_out=str(report))
 
 
 class _Prepared(NamedTuple):

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..files import replacing
+from ..files import is_dropping, is_part, replacing
 
 CHECKPOINT = "checkpoint.safetensors"
 FINISHED = "indexers.safetensors"
@@ -155,7 +155,8 @@ def check_out(out: Path, resume: bool):
     """Raise a ValueError if a run in ``out`` would overwrite something."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"[train] 'out' must be a folder but {out} is a file.")
-    found = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    there = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    found = [name for name in there if not (is_part(name) or is_dropping(name))]
     if CHECKPOINT in found:
         if not resume:
             raise ValueError(
@@ -166,10 +167,10 @@ def check_out(out: Path, resume: bool):
         raise ValueError(
             f"[train] {out} holds finished indexers. Choose another folder."
         )
-    elif set(found) - {"checkpoint.part.safetensors"}:
+    elif found:
         raise ValueError(
-            f"[train] 'out' must be a new or empty folder but {out} holds "
-            f"{found[0]}."
+            f"[train] {out} must be a new or empty folder but it holds {found[0]}. Choose "
+            f"another."
         )
 
 
