@@ -90,6 +90,8 @@ def _measure(subject, policy, ids):
             token = mx.argmax(logits, axis=-1)
             logits = model(token[:, None], cache=caches)[:, -1]
             mx.eval(logits)
+        # The room for states that wait to be scored is taken some steps later, or by this.
+        mx.eval([c.state for c in caches])
         mx.clear_cache()
         length = len(ids) + _STEPS
         return {

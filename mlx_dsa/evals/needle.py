@@ -243,7 +243,6 @@ def _row(policy, length, depth, cell):
         "value": correct / len(cell),
         "low": low,
         "high": high,
-        "retention": min(1.0, policy.top_k / length) if policy.top_k else 1.0,
         "read_s": statistics.median(r["read_s"] for r in cell),
         "peak_gb": max((r["peak_gb"] for r in cell if r["peak_gb"]), default=None),
     }

@@ -1,8 +1,12 @@
 """Results as pictures: what the field draws, with intervals."""
 
+import textwrap
+
 from ..pictures import save_picture
+from .tables import problems_name, selection_name
 
 _INK = "#333333"
+_NONE = float("nan")  # where there is no interval, no bar is drawn
 _COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#e09f3e", "#7b4b94", "#5c677d", "#0a9396", "#bb3e03")
 
 
@@ -86,10 +90,7 @@ def _retention(panels, title, plt):
         axis.set_xlabel("top_k, and its share of the context")
         axis.set_ylabel("accuracy, Wilson 95%")
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
-        axis.get_legend().remove()
-    axes[0][-1].legend(
-        handles.values(), handles, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
-    )
+    _legend(axes[0][-1], handles.values(), handles)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -165,8 +166,8 @@ def _lines(axis, series, logarithmic=True, spread=0.0):
         shift = 2 ** (spread * (i - (len(series) - 1) / 2))
         x, y = [p[0] * shift for p in points], [p[1] for p in points]
         errors = [
-            [max(0.0, v - low) for _, v, low, _ in points],
-            [max(0.0, high - v) for _, v, _, high in points],
+            [_NONE if low is None else max(0.0, v - low) for _, v, low, _ in points],
+            [_NONE if high is None else max(0.0, high - v) for _, v, _, high in points],
         ]
         axis.errorbar(
             x, y, yerr=errors, marker="o", markersize=4, capsize=3, color=colour, label=label
@@ -177,7 +178,11 @@ def _lines(axis, series, logarithmic=True, spread=0.0):
     axis.set_xticks(ticks, [f"{t:,}" for t in ticks])
     axis.minorticks_off()
     axis.grid(alpha=0.25)
-    axis.legend(frameon=False, fontsize=8)
+
+
+def _legend(axis, *handles):
+    """Put the legend beside an axis, where it covers nothing."""
+    axis.legend(*handles, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _ppl(result, plt):
@@ -194,6 +199,7 @@ def _ppl(result, plt):
     axis.axhline(1, color=_INK, linewidth=1, linestyle="--")
     axis.set_xlabel("top_k, keys a query")
     axis.set_ylabel("perplexity over dense, bootstrap 95%")
+    _legend(axis)
     config = result["config"]
     axis.set_title(f"Perplexity ({config['path']}, {config['length']:,} tokens)", fontsize=10)
     return figure
@@ -207,11 +213,12 @@ def _retrieval(result, plt):
         series = {}
         for row in rows:
             point = (row["top_k"], row[prefix + "value"], row[prefix + "low"], row[prefix + "high"])
-            series.setdefault(row["policy"], []).append(point)
+            series.setdefault(selection_name(row["policy"]), []).append(point)
         _lines(axis, series)
         axis.set_ylim(0, 1.02)
         axis.set_xlabel("K, keys a query")
         axis.set_ylabel(f"{name}, mean over heads and layers, 95%")
+    _legend(axes[-1])
     figure.suptitle(
         f"Selections against the true attention, {result['config']['length']:,} tokens", fontsize=10
     )
@@ -228,11 +235,12 @@ def _memory(result, plt):
         series = {}
         for row in result["rows"]:
             value = row[key] * scale
-            series.setdefault(row["policy"], []).append((row["length"], value, value, value))
+            series.setdefault(row["policy"], []).append((row["length"], value, None, None))
         _lines(axis, series)
         axis.set_ylim(0)
         axis.set_xlabel("context, tokens")
         axis.set_ylabel(name)
+    _legend(axes[-1])
     figure.suptitle("Memory by context (measured once: no interval)", fontsize=10)
     return figure
 
@@ -253,8 +261,9 @@ def _gsm8k(result, plt):
     axis.set_xticks(range(len(policies)), policies, rotation=20)
     axis.set_ylim(0, 105)
     axis.set_ylabel("accuracy in %, Wilson 95%")
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
-    axis.set_title(f"Word problems, n = {result['rows'][0]['n']}", fontsize=10)
+    _legend(axis)
+    title = f"Word problems ({problems_name(result)}), n = {result['rows'][0]['n']}"
+    axis.set_title(textwrap.fill(title, 36), fontsize=10)
     return figure
 
 

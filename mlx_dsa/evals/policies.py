@@ -144,6 +144,8 @@ _NAMED = {
     "evicted": ("evicted", {"evict": "index"}),
 }
 NAMES = tuple(_NAMED)
+# Orders of eviction: where nothing is evicted, what they name is not there.
+_ORDERS = ("retention", "index")
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def make_policy(spec, config):
         config (SparseConfig): what the dict does not say.
 
     Raises:
-        ValueError: if the name or a field is unknown.
+        ValueError: if the name or a field is unknown, or they contradict each other.
     """
     fields = {"policy": spec} if isinstance(spec, str) else dict(spec)
     name, label = fields.pop("policy", "sparse"), fields.pop("label", None)
@@ -221,7 +223,18 @@ def make_policy(spec, config):
             raise ValueError(f"[make_policy] policy 'dense' takes no {', '.join(fields)}.")
         return DENSE
     scorer, fixed = _NAMED[name]
+    for field, value in fixed.items():
+        if fields.get(field, value) != value:
+            raise ValueError(
+                f"[make_policy] policy {name!r} is {field} {value!r} by itself but got "
+                f"{fields[field]!r}. Leave {field} out, or use policy 'sparse'."
+            )
     merged = SparseConfig.from_dict({**vars(config), **fixed, **fields})
+    if name in _ORDERS and merged.cache != "budget":
+        raise ValueError(
+            f"[make_policy] policy {name!r} is an order of eviction, but cache {merged.cache!r} "
+            f"evicts nothing. Use policy {merged.cache!r}, or cache 'budget'."
+        )
     return Policy(label or f"{name}@{merged.top_k}", merged, scorer)
 
 
@@ -246,6 +259,11 @@ def make_policies(specs, config, top_k=()):
     if twice:
         raise ValueError(f"[make_policies] two policies are called {twice[0]!r}. Give one a label.")
     return policies
+
+
+def followed(name, field):
+    """Return whether a policy takes a setting from the config, not from its name or at all."""
+    return _NAMED[name] is not None and field not in _NAMED[name][1]
 
 
 def pairings(policies, compare):

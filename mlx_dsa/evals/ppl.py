@@ -245,8 +245,8 @@ def _row(records, key, seed):
         "n": sum(r["n"] for r in records),
         unit: len(totals),
         "value": math.exp(mean),
-        "low": math.exp(low),
-        "high": math.exp(high),
+        "low": _exp(low),
+        "high": _exp(high),
     }
 
 
@@ -261,9 +261,14 @@ def _pair(records, seed):
         "low": low,
         "high": high,
         "ratio": math.exp(mean),
-        "ratio_low": math.exp(low),
-        "ratio_high": math.exp(high),
+        "ratio_low": _exp(low),
+        "ratio_high": _exp(high),
     }
+
+
+def _exp(end):
+    """Return an end of an interval as a perplexity; ``None`` where there is no interval."""
+    return None if end is None else math.exp(end)
 
 
 def _totals(records, terms):

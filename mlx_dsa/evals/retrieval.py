@@ -48,7 +48,8 @@ def retrieval(
         name, out, world, progress: as in `needle`.
 
     Returns:
-        dict: the result. A query counts for a K if it sees at least K keys.
+        dict: the result. A query counts for a K if it sees at least K keys; the policy "index" in it
+        is the indexer's selection.
     """
     check_lengths("retrieval", subject, [length])
     usable = sorted({k for k in top_k if k <= length})

@@ -124,7 +124,8 @@ def bootstrap(numerators, denominators=None, *, confidence=0.95, resamples=10_00
         seed (int): of the draws. Default: ``0``.
 
     Returns:
-        (float, float, float): the ratio, the lower and the upper end.
+        (float, float, float): the ratio, the lower and the upper end; of a single item ``None`` for
+        both ends: how much items differ is not known.
     """
     top = np.asarray(numerators, dtype=np.float64)
     bottom = (
@@ -134,7 +135,10 @@ def bootstrap(numerators, denominators=None, *, confidence=0.95, resamples=10_00
         raise ValueError(
             f"[bootstrap] needs as many numerators as denominators, at least one, but got {len(top)} and {len(bottom)}."
         )
+    ratio = float(top.sum() / bottom.sum())
+    if len(top) == 1:
+        return ratio, None, None
     draws = np.random.default_rng(seed).integers(len(top), size=(resamples, len(top)))
     ratios = top[draws].sum(axis=1) / bottom[draws].sum(axis=1)
     low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(top.sum() / bottom.sum()), float(low), float(high)
+    return ratio, float(low), float(high)

@@ -16,7 +16,7 @@ from .policies import make_policies
 from .ppl import ppl
 from .results import write_text
 from .retrieval import retrieval
-from .tables import markdown, pairs_table, table
+from .tables import caption, markdown, pairs_table, table
 
 EVALUATORS = {
     "needle": needle,
@@ -173,7 +173,11 @@ def report(suite, results, quick=False):
         lines += [f"![{picture['name']}]({picture['name']}.png)", ""]
     for run in suite["runs"]:
         result = results[run["name"]]
-        lines += [f"## {run.get('title', run['name'])}", "", markdown(*table(result)), ""]
+        lines += [f"## {run.get('title', run['name'])}", ""]
+        note = caption(result)
+        if note:
+            lines += [note, ""]
+        lines += [markdown(*table(result)), ""]
         pairs = pairs_table(result)
         if pairs:
             lines += [markdown(*pairs), ""]

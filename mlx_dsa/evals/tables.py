@@ -20,17 +20,59 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def caption(result):
+    """Return what a table must not be read without, or ``None``."""
+    if result["kind"] != "gsm8k":
+        return None
+    return f"{result['rows'][0]['n']:,} word problems: {problems_name(result)}."
+
+
+def problems_name(result):
+    """Return whose word problems a result is about."""
+    data = result["config"]["data"]
+    return {
+        "bundled problems": "bundled ones, not those of GSM8K",
+        "gsm8k": "GSM8K's test set",
+    }.get(data, data)
+
+
+def selection_name(method):
+    """Return what tables call a selection: the policy "index" is an order of eviction."""
+    return {"index": "indexer"}.get(method, method)
+
+
 def percent(value, low=None, high=None):
     """Return a share in percent, with its interval if there is one."""
     text = f"{100 * value:.1f}%"
     return text if low is None else f"{text} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
+def _with_interval(value, low, high, form, scale=1.0):
+    """Return a number with its bootstrap interval, which a single text does not give."""
+    text = format(scale * value, form)
+    if low is None:
+        return f"{text} [one text]"
+    return f"{text} [{format(scale * low, form)}, {format(scale * high, form)}]"
+
+
+def _share(value, low, high):
+    return percent(value, low, high) + (" [one text]" if low is None else "")
+
+
+def _shares(config, length):
+    """Return which shares of a context a policy keeps, and reads at a step."""
+    if config is None:
+        return 1.0, 1.0
+    read = min(1.0, config["top_k"] / length)
+    return (read if config["cache"] == "budget" else 1.0), read
+
+
 def _needle(result):
     header = [
         "policy",
         "context",
-        "retention",
+        "kept",
+        "read a step",
         "n",
         "accuracy [95%]",
         "read, s",
@@ -39,7 +81,8 @@ def _needle(result):
     ]
     turns = "first_turn" in result["rows"][0]
     if turns:
-        header.insert(4, "first turn")
+        header.insert(5, "first turn")
+    configs = {p["label"]: p["config"] for p in result["config"]["policies"]}
     rows = []
     for row in (r for r in result["rows"] if r["depth"] is None):
         lost = ", ".join(f"{n} {state}" for state, n in sorted(row.get("verdicts", {}).items()))
@@ -47,7 +90,7 @@ def _needle(result):
             [
                 row["policy"],
                 f"{row['length']:,}",
-                percent(row["retention"]),
+                *map(percent, _shares(configs[row["policy"]], row["length"])),
                 str(row["n"]),
                 *([percent(row["first_turn"])] if turns else []),
                 percent(row["value"], row["low"], row["high"]),
@@ -83,9 +126,9 @@ def _ppl(result):
                 row["policy"],
                 str(row["top_k"]),
                 f"{row['n']:,}",
-                f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]",
+                _with_interval(row["value"], row["low"], row["high"], ".2f"),
                 f"{dense[row['policy']]['value']:.2f}",
-                f"{pair['ratio']:.4f} [{pair['ratio_low']:.4f}, {pair['ratio_high']:.4f}]",
+                _with_interval(pair["ratio"], pair["ratio_low"], pair["ratio_high"], ".4f"),
                 f"{row['kl']:.4f}",
                 percent(row["same_top"]),
             ]
@@ -130,12 +173,12 @@ def _retrieval(result):
     ]
     rows = [
         [
-            row["policy"],
+            selection_name(row["policy"]),
             str(row["top_k"]),
             str(row["n"]),
-            percent(row["value"], row["low"], row["high"]),
+            _share(row["value"], row["low"], row["high"]),
             percent(row["worst"]),
-            percent(row["mass_value"], row["mass_low"], row["mass_high"]),
+            _share(row["mass_value"], row["mass_low"], row["mass_high"]),
             percent(row["mass_worst"]),
         ]
         for row in result["rows"]
@@ -215,7 +258,7 @@ def _ppl_pairs(pairs):
             pair["against"],
             f"{pair['n']:,}",
             next(f"{pair[u]} {u}" for u in ("documents", "windows") if u in pair),
-            f"{pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}]",
+            _with_interval(pair["difference"], pair["low"], pair["high"], "+.4f"),
         ]
         for pair in pairs
     ]
@@ -226,11 +269,11 @@ def _retrieval_pairs(pairs):
     header = ["selection", "against", "K", "texts", "difference in recall [95%]"]
     rows = [
         [
-            pair["policy"],
+            selection_name(pair["policy"]),
             pair["against"],
             str(pair["top_k"]),
             str(pair["texts"]),
-            f"{100 * pair['difference']:+.1f} [{100 * pair['low']:+.1f}, {100 * pair['high']:+.1f}] points",
+            _with_interval(pair["difference"], pair["low"], pair["high"], "+.1f", 100) + " points",
         ]
         for pair in pairs
     ]

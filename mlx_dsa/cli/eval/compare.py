@@ -22,7 +22,8 @@ def compare(first: str, second: str):
             difference, sure = f"{100 * pair['difference']:+.1f} points", f"p = {pair['p']:.3g}"
         else:
             difference = f"{pair['difference']:+.4f}"
-            sure = f"[{pair['low']:+.4f}, {pair['high']:+.4f}]"
+            known = pair["low"] is not None
+            sure = f"[{pair['low']:+.4f}, {pair['high']:+.4f}]" if known else "one text"
         rows.append(
             [pair["policy"], pair["against"], pair["metric"], f"{pair['n']:,}", difference, sure]
         )

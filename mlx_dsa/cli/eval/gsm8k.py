@@ -48,5 +48,8 @@ from .show import run_and_show
 @max_tokens_option(256)
 @eval_options()
 def gsm8k(limit: int | None, quick: bool, **given: Any):
-    """Solve word problems; the strict and the flexible reading of the answers."""
+    """Solve word problems in GSM8K's format; the strict and the flexible reading of the answers.
+
+    The problems are bundled ones. For GSM8K's own: --data gsm8k.
+    """
     run_and_show(run_gsm8k, limit=limit or (8 if quick else 100), **given)

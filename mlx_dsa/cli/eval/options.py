@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from ...evals.policies import NAMES, Policy, make_policies
+from ...evals.policies import NAMES, Policy, followed, make_policies
 from ...evals.runner import World, connect
 from ...presets import Preset, load_settings
 from ..options import add_options, model_options, plot_option, settings_from, subject_name
@@ -161,6 +161,11 @@ def open_run(
     Returns:
         Run: The model, the policies and where the results go.
     """
+    for option, value in (("cache", cache), ("prefill", prefill)):
+        if value is not None and not any(followed(name, option) for name in policies):
+            raise click.UsageError(
+                f"--{option} has no effect on {', '.join(policies)}. Leave it out."
+            )
     settings = settings_from(
         preset=preset,
         model=model,

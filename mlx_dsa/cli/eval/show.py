@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ...evals.plots import plot as draw
 from ...evals.runner import World
-from ...evals.tables import pairs_table, table
+from ...evals.tables import caption, pairs_table, table
 from ..progress import counting_bar
 from .options import open_run
 
@@ -44,6 +44,9 @@ def show(result: dict[str, Any], *, world: World, out: str | None = None, plot: 
         return
     if plot:
         draw(result, plot)
+    note = caption(result)
+    if note:
+        click.echo(note)
     print_table(*table(result))
     pairs = pairs_table(result)
     if pairs:
