@@ -5,11 +5,13 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, make_indexers, make_model
+from builders import SHAPES, feed, feed_calls, make_indexers, make_model, make_tokens
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
 from probe import Probe, clear_probe
 from simulate import MARGIN, generate_calls, whole_calls
 
+from mlx_dsa import ops, patch_sparse_generate
 from mlx_dsa.selectors import plan_evicted, select_evicted, select_kept, select_topk
 from numpy_reference import ReferenceModel, Rules
 
@@ -308,3 +310,23 @@ def test_planned_evictions_are_those_of_single_steps(seed):
             candidates = [s for s in left if s <= T - n_recent + step]
             assert slot == min(candidates, key=lambda s: (row[s], s))
             left.remove(slot)
+
+
+@pytest.mark.parametrize("cache", ["budget", "full", "tiered"])
+@pytest.mark.parametrize("evict", ["index", "keydiff", "window"])
+@pytest.mark.parametrize("prefill", ["exact", "tile"])
+def test_a_backend_that_is_asked_for_is_obeyed_everywhere(monkeypatch, cache, evict, prefill):
+    """In prompts, in decode and where a prompt is pruned."""
+    model, asked = make_model(), []
+    own = ops.choose
+    monkeypatch.setattr(ops, "choose", lambda *a: asked.append((a[1], a[0])) or own(*a))
+    rules = dict(top_k=24, n_sink=3, n_recent=5, tile_size=16, prefill=prefill)
+    for backend in ("reference", "auto"):
+        with patch_sparse_generate(
+            model, make_indexers(model), **rules, cache=cache, evict=evict, backend=backend
+        ):
+            feed(model, make_tokens(60), 56)
+            feed_calls(model, make_tokens(80), [60] + [1] * 20, make_prompt_cache(model))
+        assert {which for _, which in asked} == {backend}
+        assert "select_topk" in {name for name, _ in asked}
+        asked.clear()
