@@ -21,6 +21,7 @@ from ..presets import runs_float32
 from .eval.options import Numbers
 from .eval.show import print_table
 from .options import plot_option
+from .outputs import OutputPath
 from .progress import counting_bar
 from .subject import Subject, chunk_option, open_subject, subject_options
 
@@ -51,7 +52,7 @@ from .subject import Subject, chunk_option, open_subject, subject_options
 @click.option(
     "--out",
     metavar="FILE.json",
-    type=click.Path(dir_okay=False),
+    type=OutputPath(),
     help="Write the results; FILE.jsonl holds them as they come.",
 )
 @plot_option

@@ -9,6 +9,7 @@ import click
 
 from ..config import SparseConfig
 from ..presets import Settings, preset_names, read_settings, resolve
+from .outputs import OutputPath
 
 _MODEL = (
     click.option(
@@ -54,7 +55,7 @@ dense_option = click.option(
     "--dense", is_flag=True, help="Use no indexers: the model as it is."
 )
 plot_option = click.option(
-    "--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help="Draw the results."
+    "--plot", metavar="FILE.png", type=OutputPath(), help="Draw the results."
 )
 
 

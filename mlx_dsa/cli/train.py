@@ -24,6 +24,7 @@ from ..train import (
     train_indexers,
     train_retention,
 )
+from .outputs import OutputPath
 from .session import hint_at_blas
 
 HELP = {
@@ -76,7 +77,13 @@ def _training_options(command):
     metavar="FILE|NAME",
     help="A .txt, .jsonl or .jsonl.gz file, or a dataset on the hub.",
 )
-@click.option("--out", required=True, metavar="DIR", help="A new folder to write to.")
+@click.option(
+    "--out",
+    required=True,
+    metavar="DIR",
+    type=OutputPath(folder=True),
+    help="A new folder to write to.",
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--retention", is_flag=True, help="Add retention heads to indexers.")
 @click.option(

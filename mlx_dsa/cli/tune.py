@@ -8,7 +8,9 @@ import click
 from rich.console import Console
 
 from ..bench import tune as run_tune
+from ..crossovers import crossover_file
 from .eval.show import print_table
+from .outputs import check_output
 from .subject import chunk_option, open_subject, subject_options
 
 
@@ -28,6 +30,7 @@ def tune(chunk: int, seconds: float, **given: Any):
     --prefill auto then follows it for the same model shape, settings, device and
     versions.
     """
+    check_output(crossover_file())
     subject = open_subject(**given)
     console = Console(stderr=True)
     with console.status("Measuring"):

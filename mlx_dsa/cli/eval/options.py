@@ -12,6 +12,7 @@ from ...evals.policies import NAMES, Policy, make_policies
 from ...evals.runner import World, connect
 from ...presets import Preset, load_settings
 from ..options import add_options, model_options, plot_option, settings_from, subject_name
+from ..outputs import OutputPath
 from ..session import hint_at_blas
 
 
@@ -90,7 +91,7 @@ _RUN = (
     click.option(
         "--out",
         metavar="FILE.json",
-        type=click.Path(dir_okay=False),
+        type=OutputPath(),
         help="Write the results; resume if interrupted.",
     ),
     plot_option,

@@ -10,6 +10,7 @@ from ...evals.runner import Share
 from ...evals.suite import read_suite, run_suite, select_runs
 from ...presets import load_settings
 from ..options import model_options, settings_from, subject_name
+from ..outputs import check_output
 from ..session import hint_at_blas
 from .options import open_world
 from .show import progress_bar
@@ -70,6 +71,7 @@ def suite(
     settings = settings_from(preset=preset, model=model, indexer=indexer, config=config)
     title = plan.get("name", Path(file).stem) + ("-quick" if quick else "")
     folder = Path(out) if out else Path(file).parent / "results" / title
+    check_output(folder, folder=True)
     world = share or open_world()
     hint_at_blas()
     subject = load_settings(settings)
