@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
@@ -79,15 +80,15 @@ class SparseConfig:
             raise ValueError(
                 f"[SparseConfig] 'top_k' must be at least tile_size + n_sink + "
                 f"n_recent = {self.tile_size + protected} for prefill 'tile' but got "
-                f"{self.top_k}. Use prefill 'exact', or a smaller tile_size."
+                f"{self.top_k}. Use prefill='exact', or a smaller tile_size."
             )
 
     def _check_cold(self):
         for name in ("cold_bits", "cold_file"):
             if getattr(self, name) is not None and self.cache != "tiered":
                 raise ValueError(
-                    f"[SparseConfig] '{name}' is for cache 'tiered' only but cache is "
-                    f"{self.cache!r}. Leave it out, or set cache to 'tiered'."
+                    f"[SparseConfig] '{name}' is for cache 'tiered' only, not for "
+                    f"{self.cache!r}. Leave it out, or use cache='tiered'."
                 )
         if self.cold_bits not in (None, 4, 8, 16):
             raise ValueError(
@@ -119,6 +120,33 @@ class SparseConfig:
             ValueError: If a key is not a field, or a value is not valid.
         """
         return from_mapping(cls, values)
+
+
+def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Put settings over others.
+
+    Where ``changes`` name ``top_k`` alone, the ``n_recent`` of ``values`` is at most half
+    of it, and a warning says so where that changes something.
+
+    Args:
+        values (Mapping): Fields of :class:`SparseConfig` and others.
+        changes (Mapping): What goes over them.
+
+    Returns:
+        dict: Both together.
+    """
+    merged = {**values, **changes}
+    top_k, n_recent = changes.get("top_k"), values.get("n_recent")
+    if "n_recent" not in changes and isinstance(top_k, int) and isinstance(n_recent, int):
+        half = max(1, top_k // 2)
+        if n_recent > half:
+            merged["n_recent"] = half
+            warnings.warn(
+                f"[SparseConfig] 'n_recent' is lowered from {n_recent} to {half}, half of "
+                f"top_k. Give n_recent to choose it.",
+                stacklevel=3,
+            )
+    return merged
 
 
 def from_mapping(cls: type, values: Mapping[str, Any]) -> Any:

@@ -15,12 +15,13 @@ import mlx.nn as nn
 from mlx_lm import load
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .checkpoint import load_indexers
-from .config import SparseConfig
+from .checkpoint import INDEXERS, load_indexers
+from .config import SparseConfig, override
 from .indexer import Indexer
 
 _PACKAGE = Path(__file__).resolve().parent
-_PATHS = ("model", "indexer")
+_LOADED = ("model", "indexer")
+_PATHS = (*_LOADED, "cold_file")
 
 MODEL_FILES = ("*.json", "*.jinja", "*.txt", "model*.safetensors", "tokenizer.model")
 INDEXER_FILES = ("*.json", "*.safetensors")
@@ -93,26 +94,22 @@ def read_preset(name: str) -> dict[str, Any]:
             f"[load_preset] 'name' must be one of {', '.join(preset_names())} but got "
             f"{name!r}."
         )
-    values = read_settings(resource(f"configs/{name}.json"))
-    for key in _PATHS:
-        if str(values.get(key, "")).startswith("weights/"):
-            values[key] = str(resource("weights").parent / values[key])
-    return values
+    return read_settings(resource(f"configs/{name}.json"))
 
 
 def read_settings(file: str | os.PathLike) -> dict[str, Any]:
     """Read settings from a JSON file.
 
     Args:
-        file (str or PathLike): A JSON object with the keys of a preset. A
-          ``model`` or ``indexer`` that is a path is relative to the file.
+        file (str or PathLike): A JSON object with the keys of a preset. Paths in
+          it (``model``, ``indexer``, ``cold_file``) are relative to the file.
 
     Returns:
         dict: The settings.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a JSON object, or a key is unknown.
+        ValueError: If it is not a JSON object, a key is unknown, or a path is no text.
     """
     file = Path(file)
     try:
@@ -121,7 +118,7 @@ def read_settings(file: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"[config] {file} is not JSON: {error}.") from None
     if not isinstance(values, dict):
         raise ValueError(f"[config] {file} must hold a JSON object.")
-    keys = [*_PATHS, *(field.name for field in fields(SparseConfig))]
+    keys = [*_LOADED, *(field.name for field in fields(SparseConfig))]
     unknown = [key for key in values if key not in keys]
     if unknown:
         raise ValueError(
@@ -129,20 +126,44 @@ def read_settings(file: str | os.PathLike) -> dict[str, Any]:
             f"{', '.join(keys)}."
         )
     for key in _PATHS:
-        beside = file.parent / str(values.get(key, ""))
-        if key in values and beside.exists():
-            values[key] = str(beside)
+        if values.get(key) is None:
+            continue
+        if not isinstance(values[key], str):
+            raise ValueError(f"[config] {key!r} in {file} must be a text.")
+        path = file.parent / Path(values[key]).expanduser()
+        if key == "cold_file" or path.exists() or not is_repository(values[key]):
+            values[key] = os.path.normpath(path)
     return values
+
+
+def preset_of(model: str) -> str | None:
+    """Find the preset of a model.
+
+    Args:
+        model (str): A hub repository, or a folder: also the one that the hub's
+          cache keeps the repository in.
+
+    Returns:
+        str, optional: The preset's name, or ``None`` if it is in no preset.
+    """
+    folder = Path(model).expanduser().resolve()
+    for name in preset_names():
+        known = read_preset(name)["model"]
+        cached = f"models--{known.replace('/', '--')}"
+        if model == known or folder == Path(known).resolve() or cached in folder.parts:
+            return name
+    return None
 
 
 def resolve(name: str | None = "tiny", **overrides: Any) -> Settings:
     """Merge a preset and what overrides it into settings.
 
     Args:
-        name (str, optional): A preset, or ``None`` for the defaults of
-          :class:`SparseConfig`. Default: ``"tiny"``.
+        name (str, optional): A preset, or ``None`` for that of the model; a model
+          that is in none gets the defaults of :class:`SparseConfig`, and the indexers
+          in its own folder. Default: ``"tiny"``.
         overrides: ``model``, ``indexer`` and fields of :class:`SparseConfig`. With
-          ``top_k`` alone, a preset's ``n_recent`` is at most half of it.
+          ``top_k`` alone, ``n_recent`` is at most half of it.
 
     Returns:
         Settings: The merged settings.
@@ -151,12 +172,14 @@ def resolve(name: str | None = "tiny", **overrides: Any) -> Settings:
         ValueError: If the preset or a key is unknown, a value is not valid, or
           no model is named.
     """
-    values = read_preset(name) if name else {}
-    top_k = overrides.get("top_k")
-    if isinstance(top_k, int) and top_k > 1 and "n_recent" in values:
-        values["n_recent"] = min(values["n_recent"], top_k // 2)
-    values = {**values, **overrides}
-    model, indexer = (values.pop(key, None) for key in _PATHS)
+    own = str(overrides.get("model") or "")
+    name = name or (preset_of(own) if own else None)
+    values = {"n_recent": SparseConfig.n_recent, **(read_preset(name) if name else {})}
+    beside = Path(own).expanduser() / INDEXERS
+    if own and beside.is_file():
+        values["indexer"] = beside
+    values = override(values, overrides)
+    model, indexer = (values.pop(key, None) for key in _LOADED)
     if not model:
         raise ValueError("[mlx-dsa] no model is named: give 'model', or a preset.")
     return Settings(str(model), indexer and str(indexer), SparseConfig.from_dict(values))
@@ -168,7 +191,8 @@ def load_preset(name: str | None = "tiny", **overrides: Any) -> Preset:
     Args:
         name (str, optional): A preset: ``"tiny"`` (bundled, works offline),
           ``"qwen3-0.6b"``, ``"qwen3-4b"`` or ``"qwen3-8b"``; ``None`` for a
-          model and indexers of your own. Default: ``"tiny"``.
+          model of your own, with its preset's settings if it has one.
+          Default: ``"tiny"``.
         overrides: ``model`` and ``indexer`` (folders or hub repositories) and
           fields of :class:`SparseConfig`, over those of the preset.
 

@@ -18,6 +18,7 @@ from ..bench import bench as run_bench
 from ..bench.plot import plot as draw
 from ..evals.results import device, versions, write_text
 from ..presets import runs_float32
+from .command import Command
 from .eval.options import Numbers
 from .eval.show import print_table
 from .options import plot_option
@@ -26,7 +27,7 @@ from .progress import counting_bar
 from .subject import Subject, chunk_option, open_subject, subject_options
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--contexts",
     type=Numbers(),

@@ -10,6 +10,7 @@ import click
 
 from ..evals.facts import user_message
 from ..saved import load_cache
+from .command import Command
 from .conversation import Conversation, check_prompt
 from .documents import read_text
 from .interrupt import Interrupt
@@ -22,7 +23,7 @@ from .stats import describe
 _HELP = "Ctrl-C ends an answer; /reset starts over; /exit or Ctrl-D leaves."
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--prompt", metavar="TEXT", help="Ask this, and leave after the answer.")
 @click.option("--interactive", is_flag=True, help="Go on asking after --prompt.")
 @click.option("--file", metavar="FILE", help="A text to put before the first question.")

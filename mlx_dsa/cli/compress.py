@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..saved import load_cache, save_cache
+from .command import Command
 from .conversation import Conversation
 from .documents import read_text
 from .options import model_options, settings_from, sparse_options
@@ -17,7 +18,7 @@ from .session import open_session
 from .stats import entries, measure, megabytes
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("file", metavar="FILE")
 @click.option("--out", required=True, metavar="FILE", help="The cache file to write.")
 @click.option("--force", is_flag=True, help="Replace the cache file if it exists.")

@@ -17,6 +17,7 @@ from ..evals.facts import user_message
 from ..patch import patch_sparse_generate
 from ..presets import Preset, load_settings, resource
 from .columns import Column, columns
+from .command import Command
 from .conversation import Conversation
 from .documents import read_text
 from .options import describe_config, model_options, settings_from, sparse_options
@@ -51,7 +52,7 @@ class Prompt(NamedTuple):
     temp: float = 0.0
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--prompt", metavar="TEXT", help="Ask this instead.")
 @click.option("--interactive", is_flag=True, help="Ask questions of your own.")
 @click.option("--file", metavar="FILE", help="A text to put before each question.")

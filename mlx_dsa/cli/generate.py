@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .command import Command
 from .conversation import Conversation, check_prompt
 from .documents import read_text
 from .interrupt import Interrupt
@@ -17,7 +18,7 @@ from .session import open_session
 from .stats import describe
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--prompt", metavar="TEXT", help="The prompt.")
 @click.option("--file", metavar="FILE", help="A file that holds the prompt.")
 @click.option("--raw", is_flag=True, help="Continue the text: no chat template.")

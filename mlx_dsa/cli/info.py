@@ -19,13 +19,14 @@ from ..crossovers import plan_prefill
 from ..ops import check_backend
 from ..presets import INDEXER_FILES, MODEL_FILES, Settings, fetch, is_repository
 from ..presets import preset_names, read_indexers, resource, runs_float32
+from .command import Command
 from .options import dense_option, describe_config, model_options
 from .options import settings_from, sparse_options
 from .session import hint_at_blas
 from .tune import describe_crossovers
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options
 @sparse_options
 @dense_option

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from ..config import SparseConfig
+from ..config import SparseConfig, override
 from ..presets import Settings, preset_names, read_settings, resolve
 from .outputs import OutputPath
+
+SEED = click.IntRange(0, 2**32 - 1)
+_LEAST_TEMP = 1e-3  # log-probabilities over less than that leave the range of float16
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers without inf and nan."""
+
+    def convert(self, value, param, ctx):
+        """Return a number."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+def _temperature(context: click.Context, option: click.Parameter, value: float) -> float:
+    if 0 < value < _LEAST_TEMP:
+        raise click.BadParameter(f"{value!r} is too small: use 0, or {_LEAST_TEMP} or more.")
+    return value
+
 
 _MODEL = (
     click.option(
@@ -27,6 +49,11 @@ _MODEL = (
 )
 _SPARSE = (
     click.option("--top-k", type=int, help="Keys that a query attends to."),
+    click.option(
+        "--n-recent",
+        type=int,
+        help="Newest keys, always among top-k.  [default: the preset's, at most half of top-k]",
+    ),
     click.option(
         "--cache",
         type=click.Choice(["budget", "full", "tiered"]),
@@ -74,12 +101,13 @@ _GENERATION = (
     max_tokens_option(512),
     click.option(
         "--temp",
-        type=click.FloatRange(min=0),
+        type=FiniteRange(min=0),
         default=0.0,
         show_default=True,
+        callback=_temperature,
         help="Sampling temperature; 0 takes the most likely token.",
     ),
-    click.option("--seed", type=int, help="Seed of the sampling. Default: 0."),
+    click.option("--seed", type=SEED, help="Seed of the sampling. Default: 0."),
 )
 
 
@@ -129,14 +157,14 @@ def settings_from(
     """
     given = {name: value for name, value in given.items() if value is not None}
     if dense:
-        for name in ("indexer", "top_k", "cache", "cold_file", "cold_bits", "prefill"):
+        for name in ("indexer", "top_k", "n_recent", "cache", "cold_file", "cold_bits", "prefill"):
             if name in given:
                 option = name.removesuffix("_file").replace("_", "-")
                 raise click.UsageError(
                     f"--{option} has no effect with --dense. "
                     f"Leave one of them out."
                 )
-    values = {**(read_settings(config) if config else {}), **given}
+    values = override(read_settings(config) if config else {}, given)
     # A model of one's own takes nothing from the bundled one's settings.
     if preset is None and "model" not in values:
         preset = "tiny"

@@ -24,6 +24,8 @@ from ..train import (
     train_indexers,
     train_retention,
 )
+from .command import Command
+from .options import SEED
 from .outputs import OutputPath
 from .session import hint_at_blas
 
@@ -64,11 +66,12 @@ def _training_options(command):
         default = options[name].default
         text = f"{help_[name]}  [default: {default}]"
         option = "--" + name.replace("_", "-")
-        command = click.option(option, type=type(default), help=text)(command)
+        kind = SEED if name == "seed" else type(default)
+        command = click.option(option, type=kind, help=text)(command)
     return command
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--preset", type=click.Choice(preset_names()), help="Whose model to use.")
 @click.option("--model", metavar="PATH|REPO", help="The model.  [default: tiny's]")
 @click.option(

@@ -9,6 +9,7 @@ import click
 from ...evals.runner import Share
 from ...evals.suite import read_suite, run_suite, select_runs
 from ...presets import load_settings
+from ..command import Command
 from ..options import model_options, settings_from, subject_name
 from ..outputs import check_output
 from ..session import hint_at_blas
@@ -26,7 +27,7 @@ def _share(context: click.Context, option: click.Parameter, value: str | None) -
     return Share(int(index) - 1, int(count))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("file", metavar="FILE")
 @click.option(
     "--run",
