@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import KVCache
 
 from .attention import SparseAttention
@@ -113,15 +112,13 @@ class SparsePatch:
         """
         self._caches.update(caches)
 
-    def dense_parameters(self) -> dict[str, Any]:
-        """Return the model's parameters under the names they have unpatched."""
-        return tree_unflatten(
-            [
-                (name.replace(".self_attn.attention.", ".self_attn."), value)
-                for name, value in tree_flatten(self._model.parameters())
-                if ".self_attn.indexer." not in name
-            ]
-        )
+    def dense_modules(self) -> dict[str, nn.Module]:
+        """Return the model's modules under the names they have unpatched."""
+        return {
+            name.replace(".self_attn.attention", ".self_attn"): module
+            for name, module in self._model.named_modules()
+            if not isinstance(module, SparseAttention) and ".self_attn.indexer" not in name
+        }
 
     def prune(self, caches: Sequence[Any]):
         """Cut caches to their budget now, before any question is known.

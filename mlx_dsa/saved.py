@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,19 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
-from safetensors import SafetensorError, safe_open
 
 from .cache import BudgetKVCache, FullKVCache
-from .files import replacing
+from .fingerprint import fingerprint
 from .patch import SparsePatch
+from .sealed import Damaged, NotSealed, read_sealed, write_sealed
 
 _CLASSES = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache)}
-_FORMAT = "mlx-dsa cache 2"
+_FORMAT = "mlx-dsa cache 3"
 # What a kept cache depends on; how it was computed may differ.
 _KEPT_BY = ("top_k", "cache", "n_sink", "n_recent", "evict", "dense_layers")
+_OLD_FORMAT = b'"format":"mlx-dsa cache '
+_AGAIN = "Make it again: mlx-dsa compress, or save_cache."
 
 
 class SavedCache(NamedTuple):
@@ -71,13 +70,13 @@ def save_cache(
         if cache.empty():
             raise ValueError("[save_cache] 'caches' are empty: read a text first.")
         classes.append(name)
-        for i, value in enumerate(cache.state):
+        for i, value in enumerate(_state_of(cache)):
             where = arrays if isinstance(value, mx.array) else scalars
             where[f"{layer}.{i}"] = value
     header = {
         "format": _FORMAT,
-        **_fingerprints(patch),
-        "config": json.dumps(_kept_by(patch)),
+        "made by": json.dumps(_maker(patch)),
+        "config": json.dumps(dataclasses.asdict(patch.config)),
         "classes": json.dumps(classes),
         "scalars": json.dumps(scalars),
         "tokens": str(caches[0].offset),
@@ -85,8 +84,7 @@ def save_cache(
     }
     path = Path(path)
     try:
-        with replacing(path, suffix=".safetensors", shared=True) as part:
-            mx.save_safetensors(str(part), arrays, header)
+        write_sealed(path, arrays, header)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"[save_cache] {path} can't be written: {error}") from None
     return path
@@ -108,21 +106,9 @@ def load_cache(path: str | os.PathLike, patch: SparsePatch) -> SavedCache:
           with another model, other indexers or other settings.
     """
     path = Path(path)
-    header = _read_header(path)
-    for name, mine in _fingerprints(patch).items():
-        if header[name] != mine:
-            raise ValueError(
-                f"[load_cache] {path} was made with other {name} weights. Load those, or "
-                f"make the cache again."
-            )
-    stored, mine = json.loads(header["config"]), _kept_by(patch)
-    for name in _KEPT_BY:
-        if stored.get(name) != mine[name]:
-            raise ValueError(
-                f"[load_cache] {path} was made with {name} = {stored.get(name)} but the "
-                f"patch has {mine[name]}. Set {name} to {stored.get(name)}."
-            )
-    arrays = mx.load(str(path), format="safetensors")
+    arrays, header = _read(path)
+    _check_config(path, json.loads(header["config"]), patch)
+    _check_maker(path, json.loads(header["made by"]), _maker(patch))
     scalars = json.loads(header["scalars"])
     caches = []
     for layer, name in enumerate(json.loads(header["classes"])):
@@ -130,60 +116,120 @@ def load_cache(path: str | os.PathLike, patch: SparsePatch) -> SavedCache:
         while (key := f"{layer}.{i}") in arrays or key in scalars:
             state.append(arrays[key] if key in arrays else scalars[key])
             i += 1
-        # Not from_state, which differs by version of mlx-lm.
-        cache = BudgetKVCache(1) if name == "BudgetKVCache" else _CLASSES[name]()
-        cache.state = state
-        caches.append(cache)
-    mx.eval([cache.state for cache in caches])
+        caches.append(_rebuilt(name, state))
+    mx.eval([arrays[key] for key in arrays])
     patch.adopt(caches)
     return SavedCache(caches, int(header["tokens"]), json.loads(header["metadata"]))
 
 
-def _fingerprint(parameters: Mapping[str, Any]) -> str:
-    """Identify weights by their names, shapes, dtypes and a sample of their bits.
+def read_saved_config(path: str | os.PathLike) -> dict[str, Any]:
+    """Read with which settings a cache was saved, before any model is loaded.
 
     Args:
-        parameters (Mapping): A tree of arrays, as ``module.parameters()`` gives it.
+        path (str or PathLike): A file of :func:`save_cache`.
 
     Returns:
-        str: 64 hexadecimal digits.
+        dict: All fields of :class:`SparseConfig`, for ``SparseConfig.from_dict``.
+
+    Raises:
+        ValueError: If the file is missing, damaged or of another kind.
     """
-    digest = hashlib.sha256()
-    for name, array in sorted(tree_flatten(parameters)):
-        sample = array.reshape(-1)
-        step = max(1, sample.size // 64)
-        sample = np.array(sample[::step][:64].view(mx.uint8))
-        digest.update(f"{name} {array.shape} {array.dtype}".encode())
-        digest.update(sample.tobytes())
-    return digest.hexdigest()
+    return json.loads(_read(Path(path))[1]["config"])
 
 
-def _fingerprints(patch: SparsePatch) -> dict[str, str]:
-    indexers = {str(i): layer.indexer.parameters() for i, layer in patch.layers.items()}
-    return {
-        "model": _fingerprint(patch.dense_parameters()),
-        "indexer": _fingerprint(indexers),
+def _state_of(cache: Any) -> list[Any]:
+    if isinstance(cache, KVCache):  # whose own state differs by version of mlx-lm
+        return [*cache.keys_and_values(), cache.offset]
+    return cache.state
+
+
+def _rebuilt(name: str, state: Sequence[Any]) -> Any:
+    if name == KVCache.__name__:
+        cache = KVCache()
+        cache.keys, cache.values, cache.offset = state
+        return cache
+    cache = BudgetKVCache(1) if name == BudgetKVCache.__name__ else _CLASSES[name]()
+    cache.state = state
+    return cache
+
+
+def _maker(patch: SparsePatch) -> dict[str, Any]:
+    """Return what decides the keys and values that a patched model makes of a text."""
+    modules = patch.dense_modules()
+    indexers = {
+        f"{i}.{name}": module
+        for i, layer in patch.layers.items()
+        for name, module in layer.indexer.named_modules()
     }
+    dtype = modules["model.norm"].weight.dtype
+    quantized = next((m for m in modules.values() if hasattr(m, "bits")), None)
+    made_by = {
+        "model": fingerprint(modules)._asdict(),
+        "indexer": fingerprint(indexers)._asdict(),
+        # What is likely to differ where a form does, to name it.
+        "settings": {
+            **dataclasses.asdict(modules[""].args),
+            "dtype": str(dtype).removeprefix("mlx.core."),
+            "bits of a weight": quantized and quantized.bits,
+        },
+    }
+    return json.loads(json.dumps(made_by, default=str))
 
 
-def _kept_by(patch: SparsePatch) -> dict[str, Any]:
-    config = dataclasses.asdict(patch.config)
-    return {name: json.loads(json.dumps(config[name])) for name in _KEPT_BY}
+def _check_maker(path: Path, stored: Mapping[str, Any], mine: Mapping[str, Any]):
+    for of in ("model", "indexer"):
+        if stored[of]["form"] != mine[of]["form"]:
+            raise ValueError(
+                f"[load_cache] {path} was made with {_difference(of, stored, mine)}. Load "
+                f"what it was made with, or make the cache again."
+            )
+        if stored[of]["weights"] != mine[of]["weights"]:
+            raise ValueError(
+                f"[load_cache] {path} was made with other {of} weights. Load those, or "
+                f"make the cache again."
+            )
 
 
-def _read_header(path: Path) -> dict[str, str]:
+def _difference(of: str, stored: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+    then, now = stored["settings"], mine["settings"]
+    for name in then | now if of == "model" else ():
+        if then.get(name) != now.get(name):
+            return f"{name} = {then.get(name)} but the model has {now.get(name)}"
+    return f"another form of {of}"
+
+
+def _check_config(path: Path, stored: Mapping[str, Any], patch: SparsePatch):
+    mine = json.loads(json.dumps(dataclasses.asdict(patch.config)))
+    for name in _KEPT_BY:
+        if stored.get(name) != mine[name]:
+            raise ValueError(
+                f"[load_cache] {path} was made with {name} = {stored.get(name)} but the "
+                f"patch has {mine[name]}. Set {name} to {stored.get(name)}."
+            )
+
+
+def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     if not path.is_file():
         raise ValueError(f"[load_cache] there is no file {path}.")
     try:
-        # mx.load reads lazily and would find a short file only in use.
-        with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+        arrays, header = read_sealed(path)
+    except NotSealed:
+        raise ValueError(f"[load_cache] {path} {_what_it_is(path)}") from None
+    except Damaged:
+        raise ValueError(f"[load_cache] {path} is damaged. {_AGAIN}") from None
+    except OSError as error:
         raise ValueError(
-            f"[load_cache] {path} is damaged or not a cache ({error}). Make it again."
+            f"[load_cache] {path} can't be read: {error.strerror}."
         ) from None
     if header.get("format") != _FORMAT:
         raise ValueError(
-            f"[load_cache] {path} is not a cache that this version of mlx-dsa saved."
+            f"[load_cache] {path} was saved by another version of mlx-dsa. {_AGAIN}"
         )
-    return header
+    return arrays, header
+
+
+def _what_it_is(path: Path) -> str:
+    with path.open("rb") as file:
+        if _OLD_FORMAT in file.read(1 << 20):
+            return f"was saved by an earlier version of mlx-dsa. {_AGAIN}"
+    return f"is not a cache that mlx-dsa saved, or is damaged. {_AGAIN}"

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "mlx_dsa"
 
 # Imports run from right to left only (docs/design.md, layout).
 LAYERS = [
-    {"blas", "config", "files", "pictures", "positions"},
+    {"blas", "config", "files", "fingerprint", "pictures", "positions", "sealed"},
     {"startup"},
     {"ops"},
     {"indexer", "selectors", "cache", "checkpoint", "chunks", "crossovers", "projections"},
