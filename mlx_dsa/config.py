@@ -137,15 +137,14 @@ def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     """
     merged = {**values, **changes}
     top_k, n_recent = changes.get("top_k"), values.get("n_recent")
-    if "n_recent" not in changes and isinstance(top_k, int) and isinstance(n_recent, int):
-        half = max(1, top_k // 2)
-        if n_recent > half:
-            merged["n_recent"] = half
-            warnings.warn(
-                f"[SparseConfig] 'n_recent' is lowered from {n_recent} to {half}, half of "
-                f"top_k. Give n_recent to choose it.",
-                stacklevel=3,
-            )
+    numbers = isinstance(top_k, int) and isinstance(n_recent, int)
+    if numbers and "n_recent" not in changes and n_recent > top_k // 2 > 0:
+        merged["n_recent"] = top_k // 2
+        warnings.warn(
+            f"[SparseConfig] 'n_recent' is lowered from {n_recent} to {top_k // 2}, half of "
+            f"top_k. Give n_recent to choose it.",
+            stacklevel=3,
+        )
     return merged
 
 

@@ -178,8 +178,9 @@ def test_a_shape_runs_with_the_settings_of_its_preset():
 
 
 def run(*arguments):
-    options = ["--model-shape", "tiny", "--bits", "16", "--repeats", "1"]
-    return CliRunner().invoke(main, ["bench", *options, *map(str, arguments)])
+    options = {"--model-shape": "tiny", "--bits": "16", "--repeats": "1"}
+    given = [word for pair in options.items() if pair[0] not in arguments for word in pair]
+    return CliRunner().invoke(main, ["bench", *given, *map(str, arguments)])
 
 
 def test_the_last_line_is_one_json(small_shape, tmp_path):
@@ -240,7 +241,7 @@ def test_operations_of_a_shape(small_shape, tmp_path):
         (("--model-shape", "qwen9"), 2, "qwen9"),
         (("--model", "somewhere"), 2, "exclude each other"),
         (("--bits", "5"), 2, "5"),
-        (("--top-k", "3"), 1, "top_k"),
+        (("--top-k", "3"), 1, "--top-k"),
         (("--ops", "--plot", "x.png"), 2, "no effect"),
         (("--ops", "--contexts", "100"), 1, "contexts"),
         (("--out", "/proc/none/x.json"), 1, "/proc/none"),

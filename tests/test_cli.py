@@ -209,10 +209,10 @@ def test_a_folder_as_file_is_refused(sparse, tmp_path):
     refused(run("generate", *sparse, "--file", tmp_path), 1, "Is a directory")
 
 
-@pytest.mark.parametrize("top_k", [0, -3, 10, 67])
+@pytest.mark.parametrize("top_k", [0, -3, 5])
 def test_a_top_k_too_small_is_refused(top_k, sparse):
     result = run("chat", *sparse, "--prompt", "x", "--top-k", top_k)
-    refused(result, 1, "'top_k'", str(top_k))
+    refused(result, 1, "--top-k must be ", str(top_k))
 
 
 def test_indexers_that_are_missing_are_refused(folders):
@@ -365,8 +365,8 @@ def test_train_retention_passes_its_options_on(trained, folders):
 
 def test_train_refuses_wrong_options(trained, folders, tmp_path):
     options = ["train", "--data", "x", "--out", "y", "--model", folders[0]]
-    refused(run(*options, "--steps", 0), 1, "'steps'")
-    refused(run(*options, "--top-k", 8192), 1, "'sequence_length'")
+    refused(run(*options, "--steps", 0), 1, "--steps must be")
+    refused(run(*options, "--top-k", 8192), 1, "--sequence-length must exceed --top-k")
     refused(run(*options, "--preset", "tiny"), 2, "exclude each other")
     refused(run(*options, "--repeat-share", 0.1), 2, "with --retention")
     refused(run(*options, "--indexer", "x"), 2, "goes with --retention")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import huggingface_hub
 import mlx.core as mx
@@ -55,11 +56,22 @@ def test_paths_of_the_bundled_model_hold_from_any_folder(monkeypatch, tmp_path):
 
 
 def test_overrides_win():
-    settings = resolve("tiny", top_k=100, model="here")
-    assert (settings.config.top_k, settings.config.n_recent) == (100, 50)
-    assert resolve("tiny", top_k=100, n_recent=7).config.n_recent == 7
-    assert resolve("tiny", top_k=1000).config.n_recent == 128
-    assert settings.model == "here"
+    settings = resolve("tiny", top_k=1000, model="here")
+    assert settings.model == "here" and settings.config.top_k == 1000
+
+
+@pytest.mark.parametrize("name, own", [("tiny", 128), ("qwen3-8b", 256), (None, 64)])
+def test_a_top_k_alone_lowers_n_recent_to_its_half_and_says_so(name, own):
+    model = {} if name else {"model": "here"}
+    with pytest.warns(UserWarning, match=f"'n_recent' is lowered from {own} to 50") as said:
+        assert resolve(name, top_k=100, **model).config.n_recent == 50
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve(name, top_k=2 * own, **model).config.n_recent == own
+        assert resolve(name, top_k=100, n_recent=90, **model).config.n_recent == 90
+        with pytest.raises(ValueError, match="n_sink"):
+            resolve(name, top_k=100, n_recent=100, **model)
 
 
 def test_without_a_preset_the_defaults_hold():
@@ -74,6 +86,7 @@ def test_without_a_preset_the_defaults_hold():
         (dict(name=None), "no model is named"),
         (dict(name="tiny", topk=4), "unknown key 'topk'"),
         (dict(name="tiny", top_k=0), "'top_k'"),
+        (dict(name="tiny", top_k=-9), "'top_k'"),
         (dict(name="tiny", top_k=35, n_recent=32), "n_sink + n_recent"),
     ],
 )
@@ -113,7 +126,7 @@ def test_read_settings_refuses(tmp_path, text, words):
 
 def test_a_hub_preset_loads_from_local_folders(folders):
     model, indexer = folders
-    preset = load_preset("qwen3-8b", model=model, indexer=indexer, top_k=128)
+    preset = load_preset("qwen3-8b", model=model, indexer=indexer, top_k=128, n_recent=64)
     assert sorted(preset.indexers) == [0, 1]
     assert preset.config == SparseConfig(top_k=128)
     with patch_sparse_generate(preset.model, preset.indexers, **vars(preset.config)):
