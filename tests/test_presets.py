@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import warnings
+from pathlib import Path
 
 import huggingface_hub
 import mlx.core as mx
@@ -11,7 +13,7 @@ from local_models import write_indexers, write_model
 from mlx_lm import stream_generate
 
 from mlx_dsa import SparseConfig, load_preset, patch_sparse_generate
-from mlx_dsa.presets import fetch, preset_names, read_preset, read_settings
+from mlx_dsa.presets import fetch, preset_names, preset_of, read_preset, read_settings
 from mlx_dsa.presets import resolve, resource, runs_float32
 
 
@@ -201,3 +203,75 @@ def test_the_bundled_model_loads():
 def test_a_missing_resource_is_told():
     with pytest.raises(FileNotFoundError, match="Install the package again"):
         resource("configs/nowhere.json")
+
+
+# Settings go with the model
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_model_brings_its_presets_settings(name):
+    assert resolve(None, model=resolve(name).model) == resolve(name)
+
+
+def test_a_model_is_known_in_the_hubs_cache_too(tmp_path, monkeypatch):
+    folder = tmp_path / "models--mlx-community--Qwen3-8B-4bit" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    for model in (folder, os.path.relpath(folder)):
+        assert preset_of(str(model)) == "qwen3-8b"
+        settings = resolve(None, model=str(model))
+        assert settings.indexer == resolve("qwen3-8b").indexer
+        assert settings.config == resolve("qwen3-8b").config
+    monkeypatch.chdir(resource("weights/tiny"))
+    assert preset_of(".") == "tiny"
+    with pytest.raises(ValueError, match="no model is named"):
+        resolve(None)
+
+
+@pytest.mark.parametrize("model", ["mlx-community/Qwen3-8B-8bit", "else/Qwen3-8B-4bit", "nowhere"])
+def test_another_model_is_in_no_preset(model):
+    assert preset_of(model) is None
+
+
+def test_indexers_in_the_models_folder_are_its_own(folders, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(folders[0], model)
+    assert resolve(None, model=str(model)).indexer is None
+    write_indexers(model)
+    file = str(model / "indexers.safetensors")
+    for preset in (None, "tiny", "qwen3-8b"):  # nearer than a preset's
+        assert resolve(preset, model=str(model)).indexer == file
+        assert resolve(preset, model=str(model), indexer="mine").indexer == "mine"
+    loaded = load_preset(None, model=str(model))
+    assert sorted(loaded.indexers) == [0, 1]
+
+
+def test_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "elsewhere" / "weights").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "cold").write_text("")
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    file = tmp_path / "settings" / "s.json"
+    for given, found in [
+        ("weights", tmp_path / "settings" / "weights"),  # not the one that is here
+        ("./weights", tmp_path / "settings" / "weights"),
+        ("../owner/name", tmp_path / "owner" / "name"),
+        (str(tmp_path / "weights"), tmp_path / "weights"),
+        ("~/weights", Path.home() / "weights"),
+        ("owner/name", "owner/name"),
+    ]:
+        file.write_text(json.dumps({"model": given, "indexer": given}))
+        assert read_settings(file) == {"model": str(found), "indexer": str(found)}
+    for given in ("cold", "new/cold"):
+        file.write_text(json.dumps({"cache": "tiered", "cold_file": given}))
+        assert read_settings(file)["cold_file"] == str(tmp_path / "settings" / given)
+
+
+@pytest.mark.parametrize("key", ["model", "indexer", "cold_file"])
+def test_a_path_that_is_no_text_is_refused(key, tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({key: 5}))
+    with pytest.raises(ValueError, match=f"'{key}' in .* must be a text"):
+        read_settings(file)
+    file.write_text(json.dumps({key: None}))
+    assert read_settings(file) == {key: None}
