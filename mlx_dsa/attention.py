@@ -29,6 +29,7 @@ from .selectors import select_topk
 
 # Bytes of a cold file between two layers; what is not written takes no space.
 _COLD_REGION = 1 << 36
+_COLD_HEADER = 4096  # left alone: the file's mark
 
 
 class SparseAttention(nn.Module):
@@ -76,7 +77,7 @@ class SparseAttention(nn.Module):
         def make_store():
             if config.cold_file is None:
                 return MemoryStore(config.cold_bits or 8)
-            return FileStore(config.cold_file, layer * _COLD_REGION)
+            return FileStore(config.cold_file, _COLD_HEADER + layer * _COLD_REGION)
 
         return TieredKVCache(config.top_k, make_store)
 

@@ -129,7 +129,7 @@ def store(description: Mapping[str, Any], crossovers: Mapping[str, int | None]) 
     others = [e for e in _read(file) if e["of"] != description]
     entries = [{"of": dict(description), "from": dict(crossovers)}, *others]
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file, shared=True) as part:
+    with replacing(file) as part:
         part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     return file
 

@@ -16,6 +16,7 @@ from .attention import SparseAttention
 from .cache import BudgetKVCache, FullKVCache
 from .config import SparseConfig
 from .crossovers import describe, lookup, plan_prefill
+from .files import HeldFile
 from .indexer import Indexer
 from .ops import check_backend
 
@@ -23,6 +24,8 @@ _MODEL_TYPES = ("qwen3", "qwen3_moe")
 # The sparse layer, counted from 1, at which the device starts on a chunk of a prompt: a
 # GPU takes longer for these than Python for all that come after (docs/log.md).
 _STARTS_AT = 4
+# What a cold file begins with: one of ours, not a user's.
+_COLD_MARK = b"mlx-dsa cold file\n"
 
 
 class SparsePatch:
@@ -42,7 +45,7 @@ class SparsePatch:
         self.config = config
         self._model = model
         self._caches: weakref.WeakSet = weakref.WeakSet()
-        self._cold_file: Path | None = None  # one that this patch has made
+        self._cold_file: HeldFile | None = None
         found = None
         if config.prefill == "auto":
             found = lookup(describe(model, indexers, config))
@@ -75,18 +78,7 @@ class SparsePatch:
 
     def _claim_cold_file(self, path: Path):
         if self._cold_file is None:
-            try:
-                path.open("xb").close()
-            except FileExistsError:
-                raise ValueError(
-                    f"[SparsePatch] 'cold_file' {path} exists and is not overwritten. "
-                    f"Name a new file, or delete it."
-                ) from None
-            except OSError as error:
-                raise ValueError(
-                    f"[SparsePatch] 'cold_file' {path} can't be made: {error.strerror}."
-                ) from None
-            self._cold_file = path
+            self._cold_file = _claim(path)
         elif any(not cache.empty() for cache in self._caches):
             raise ValueError(
                 "[SparsePatch] 'cold_file' holds another conversation of this patch. "
@@ -147,7 +139,7 @@ class SparsePatch:
                 self._model.layers[i].self_attn = layer.attention
             layer.release()
         if self._cold_file is not None:
-            self._cold_file.unlink(missing_ok=True)
+            self._cold_file.release()
             self._cold_file = None
         if getattr(self._model, "make_cache", None) == self._make_cache_for_mlx_lm:
             del self._model.make_cache
@@ -160,6 +152,25 @@ class SparsePatch:
 
     def __exit__(self, *exception):
         self.restore()
+
+
+def _claim(path: Path) -> HeldFile:
+    """Make a new cold file, in place of one that a killed process left."""
+    try:
+        return HeldFile(path, _COLD_MARK)
+    except BlockingIOError:
+        raise ValueError(
+            f"[SparsePatch] 'cold_file' {path} is in use by another run. Name another file."
+        ) from None
+    except FileExistsError:
+        raise ValueError(
+            f"[SparsePatch] 'cold_file' {path} exists and is not overwritten. Name a new "
+            f"file, or delete it."
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"[SparsePatch] 'cold_file' {path} can't be made: {error.strerror}."
+        ) from None
 
 
 def patch_sparse_generate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ _CLASSES = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache)}
 _FORMAT = "mlx-dsa cache 3"
 # What a kept cache depends on; how it was computed may differ.
 _KEPT_BY = ("top_k", "cache", "n_sink", "n_recent", "evict", "dense_layers")
-_OLD_FORMAT = b'"format":"mlx-dsa cache '
+_OLD_FORMAT = re.compile(rb'"format":"mlx-dsa cache [12]"')
 _AGAIN = "Make it again: mlx-dsa compress, or save_cache."
 
 
@@ -70,7 +71,7 @@ def save_cache(
         if cache.empty():
             raise ValueError("[save_cache] 'caches' are empty: read a text first.")
         classes.append(name)
-        for i, value in enumerate(_state_of(cache)):
+        for i, value in enumerate(_contents_of(cache)):
             where = arrays if isinstance(value, mx.array) else scalars
             where[f"{layer}.{i}"] = value
     header = {
@@ -112,12 +113,12 @@ def load_cache(path: str | os.PathLike, patch: SparsePatch) -> SavedCache:
     scalars = json.loads(header["scalars"])
     caches = []
     for layer, name in enumerate(json.loads(header["classes"])):
-        state, i = [], 0
+        contents, i = [], 0
         while (key := f"{layer}.{i}") in arrays or key in scalars:
-            state.append(arrays[key] if key in arrays else scalars[key])
+            contents.append(arrays[key] if key in arrays else scalars[key])
             i += 1
-        caches.append(_rebuilt(name, state))
-    mx.eval([arrays[key] for key in arrays])
+        caches.append(_rebuilt(name, contents))
+    mx.eval(list(arrays.values()))
     patch.adopt(caches)
     return SavedCache(caches, int(header["tokens"]), json.loads(header["metadata"]))
 
@@ -137,19 +138,20 @@ def read_saved_config(path: str | os.PathLike) -> dict[str, Any]:
     return json.loads(_read(Path(path))[1]["config"])
 
 
-def _state_of(cache: Any) -> list[Any]:
-    if isinstance(cache, KVCache):  # whose own state differs by version of mlx-lm
-        return [*cache.keys_and_values(), cache.offset]
-    return cache.state
+def _contents_of(cache: Any) -> list[Any]:
+    if isinstance(cache, KVCache):  # whose state differs by version of mlx-lm
+        seen = slice(cache.offset)
+        return [cache.keys[..., seen, :], cache.values[..., seen, :], cache.offset]
+    return cache.contents
 
 
-def _rebuilt(name: str, state: Sequence[Any]) -> Any:
+def _rebuilt(name: str, contents: Sequence[Any]) -> Any:
     if name == KVCache.__name__:
         cache = KVCache()
-        cache.keys, cache.values, cache.offset = state
+        cache.keys, cache.values, cache.offset = contents
         return cache
     cache = BudgetKVCache(1) if name == BudgetKVCache.__name__ else _CLASSES[name]()
-    cache.state = state
+    cache.contents = contents
     return cache
 
 
@@ -230,6 +232,6 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 def _what_it_is(path: Path) -> str:
     with path.open("rb") as file:
-        if _OLD_FORMAT in file.read(1 << 20):
+        if _OLD_FORMAT.search(file.read(1 << 20)):
             return f"was saved by an earlier version of mlx-dsa. {_AGAIN}"
     return f"is not a cache that mlx-dsa saved, or is damaged. {_AGAIN}"

@@ -43,7 +43,7 @@ def write_sealed(
         OSError: If it can't be written.
         RuntimeError: Likewise, from MLX.
     """
-    with replacing(path, suffix=".safetensors", shared=True) as part:
+    with replacing(path, suffix=".safetensors") as part:
         mx.save_safetensors(str(part), dict(arrays), {**header, _NAME: _BLANK.decode()})
         place, _, digest = _digest(part)
         with part.open("r+b") as file:

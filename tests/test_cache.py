@@ -217,20 +217,6 @@ def test_state_makes_a_cache_that_goes_on_the_same(small, kind, calls):
     assert all(mx.array_equal(r, results[0]) for r in results[1:])
 
 
-@pytest.mark.skipif(
-    hasattr(lm_cache.KVCache, "meta_state"), reason="older mlx-lm saves its own only"
-)
-def test_mlx_lm_does_not_load_a_saved_cache_as_another_kind(small, tmp_path):
-    """It looks the class up among its own, and has to fail, not to guess."""
-    model, indexers, _ = small
-    file = str(tmp_path / "cache.safetensors")
-    with patch_sparse_generate(model, indexers, **RULES):
-        cache, _ = feed(model, make_tokens(60), 59)
-    lm_cache.save_prompt_cache(file, cache)
-    with pytest.raises(KeyError, match="BudgetKVCache"):
-        lm_cache.load_prompt_cache(file)
-
-
 def test_empty_state_round_trips():
     for cache in (BudgetKVCache(8), FullKVCache()):
         other = type(cache).from_state(cache.state)

@@ -128,8 +128,18 @@ def test_a_file_that_is_there_is_not_overwritten(folder, book):
 def test_what_could_not_be_saved_is_refused_before_it_is_read(folder, tmp_path):
     tiered = compress(folder, tmp_path / "a.kv", "--cache", "tiered")
     refused(tiered, 2, "can't be saved")
-    refused(compress(folder, tmp_path / "no" / "a.kv"), 2, "there is no folder")
+    refused(compress(folder, tmp_path / "no" / "a.kv"), 2, "--out", "there is no folder")
+    refused(compress(folder, tmp_path, "--force"), 2, "--out", "is a folder")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_takes_no_file_is_told_before_anything_is_read(folder, tmp_path):
+    # For root no folder is read-only, but no process makes files in /proc.
+    closed = Path("/proc") if os.geteuid() == 0 else tmp_path / "closed"
+    if closed.parent == tmp_path:
+        closed.mkdir(mode=0o500)
+    told = run("compress", folder / "no-book.txt", "--out", closed / "a.kv", *options(folder))
+    refused(told, 2, "--out", f"{closed / 'a.kv'} can't be written", "another folder")
 
 
 KILLED = """

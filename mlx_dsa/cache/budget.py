@@ -286,7 +286,7 @@ class BudgetKVCache(FullKVCache):
         return super().nbytes + self._late.nbytes + sum(a.nbytes for a in extra)
 
     @property
-    def state(self) -> list[Any]:
+    def contents(self) -> list[Any]:
         """What a copy needs: arrays, whole numbers and ``None``."""
         late = [None, None]
         if self.n_late:
@@ -306,15 +306,15 @@ class BudgetKVCache(FullKVCache):
         ]
         return snapshot(state)
 
-    @state.setter
-    def state(self, state: Sequence[Any]):
-        keys, values, index_keys, self.offset, *state = snapshot(state)
-        self._positions, in_order, self.budget, self.n_planned, *state = state
-        *window, late, late_slots = state[:5]
+    @contents.setter
+    def contents(self, contents: Sequence[Any]):
+        keys, values, index_keys, self.offset, *rest = snapshot(contents)
+        self._positions, in_order, self.budget, self.n_planned, *rest = rest
+        *window, late, late_slots = rest[:5]
         self._late = LateStates(self.most_late)
         if late is not None:
             self._late.add(late)
-        self._buffers = None if keys is None else [keys, values, index_keys, *state[5:]]
+        self._buffers = None if keys is None else [keys, values, index_keys, *rest[5:]]
         self._late_slots = []
         if late_slots is not None:
             self._late_slots = [late_slots[:, i] for i in range(self.n_late)]

@@ -7,6 +7,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from .foreign import SAVE_WITH, marked, unmarked
+
 
 class FullKVCache:
     """Keep keys, values and index keys of every token.
@@ -110,15 +112,29 @@ class FullKVCache:
         return sum(b.nbytes for b in self._buffers or ())
 
     @property
-    def state(self) -> list[Any]:
-        """What a copy needs: arrays and whole numbers."""
+    def contents(self) -> list[Any]:
+        """What a copy needs: arrays, whole numbers and ``None``."""
         return snapshot([self.keys, self.values, self.index_keys, self.offset])
+
+    @contents.setter
+    def contents(self, contents: Sequence[Any]):
+        keys, values, index_keys, self.offset = snapshot(contents)
+        self._buffers = None if keys is None else [keys, values, index_keys]
+        self._size = self.offset
+
+    @property
+    def state(self) -> list[Any]:
+        """The contents, for mlx-lm to evaluate and to copy, not to save."""
+        return marked(self.contents)
 
     @state.setter
     def state(self, state: Sequence[Any]):
-        keys, values, index_keys, self.offset = snapshot(state)
-        self._buffers = None if keys is None else [keys, values, index_keys]
-        self._size = self.offset
+        self.contents = unmarked(state)
+
+    @property
+    def meta_state(self):
+        """Refuse ``save_prompt_cache`` of mlx-lm before 0.32, which alone asks for it."""
+        raise ValueError(f"[{type(self).__name__}] {SAVE_WITH}.")
 
     @classmethod
     def from_state(cls, state: Sequence[Any]):

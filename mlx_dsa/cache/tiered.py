@@ -168,23 +168,23 @@ class TieredKVCache(FullKVCache):
         )
 
     @property
-    def state(self) -> list[Any]:
+    def contents(self) -> list[Any]:
         """What a copy needs; of one that is split, with its store."""
         if not self.split:
-            return super().state
+            return super().contents
         at_hand = [*self._hot, self.index_keys, self.offset]
         return [*at_hand, self._slots_in_hot, self._recalled, *self.cold.arrays]
 
-    @state.setter
-    def state(self, state: Sequence[Any]):
+    @contents.setter
+    def contents(self, contents: Sequence[Any]):
         self._hot = self._slots_in_hot = self._recalled = None
         self.n_selections = 0
         store, self.cold = self.cold, self._make_store()
-        if len(state) == 4:
-            FullKVCache.state.fset(self, state)
+        if len(contents) == 4:
+            FullKVCache.contents.fset(self, contents)
             return
-        *hot, index_keys, self.offset, self._slots_in_hot, self._recalled = state[:6]
-        self.cold = store.copy(state[6:])
+        *hot, index_keys, self.offset, self._slots_in_hot, self._recalled = contents[:6]
+        self.cold = store.copy(contents[6:])
         self._hot, self._size = hot, self.offset
         nothing = mx.zeros((*hot[0].shape[:2], self._size, 0), hot[0].dtype)
         self._buffers = [nothing, nothing, index_keys]

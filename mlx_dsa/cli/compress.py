@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ..files import check_writable
 from ..saved import load_cache, save_cache
 from .command import Command
 from .conversation import Conversation
@@ -32,6 +33,10 @@ def compress(file: str, out: str, force: bool, system: str | None, **given: Any)
     settings.
     """
     path = Path(out)
+    try:
+        check_writable(path)
+    except ValueError as error:
+        raise click.UsageError(f"--out {error}") from None
     if path.exists() and not force:
         raise click.UsageError(f"{path} exists. Name another file, or give --force.")
     document = read_text(file)
@@ -40,8 +45,6 @@ def compress(file: str, out: str, force: bool, system: str | None, **given: Any)
         raise click.UsageError(
             "a tiered cache can't be saved. Leave --cache out, or use --cache full."
         )
-    if not path.parent.is_dir():
-        raise click.UsageError(f"there is no folder {path.parent}.")
     with open_session(settings, dense=False, temp=0.0, seed=0) as session:
         conversation = Conversation(session.model, session.tokenizer, system=system)
         start = time.perf_counter()

@@ -6,6 +6,8 @@ import sys
 
 import click
 
+from .ending import orderly_end
+
 # MLX reports damaged files and lack of memory as RuntimeError.
 _USER_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
 
@@ -14,11 +16,15 @@ class Boundary(click.Group):
     """A command group whose errors are one line each, without a traceback.
 
     Exit codes: 1 when the work failed, 2 when the command line is wrong, 130
-    after Ctrl-C.
+    after Ctrl-C, 128 + its number after another signal.
     """
 
     def invoke(self, ctx: click.Context):
         """Run the command."""
+        with orderly_end():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: click.Context):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:

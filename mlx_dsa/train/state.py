@@ -13,7 +13,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..files import replacing
+from ..files import is_part, replacing
 
 CHECKPOINT = "checkpoint.safetensors"
 FINISHED = "indexers.safetensors"
@@ -156,6 +156,7 @@ def check_out(out: Path, resume: bool):
     if out.exists() and not out.is_dir():
         raise ValueError(f"[train] 'out' must be a folder but {out} is a file.")
     found = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    found = [name for name in found if not is_part(name)]
     if CHECKPOINT in found:
         if not resume:
             raise ValueError(
@@ -166,7 +167,7 @@ def check_out(out: Path, resume: bool):
         raise ValueError(
             f"[train] {out} holds finished indexers. Choose another folder."
         )
-    elif set(found) - {"checkpoint.part.safetensors"}:
+    elif found:
         raise ValueError(
             f"[train] 'out' must be a new or empty folder but {out} holds "
             f"{found[0]}."
