@@ -185,6 +185,26 @@ def resolve(name: str | None = "tiny", **overrides: Any) -> Settings:
     return Settings(str(model), indexer and str(indexer), SparseConfig.from_dict(values))
 
 
+def names_of(settings: Settings) -> dict[str, str]:
+    """Say what settings load, in names that hold in any folder.
+
+    Args:
+        settings (Settings): From :func:`resolve`.
+
+    Returns:
+        dict: A ``preset``, or a ``model`` and its ``indexer``.
+    """
+    name = preset_of(settings.model)
+    if name and resolve(name)[:2] == settings[:2]:
+        return {"preset": name}
+    return {key: _anywhere(getattr(settings, key)) for key in _LOADED}
+
+
+def _anywhere(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
 def load_preset(name: str | None = "tiny", **overrides: Any) -> Preset:
     """Load a model, its tokenizer, its indexers and its config.
 

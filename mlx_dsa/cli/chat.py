@@ -59,7 +59,7 @@ def chat(
                 raise click.UsageError(
                     f"--{name} has no effect with --cache-file. Leave one of them out."
                 )
-    settings = settings_from(dense=dense, **given)
+    settings = settings_from(dense=dense, cache_file=cache_file, **given)
     document = read_text(file) if file else None
     if prompt is not None:
         check_prompt(prompt)

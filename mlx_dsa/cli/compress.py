@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..files import check_writable
+from ..presets import names_of
 from ..saved import load_cache, save_cache
 from .command import Command
 from .conversation import Conversation
@@ -30,7 +31,7 @@ def compress(file: str, out: str, force: bool, system: str | None, **given: Any)
     """Read the document FILE, prune it before any question, and save the cache.
 
     mlx-dsa chat --cache-file goes on from it, with the same model, indexers and
-    settings.
+    settings, which it finds in the file.
     """
     path = Path(out)
     try:
@@ -45,13 +46,14 @@ def compress(file: str, out: str, force: bool, system: str | None, **given: Any)
         raise click.UsageError(
             "a tiered cache can't be saved. Leave --cache out, or use --cache full."
         )
+    about = {"file": Path(file).name, **names_of(settings)}
     with open_session(settings, dense=False, temp=0.0, seed=0) as session:
         conversation = Conversation(session.model, session.tokenizer, system=system)
         start = time.perf_counter()
         with reading_bar() as conversation.progress:
             conversation.read(document)
         seconds = time.perf_counter() - start
-        save_cache(path, conversation.cache, session.patch, {"file": Path(file).name})
+        save_cache(path, conversation.cache, session.patch, about)
         report = measure(conversation.cache, None, None)
         start = time.perf_counter()
         load_cache(path, session.patch)

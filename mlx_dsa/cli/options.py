@@ -10,6 +10,7 @@ import click
 
 from ..config import SparseConfig, override
 from ..presets import Settings, preset_names, read_settings, resolve
+from ..saved import KEPT_BY, read_saved_config, read_saved_metadata
 from .outputs import OutputPath
 
 SEED = click.IntRange(0, 2**32 - 1)
@@ -33,6 +34,7 @@ def _temperature(context: click.Context, option: click.Parameter, value: float) 
     return value
 
 
+_OF_THE_MACHINE = ("backend", "cold_bits", "cold_file")  # a saved cache goes to any
 _MODEL = (
     click.option(
         "--preset",
@@ -137,14 +139,16 @@ def settings_from(
     *,
     preset: str | None = None,
     config: str | None = None,
+    cache_file: str | None = None,
     dense: bool = False,
     **given: Any,
 ) -> Settings:
-    """Merge a preset, a file and the command line.
+    """Merge a preset, a file, the command line and the settings of a saved cache.
 
     Args:
         preset (str, optional): ``--preset``. Default: ``None``.
         config (str, optional): ``--config``. Default: ``None``.
+        cache_file (str, optional): ``--cache-file``. Default: ``None``.
         dense (bool): ``--dense``. Default: ``False``.
         given: The other options by name, ``None`` where not given.
 
@@ -153,7 +157,7 @@ def settings_from(
 
     Raises:
         click.UsageError: If an option would have no effect.
-        ValueError: If a value is not valid.
+        ValueError: If a value is not valid, or contradicts the saved cache.
     """
     given = {name: value for name, value in given.items() if value is not None}
     if dense:
@@ -165,10 +169,32 @@ def settings_from(
                     f"Leave one of them out."
                 )
     values = override(read_settings(config) if config else {}, given)
+    if cache_file:
+        preset, values = _with_saved(cache_file, preset, values)
     # A model of one's own takes nothing from the bundled one's settings.
     if preset is None and "model" not in values:
         preset = "tiny"
     return resolve(preset, **values)
+
+
+def _with_saved(
+    file: str, preset: str | None, values: dict[str, Any]
+) -> tuple[str | None, dict[str, Any]]:
+    """Fill settings up with those that a saved cache was made with."""
+    saved = read_saved_config(file)
+    for name in KEPT_BY:
+        if name in values and values[name] != saved[name]:
+            raise ValueError(
+                f"{name!r} {values[name]} contradicts {file}, which was made with "
+                f"{saved[name]}. Leave it out."
+            )
+    about = read_saved_metadata(file)
+    if preset is None and "model" not in values:
+        preset = about.get("preset")
+        names = {key: about[key] for key in ("model", "indexer") if key in about}
+        values = {**names, **values}
+    how = {key: value for key, value in saved.items() if key not in _OF_THE_MACHINE}
+    return preset, {**how, **values}
 
 
 def subject_name(
