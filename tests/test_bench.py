@@ -183,18 +183,26 @@ def run(*arguments):
     return CliRunner().invoke(main, ["bench", *given, *map(str, arguments)])
 
 
-def test_the_last_line_is_one_json(small_shape, tmp_path):
+def test_without_a_file_the_last_line_is_one_json(small_shape):
+    result = run("--contexts", "80", "--top-k", 100, "--steps", 1, "--chunk", 64)
+    assert result.exit_code == 0, result.output
+    last = json.loads(result.stdout.splitlines()[-1])
+    assert set(last) == {"rows", "passes", "config", "device", "versions"}
+
+
+def test_a_file_holds_the_whole_result(small_shape, tmp_path):
     out, plot = tmp_path / "new" / "bench.json", tmp_path / "bench.png"
     result = run(
         "--contexts", "80,200", "--top-k", 100, "--steps", 1, "--chunk", 64,
         "--out", out, "--plot", plot,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    last = json.loads(result.stdout.splitlines()[-1])
+    assert result.stdout.splitlines()[-2:] == [f"Wrote {out}", f"Wrote {plot}"]
+    assert "{" not in result.stdout
+    last = json.loads(out.read_text())
     assert set(last) == {"rows", "passes", "config", "device", "versions"}
     measured = [(p["context"], p["kind"]) for p in last["passes"]]
     assert measured == [(n, kind) for n in (80, 200) for kind in ("dense", "sparse")]
-    assert json.loads(out.read_text()) == last
     assert [row["context"] for row in last["rows"]] == [80, 200]
     for row in last["rows"]:
         assert set(row["dense"]) == set(row["sparse"]) == KEYS
@@ -226,7 +234,7 @@ def test_operations_of_a_shape(small_shape, tmp_path):
         "--out", tmp_path / "ops.json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    last = json.loads(result.stdout.splitlines()[-1])
+    last = json.loads((tmp_path / "ops.json").read_text())
     assert [row["context"] for row in last["rows"]] == [250, 400]
     assert last["shape"]["index_head_dim"] == 12
     assert all(row["gather"] > 0 and row["floor"]["sdpa"] > 0 for row in last["rows"])

@@ -383,6 +383,38 @@ def test_demo_compares_own_prompts(sparse):
     assert result.output.count("dense") == result.output.count("KV memory") == 2
 
 
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        ([], ["sparse, all kept", "sparse, budget"]),
+        (["--cache", "full"], ["sparse, all kept"]),
+        (["--cache", "budget"], ["sparse, budget"]),
+        (["--cache", "tiered"], ["sparse, rest cold"]),
+        (["--cache", "tiered", "--cold-bits", "4"], ["sparse, rest cold"]),
+        (["--config", {"cache": "tiered", "cold_bits": 4}], ["sparse, rest cold"]),
+        (["--config", {"cache": "full"}], ["sparse, all kept", "sparse, budget"]),
+    ],
+    ids=str,
+)
+def test_demo_shows_the_cache_that_is_named(options, names, sparse, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(options[-1] if options else {}))
+    options = [tmp_path / "c.json" if isinstance(o, dict) else o for o in options]
+    result = run("demo", *sparse, "--prompt", "Who?", *options)
+    assert result.exit_code == 0, result.output
+    titles = ("sparse, all kept", "sparse, budget", "sparse, rest cold")
+    assert [t for t in titles if t in " ".join(result.output.split())] == names
+
+
+def test_demo_says_what_is_sampled(sparse, monkeypatch):
+    demo = sys.modules["mlx_dsa.cli.demo"]
+    prompts = [demo.Prompt("Drawn", "x", "x", True, 2, 0.7), demo.Prompt("Sure", "x", "x", True, 2)]
+    monkeypatch.setattr(demo, "_bundled", lambda: iter(prompts))
+    result = run("demo", *sparse)
+    assert result.exit_code == 0, result.output
+    drawn, sure = result.output.split("Sure")
+    assert "Sampled at temperature 0.7" in drawn and "Sampled" not in sure
+
+
 def test_demo_refuses_a_file_without_a_question(sparse):
     refused(run("demo", *sparse, "--file", "x"), 2, "--file needs a question")
 

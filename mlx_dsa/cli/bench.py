@@ -70,8 +70,8 @@ def bench(
 ):
     """Time dense mlx-lm and sparse attention on the same prompts, in turns.
 
-    Both read prompts of random tokens and then decode. The last line of standard
-    output is one JSON.
+    Both read prompts of random tokens and then decode. Without --out the last line
+    of standard output is the result as one JSON.
     """
     if ops and (steps is not None or plot is not None):
         option = "--steps" if steps is not None else "--plot"
@@ -93,7 +93,8 @@ def bench(
         draw(result["rows"], f"{subject.name}, top_k {subject.config.top_k}, {name}", plot)
     for path in filter(None, (out, plot)):
         click.echo(f"Wrote {path}")
-    click.echo(json.dumps(result))
+    if not out:
+        click.echo(json.dumps(result))
 
 
 @contextmanager

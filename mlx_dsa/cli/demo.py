@@ -24,7 +24,12 @@ from .options import describe_config, model_options, settings_from, sparse_optio
 from .session import hint_at_blas
 
 
-_NAMES = {"full": "sparse, all kept", "budget": "sparse, budget"}  # cache -> title
+_NAMES = {  # cache -> title
+    "full": "sparse, all kept",
+    "budget": "sparse, budget",
+    "tiered": "sparse, rest cold",
+}
+_SHOWN = ("full", "budget")  # where none is named
 _NOTE = (
     "A budget is chosen by what the retention heads expect to be needed, not by the "
     "question. Keeping all entries saves time, a budget saves memory as well."
@@ -67,7 +72,8 @@ def demo(prompt: str | None, interactive: bool, file: str | None, **given: Any):
     if file is not None and prompt is None and not interactive:
         raise click.UsageError("--file needs a question: --prompt or --interactive.")
     settings = settings_from(**given)
-    caches = (settings.config.cache,) if given["cache"] else tuple(_NAMES)
+    cache = settings.config.cache
+    caches = (cache,) if given["cache"] or cache not in _SHOWN else _SHOWN
     document = read_text(file) if file else None
     hint_at_blas()
     preset = load_settings(settings)
@@ -130,6 +136,13 @@ def _compare(preset: Preset, caches: tuple[str, ...], prompt: Prompt, console: C
         console.print(f"\n[bold]{prompt.title}[/bold]")
     if prompt.shown:
         console.print(prompt.shown, style="cyan", markup=False, highlight=False)
+    if prompt.temp:
+        console.print(
+            f"Sampled at temperature {prompt.temp}: sides differ by chance, and a model as "
+            f"small as the bundled one rambles, dense or sparse.",
+            style="dim",
+            soft_wrap=True,
+        )
     dense, *sparse = table = [Column("dense"), *(Column(_NAMES[c]) for c in caches)]
     with Live(console=console, refresh_per_second=8) as live:
 
