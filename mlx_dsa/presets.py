@@ -197,7 +197,8 @@ def names_of(settings: Settings) -> dict[str, str]:
     name = preset_of(settings.model)
     if name and resolve(name)[:2] == settings[:2]:
         return {"preset": name}
-    return {key: _anywhere(getattr(settings, key)) for key in _LOADED}
+    named = {"model": settings.model, "indexer": settings.indexer}
+    return {key: _anywhere(value) for key, value in named.items() if value}
 
 
 def _anywhere(name: str) -> str:

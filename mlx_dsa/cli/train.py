@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn
 
-from ..presets import INDEXER_FILES, fetch, load_model, preset_names, resolve
+from ..presets import INDEXER_FILES, fetch, load_model, preset_names
 from ..train import (
     LayerScore,
     RetentionConfig,
@@ -24,8 +24,10 @@ from ..train import (
     train_indexers,
     train_retention,
 )
+from ..train.state import CHECKPOINT, FINISHED, check_out
 from .command import Command
-from .options import SEED
+from .fitting import fitting_chat
+from .options import SEED, settings_from
 from .outputs import OutputPath
 from .session import hint_at_blas
 
@@ -116,15 +118,18 @@ def train(
     if preset and model:
         raise click.UsageError("--preset and --model exclude each other here.")
     settings = _settings(RetentionConfig if retention else TrainConfig, config, given)
-    name = model or resolve(preset or "tiny").model
+    known = settings_from(preset=preset, model=model, indexer=indexer)
+    name = known.model
     wanted: dict[str, Any] = {"resume": resume}
     if retention:
-        known = None if model else resolve(preset or "tiny").indexer
-        if not (indexer or known):
+        if known.indexer is None:
             raise click.UsageError("--retention needs --indexer: name the indexers.")
-        wanted["indexers"] = fetch(indexer or known, INDEXER_FILES)
+        wanted["indexers"] = fetch(known.indexer, INDEXER_FILES)
     elif indexer:
         raise click.UsageError("--indexer goes with --retention.")
+    if resume:
+        _check_resume(Path(out))
+    check_out(Path(out), resume)
     hint_at_blas()
     base, tokenizer = load_model(name)
     run = train_retention if retention else train_indexers
@@ -132,17 +137,29 @@ def train(
         with _Display() as display:
             result = run(base, tokenizer, data, out, settings, progress=display, **wanted)
     except KeyboardInterrupt:
-        click.echo("Stopped. The same command with --resume goes on.", err=True)
+        begun = (Path(out) / CHECKPOINT).exists()
+        again = " The same command with --resume goes on." if begun else ""
+        click.echo(f"Stopped.{again}", err=True)
         sys.exit(130)
-    _report(name, result)
+    _report(result)
+    named = {"preset": preset, "model": model}
+    for line in fitting_chat(named, result.path, settings):
+        click.echo(line)
 
 
-def _report(model: str, result: TrainResult):
+def _check_resume(out: Path):
+    """Refuse to begin anew where a run was to go on."""
+    if not any((out / name).exists() for name in (CHECKPOINT, FINISHED)):
+        raise click.UsageError(
+            f"there is no run in {out} to go on with. Leave --resume out to begin one."
+        )
+
+
+def _report(result: TrainResult):
     best = ", ".join(f"{layer}: {step}" for layer, step in result.best_steps.items())
     click.echo(f"Best step of each layer: {best}")
     click.echo(f"Best steps together: {_describe(result.scores)}")
     click.echo(f"Wrote {result.path}")
-    click.echo(f"Try: mlx-dsa chat --model {model} --indexer {result.path}")
 
 
 def _settings(kind: type, config: str | None, given: dict[str, Any]) -> Any:
