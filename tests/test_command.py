@@ -12,6 +12,7 @@ from local_models import write_indexers, write_model
 from mlx_dsa import SparseConfig
 from mlx_dsa.cli import main
 from mlx_dsa.cli.command import Command, in_options, takes_one_value
+from mlx_dsa.evals.policies import make_policies
 from mlx_dsa.train import TrainConfig
 
 
@@ -136,6 +137,50 @@ def test_a_warning_names_options_too(sparse):
     assert note == (
         "Note: --n-recent is lowered from 64 to 20, half of --top-k. Give --n-recent to choose it."
     )
+
+
+# One rule for n_recent, whichever command
+
+
+ONE_BUDGET = {
+    "generate": ["generate", "--prompt", "x", "--max-tokens", 1],
+    "compress": ["compress", "TEXT", "--out", "OUT", "--force"],
+    "memory": ["eval", "memory", "--lengths", 64],
+    "needle": ["eval", "needle", "--quick", "--lengths", 200, "--max-tokens", 1],
+    "bench": ["bench", "--contexts", 64, "--steps", 1, "--repeats", 1],
+}
+
+
+@pytest.mark.parametrize("name", ONE_BUDGET)
+def test_every_command_lowers_n_recent_alike_and_says_so(name, sparse, tmp_path):
+    (tmp_path / "text.txt").write_text("A line of plain text. " * 9)
+    places = {"TEXT": tmp_path / "text.txt", "OUT": tmp_path / "out.kv"}
+    words = [places.get(word, word) for word in ONE_BUDGET[name]]
+    result = run(*words, *sparse, "--top-k", 24)
+    assert result.exit_code == 0, result.output
+    assert "Note: --n-recent is lowered from 64 to 12, half of --top-k." in result.output
+    result = run(*words, *sparse, "--top-k", 24, "--n-recent", 21)
+    assert "at least n_sink + --n-recent = 25 but got 24" in error_of(result, 1)
+    assert "lowered" not in result.output
+
+
+def test_policies_follow_the_same_rule():
+    base = SparseConfig(top_k=256, n_recent=128)
+    with pytest.warns(UserWarning, match="lowered from 128 to 50"):
+        _, by_number, by_policy = make_policies(
+            ["dense", "sparse", {"policy": "exact", "top_k": 100}], base, [100]
+        )
+    assert by_number.config.n_recent == by_policy.config.n_recent == 50
+    (own,) = make_policies(["sparse"], base, [{"top_k": 100, "n_recent": 90}])
+    assert own.config.n_recent == 90
+
+
+def test_a_command_line_goes_over_a_file_here_too(sparse, tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"top_k": 300, "n_recent": 200}))
+    assert "200 recent" in run("info", *sparse, "--config", file).output
+    lowered = run("info", *sparse, "--config", file, "--top-k", 100).output
+    assert "50 recent" in lowered and "lowered from 200 to 50" in lowered
 
 
 # Numbers that are none
