@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -17,14 +16,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .checkpoint import INDEXERS, load_indexers
 from .config import SparseConfig, override
+from .hub import INDEXER_FILES, fetch, first_line, is_repository
 from .indexer import Indexer
 
 _PACKAGE = Path(__file__).resolve().parent
 _LOADED = ("model", "indexer")
 _PATHS = (*_LOADED, "cold_file")
-
-MODEL_FILES = ("*.json", "*.jinja", "*.txt", "model*.safetensors", "tokenizer.model")
-INDEXER_FILES = ("*.json", "*.safetensors")
 
 
 class Settings(NamedTuple):
@@ -272,7 +269,7 @@ def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
         model, tokenizer = load(str(folder))
     except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"[mlx-dsa] mlx-lm cannot load the model in {folder}: {_first_line(error)}"
+            f"[mlx-dsa] mlx-lm cannot load the model in {folder}: {first_line(error)}"
         ) from error
     if runs_float32():
         model.set_dtype(mx.float32)
@@ -286,54 +283,3 @@ def runs_float32() -> bool:
     times slower than float32 with OpenBLAS.
     """
     return sys.platform.startswith("linux") and mx.default_device() == mx.Device(mx.cpu)
-
-
-def fetch(
-    name: str, patterns: tuple[str, ...] = MODEL_FILES, *, download: bool = True
-) -> Path:
-    """Find a folder or file, or fetch a hub repository.
-
-    Args:
-        name (str): A path, or a hub repository such as ``"owner/name"``.
-        patterns (tuple of str): Files to fetch of a repository. Default: what
-          mlx-lm needs of a model.
-        download (bool): Fetch what is not on this machine. Default: ``True``.
-
-    Returns:
-        Path: Where it is on this machine.
-
-    Raises:
-        FileNotFoundError: If there is no such path or repository, or it is not
-          on this machine and may not be fetched.
-    """
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    if not is_repository(name):
-        raise FileNotFoundError(f"[mlx-dsa] there is no file or folder {name}.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=list(patterns),
-                local_files_only=not download,
-            )
-        )
-    # The hub's errors are OSErrors or ValueErrors, whichever client it uses.
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"[mlx-dsa] {name} is no folder here and could not be fetched from the "
-            f"Hugging Face hub: {_first_line(error)}"
-        ) from error
-
-
-def is_repository(name: str) -> bool:
-    """Return whether a name that is no path here can be one on the hub."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "mlx_dsa"
 
 # Imports run from right to left only (docs/design.md, layout).
 LAYERS = [
-    {"blas", "config", "files", "fingerprint", "pictures", "positions", "sealed"},
+    {"blas", "config", "files", "fingerprint", "hub", "pictures", "positions", "sealed"},
     {"startup"},
     {"ops"},
     {"indexer", "selectors", "cache", "checkpoint", "chunks", "crossovers", "projections"},

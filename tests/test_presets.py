@@ -13,7 +13,8 @@ from local_models import write_indexers, write_model
 from mlx_lm import stream_generate
 
 from mlx_dsa import SparseConfig, load_preset, patch_sparse_generate
-from mlx_dsa.presets import fetch, preset_names, preset_of, read_preset, read_settings
+from mlx_dsa.hub import fetch
+from mlx_dsa.presets import preset_names, preset_of, read_preset, read_settings
 from mlx_dsa.presets import resolve, resource, runs_float32
 
 

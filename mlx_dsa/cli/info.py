@@ -17,10 +17,10 @@ from mlx.utils import tree_flatten
 from .. import __version__, blas
 from ..crossovers import crossover_file, describe_args, describe_run, lookup
 from ..crossovers import plan_prefill
+from ..hub import INDEXER_FILES, MODEL_FILES, fetch, is_repository
 from ..indexer import Indexer
 from ..ops import check_backend
-from ..presets import INDEXER_FILES, MODEL_FILES, Settings, fetch, is_repository
-from ..presets import preset_names, read_indexers, resource, runs_float32
+from ..presets import Settings, preset_names, read_indexers, resource, runs_float32
 from .command import Command
 from .options import dense_option, describe_config, model_options
 from .options import settings_from, sparse_options

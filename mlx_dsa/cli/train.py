@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn
 
-from ..presets import INDEXER_FILES, fetch, load_model, preset_names
+from ..hub import INDEXER_FILES, fetch
+from ..presets import load_model, preset_names
 from ..train import (
     LayerScore,
     RetentionConfig,
