@@ -99,7 +99,7 @@ def test_other_models_indexers_and_settings_are_refused(folder, book):
     refused(ask(folder, book, model="other-model"), 1, "other model weights")
     refused(ask(folder, book, indexer="other-indexer"), 1, "other indexer weights")
     refused(ask(folder, book, top_k=120), 1, "--top-k 120", "made with 100")
-    refused(ask(folder, book, "--cache", "full"), 1, "cache = budget")
+    refused(ask(folder, book, "--cache", "full"), 1, "--cache full", "made with budget")
 
 
 def test_damaged_and_foreign_files_are_refused(folder, book, tmp_path):
