@@ -303,7 +303,7 @@ def test_bad_suites(model, tmp_path, change, message):
         (["needle", "--lengths", "9000"], "longer than the model's 8,192 positions", 1),
         (["needle", "--lengths", "2k"], "is not a list of whole numbers", 2),
         (["needle", "--policies", "dense,best"], "'best' is none of dense", 2),
-        (["needle", "--top-k", "8"], "--top-k must be at least", 1),
+        (["needle", "--top-k", "5"], "--top-k must be at least", 1),
         (["needle", "--turns", "2"], "--turns needs setting 'before-question'", 1),
         (["needle", "--haystack", "no.txt"], "'no.txt' is not there", 1),
         (["needle", "--haystack", "{empty}"], "holds no text", 1),
