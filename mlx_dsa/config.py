@@ -137,8 +137,11 @@ def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     """
     merged = {**values, **changes}
     top_k, n_recent = changes.get("top_k"), values.get("n_recent")
-    numbers = isinstance(top_k, int) and isinstance(n_recent, int)
-    if numbers and "n_recent" not in changes and n_recent > top_k // 2 > 0:
+    n_sink = merged.get("n_sink", SparseConfig.n_sink)
+    if "n_recent" in changes or not all(isinstance(n, int) for n in (top_k, n_recent, n_sink)):
+        return merged
+    # Where even the half has no room, what was given is refused as it is.
+    if n_recent > top_k // 2 > 0 and n_sink + top_k // 2 <= top_k:
         merged["n_recent"] = top_k // 2
         warnings.warn(
             f"[SparseConfig] 'n_recent' is lowered from {n_recent} to {top_k // 2}, half of "
