@@ -18,6 +18,7 @@ from .files import replacing
 from .indexer import Indexer, IndexerArgs
 
 
+INDEXERS = "indexers.safetensors"  # the file in a folder
 _ALIASES = {
     "wq": ("wq", "wq_b", "q_proj", "query_proj", "query", "q"),
     "wk": ("wk", "k_proj", "key_proj", "key", "k"),
@@ -119,7 +120,7 @@ def save_indexers(
     dim, proj_dim, n_heads, rope_dim, _, retention_dim = shapes.pop()
     file = Path(path)
     if file.suffix != ".safetensors":
-        file = file / "indexers.safetensors"
+        file = file / INDEXERS
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"layers.{layer}.{name}": value
@@ -148,7 +149,7 @@ def _find_file(path: Path) -> Path:
     if not path.is_dir():
         raise ValueError(f"[load_indexers] there is no file or folder {path}.")
     found = sorted(path.glob("*.safetensors"))
-    named = [f for f in found if f.name == "indexers.safetensors"]
+    named = [f for f in found if f.name == INDEXERS]
     if len(named or found) != 1:
         raise ValueError(
             f"[load_indexers] {path} must hold one .safetensors file but has "

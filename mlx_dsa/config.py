@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
@@ -80,15 +81,15 @@ class SparseConfig:
             raise ValueError(
                 f"[SparseConfig] 'top_k' must be at least tile_size + n_sink + "
                 f"n_recent = {self.tile_size + protected} for prefill 'tile' but got "
-                f"{self.top_k}. Use prefill 'exact', or a smaller tile_size."
+                f"{self.top_k}. Use prefill='exact', or a smaller tile_size."
             )
 
     def _check_cold(self):
         for name in ("cold_bits", "cold_file"):
             if getattr(self, name) is not None and self.cache != "tiered":
                 raise ValueError(
-                    f"[SparseConfig] '{name}' is for cache 'tiered' only but cache is "
-                    f"{self.cache!r}. Leave it out, or set cache to 'tiered'."
+                    f"[SparseConfig] '{name}' is for cache 'tiered' only, not for "
+                    f"{self.cache!r}. Leave it out, or use cache='tiered'."
                 )
         if self.cold_bits not in (None, 4, 8, 16):
             raise ValueError(
@@ -120,6 +121,35 @@ class SparseConfig:
             ValueError: If a key is not a field, or a value is not valid.
         """
         return from_mapping(cls, values)
+
+
+def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Put settings over others.
+
+    Where ``changes`` name ``top_k`` alone, the ``n_recent`` of ``values`` is at most half
+    of it, and a warning says so where that changes something.
+
+    Args:
+        values (Mapping): Fields of :class:`SparseConfig` and others.
+        changes (Mapping): What goes over them.
+
+    Returns:
+        dict: Both together.
+    """
+    merged = {**values, **changes}
+    top_k, n_recent = changes.get("top_k"), values.get("n_recent")
+    n_sink = merged.get("n_sink", SparseConfig.n_sink)
+    if "n_recent" in changes or not all(isinstance(n, int) for n in (top_k, n_recent, n_sink)):
+        return merged
+    # Where even the half has no room, what was given is refused as it is.
+    if n_recent > top_k // 2 > 0 and n_sink + top_k // 2 <= top_k:
+        merged["n_recent"] = top_k // 2
+        warnings.warn(
+            f"[SparseConfig] 'n_recent' is lowered from {n_recent} to {top_k // 2}, half of "
+            f"top_k. Give n_recent to choose it.",
+            stacklevel=3,
+        )
+    return merged
 
 
 def from_mapping(cls: type, values: Mapping[str, Any]) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -16,15 +15,14 @@ from mlx_lm import load
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .arrays import evaluate
-from .checkpoint import load_indexers
-from .config import SparseConfig
+from .checkpoint import INDEXERS, load_indexers
+from .config import SparseConfig, override
+from .hub import INDEXER_FILES, fetch, first_line, is_repository
 from .indexer import Indexer
 
 _PACKAGE = Path(__file__).resolve().parent
-_PATHS = ("model", "indexer")
-
-MODEL_FILES = ("*.json", "*.jinja", "*.txt", "model*.safetensors", "tokenizer.model")
-INDEXER_FILES = ("*.json", "*.safetensors")
+_LOADED = ("model", "indexer")
+_PATHS = (*_LOADED, "cold_file")
 
 
 class Settings(NamedTuple):
@@ -94,26 +92,22 @@ def read_preset(name: str) -> dict[str, Any]:
             f"[load_preset] 'name' must be one of {', '.join(preset_names())} but got "
             f"{name!r}."
         )
-    values = read_settings(resource(f"configs/{name}.json"))
-    for key in _PATHS:
-        if str(values.get(key, "")).startswith("weights/"):
-            values[key] = str(resource("weights").parent / values[key])
-    return values
+    return read_settings(resource(f"configs/{name}.json"))
 
 
 def read_settings(file: str | os.PathLike) -> dict[str, Any]:
     """Read settings from a JSON file.
 
     Args:
-        file (str or PathLike): A JSON object with the keys of a preset. A
-          ``model`` or ``indexer`` that is a path is relative to the file.
+        file (str or PathLike): A JSON object with the keys of a preset. Paths in
+          it (``model``, ``indexer``, ``cold_file``) are relative to the file.
 
     Returns:
         dict: The settings.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a JSON object, or a key is unknown.
+        ValueError: If it is not a JSON object, a key is unknown, or a path is no text.
     """
     file = Path(file)
     try:
@@ -122,7 +116,7 @@ def read_settings(file: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"[config] {file} is not JSON: {error}.") from None
     if not isinstance(values, dict):
         raise ValueError(f"[config] {file} must hold a JSON object.")
-    keys = [*_PATHS, *(field.name for field in fields(SparseConfig))]
+    keys = [*_LOADED, *(field.name for field in fields(SparseConfig))]
     unknown = [key for key in values if key not in keys]
     if unknown:
         raise ValueError(
@@ -130,20 +124,44 @@ def read_settings(file: str | os.PathLike) -> dict[str, Any]:
             f"{', '.join(keys)}."
         )
     for key in _PATHS:
-        beside = file.parent / str(values.get(key, ""))
-        if key in values and beside.exists():
-            values[key] = str(beside)
+        if values.get(key) is None:
+            continue
+        if not isinstance(values[key], str):
+            raise ValueError(f"[config] {key!r} in {file} must be a text.")
+        path = file.parent / Path(values[key]).expanduser()
+        if key == "cold_file" or path.exists() or not is_repository(values[key]):
+            values[key] = os.path.normpath(path)
     return values
+
+
+def preset_of(model: str) -> str | None:
+    """Find the preset of a model.
+
+    Args:
+        model (str): A hub repository, or a folder: also the one that the hub's
+          cache keeps the repository in.
+
+    Returns:
+        str, optional: The preset's name, or ``None`` if it is in no preset.
+    """
+    folder = Path(model).expanduser().resolve()
+    for name in preset_names():
+        known = read_preset(name)["model"]
+        cached = f"models--{known.replace('/', '--')}"
+        if model == known or folder == Path(known).resolve() or cached in folder.parts:
+            return name
+    return None
 
 
 def resolve(name: str | None = "tiny", **overrides: Any) -> Settings:
     """Merge a preset and what overrides it into settings.
 
     Args:
-        name (str, optional): A preset, or ``None`` for the defaults of
-          :class:`SparseConfig`. Default: ``"tiny"``.
+        name (str, optional): A preset, or ``None`` for that of the model; a model
+          that is in none gets the defaults of :class:`SparseConfig`, and the indexers
+          in its own folder. Default: ``"tiny"``.
         overrides: ``model``, ``indexer`` and fields of :class:`SparseConfig`. With
-          ``top_k`` alone, a preset's ``n_recent`` is at most half of it.
+          ``top_k`` alone, ``n_recent`` is at most half of it.
 
     Returns:
         Settings: The merged settings.
@@ -152,15 +170,38 @@ def resolve(name: str | None = "tiny", **overrides: Any) -> Settings:
         ValueError: If the preset or a key is unknown, a value is not valid, or
           no model is named.
     """
-    values = read_preset(name) if name else {}
-    top_k = overrides.get("top_k")
-    if isinstance(top_k, int) and top_k > 1 and "n_recent" in values:
-        values["n_recent"] = min(values["n_recent"], top_k // 2)
-    values = {**values, **overrides}
-    model, indexer = (values.pop(key, None) for key in _PATHS)
+    own = str(overrides.get("model") or "")
+    name = name or (preset_of(own) if own else None)
+    values = {"n_recent": SparseConfig.n_recent, **(read_preset(name) if name else {})}
+    beside = Path(own).expanduser() / INDEXERS
+    if own and beside.is_file():
+        values["indexer"] = beside
+    values = override(values, overrides)
+    model, indexer = (values.pop(key, None) for key in _LOADED)
     if not model:
         raise ValueError("[mlx-dsa] no model is named: give 'model', or a preset.")
     return Settings(str(model), indexer and str(indexer), SparseConfig.from_dict(values))
+
+
+def names_of(settings: Settings) -> dict[str, str]:
+    """Say what settings load, in names that hold in any folder.
+
+    Args:
+        settings (Settings): From :func:`resolve`.
+
+    Returns:
+        dict: A ``preset``, or a ``model`` and its ``indexer``.
+    """
+    name = preset_of(settings.model)
+    if name and resolve(name)[:2] == settings[:2]:
+        return {"preset": name}
+    named = {"model": settings.model, "indexer": settings.indexer}
+    return {key: _anywhere(value) for key, value in named.items() if value}
+
+
+def _anywhere(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
 
 
 def load_preset(name: str | None = "tiny", **overrides: Any) -> Preset:
@@ -169,7 +210,8 @@ def load_preset(name: str | None = "tiny", **overrides: Any) -> Preset:
     Args:
         name (str, optional): A preset: ``"tiny"`` (bundled, works offline),
           ``"qwen3-0.6b"``, ``"qwen3-4b"`` or ``"qwen3-8b"``; ``None`` for a
-          model and indexers of your own. Default: ``"tiny"``.
+          model of your own, with its preset's settings if it has one.
+          Default: ``"tiny"``.
         overrides: ``model`` and ``indexer`` (folders or hub repositories) and
           fields of :class:`SparseConfig`, over those of the preset.
 
@@ -228,7 +270,7 @@ def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
         model, tokenizer = load(str(folder))
     except Exception as error:  # of a broken tokenizer.json: no other class
         raise ValueError(
-            f"[mlx-dsa] mlx-lm cannot load the model in {folder}: {_first_line(error)}"
+            f"[mlx-dsa] mlx-lm cannot load the model in {folder}: {first_line(error)}"
         ) from error
     if runs_float32():
         model.set_dtype(mx.float32)
@@ -243,54 +285,3 @@ def runs_float32() -> bool:
     times slower than float32 with OpenBLAS.
     """
     return sys.platform.startswith("linux") and mx.default_device() == mx.Device(mx.cpu)
-
-
-def fetch(
-    name: str, patterns: tuple[str, ...] = MODEL_FILES, *, download: bool = True
-) -> Path:
-    """Find a folder or file, or fetch a hub repository.
-
-    Args:
-        name (str): A path, or a hub repository such as ``"owner/name"``.
-        patterns (tuple of str): Files to fetch of a repository. Default: what
-          mlx-lm needs of a model.
-        download (bool): Fetch what is not on this machine. Default: ``True``.
-
-    Returns:
-        Path: Where it is on this machine.
-
-    Raises:
-        FileNotFoundError: If there is no such path or repository, or it is not
-          on this machine and may not be fetched.
-    """
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    if not is_repository(name):
-        raise FileNotFoundError(f"[mlx-dsa] there is no file or folder {name}.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=list(patterns),
-                local_files_only=not download,
-            )
-        )
-    # The hub's errors are OSErrors or ValueErrors, whichever client it uses.
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"[mlx-dsa] {name} is no folder here and could not be fetched from the "
-            f"Hugging Face hub: {_first_line(error)}"
-        ) from error
-
-
-def is_repository(name: str) -> bool:
-    """Return whether a name that is no path here can be one on the hub."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

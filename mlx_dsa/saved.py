@@ -21,7 +21,7 @@ from .sealed import Damaged, NotSealed, read_sealed, write_sealed
 _CLASSES = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache)}
 _FORMAT = "mlx-dsa cache 3"
 # What a kept cache depends on; how it was computed may differ.
-_KEPT_BY = ("top_k", "cache", "n_sink", "n_recent", "evict", "dense_layers")
+KEPT_BY = ("top_k", "cache", "n_sink", "n_recent", "evict", "dense_layers")
 _OLD_FORMAT = re.compile(rb'"format":"mlx-dsa cache [12]"')
 _AGAIN = "Make it again: mlx-dsa compress, or save_cache."
 
@@ -143,6 +143,21 @@ def read_saved_config(path: str | os.PathLike) -> dict[str, Any]:
     return json.loads(_read(Path(path))[1]["config"])
 
 
+def read_saved_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """Read the strings that were saved with a cache, before any model is loaded.
+
+    Args:
+        path (str or PathLike): A file of :func:`save_cache`.
+
+    Returns:
+        dict: The strings.
+
+    Raises:
+        ValueError: If the file is missing, damaged or of another kind.
+    """
+    return json.loads(_read(Path(path))[1]["metadata"])
+
+
 def _contents_of(cache: Any) -> list[Any]:
     if isinstance(cache, KVCache):  # whose state differs by version of mlx-lm
         seen = slice(cache.offset)
@@ -207,7 +222,7 @@ def _difference(of: str, stored: Mapping[str, Any], mine: Mapping[str, Any]) -> 
 
 def _check_config(path: Path, stored: Mapping[str, Any], patch: SparsePatch):
     mine = json.loads(json.dumps(dataclasses.asdict(patch.config)))
-    for name in _KEPT_BY:
+    for name in KEPT_BY:
         if stored.get(name) != mine[name]:
             raise ValueError(
                 f"[load_cache] {path} was made with {name} = {stored.get(name)} but the "

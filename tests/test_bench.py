@@ -194,22 +194,31 @@ def test_a_shape_runs_with_the_settings_of_its_preset():
 
 
 def run(*arguments):
-    options = ["--model-shape", "tiny", "--bits", "16", "--repeats", "1"]
-    return CliRunner().invoke(main, ["bench", *options, *map(str, arguments)])
+    options = {"--model-shape": "tiny", "--bits": "16", "--repeats": "1"}
+    given = [word for pair in options.items() if pair[0] not in arguments for word in pair]
+    return CliRunner().invoke(main, ["bench", *given, *map(str, arguments)])
 
 
-def test_the_last_line_is_one_json(small_shape, tmp_path):
+def test_without_a_file_the_last_line_is_one_json(small_shape):
+    result = run("--contexts", "80", "--top-k", 100, "--steps", 1, "--chunk", 64)
+    assert result.exit_code == 0, result.output
+    last = json.loads(result.stdout.splitlines()[-1])
+    assert set(last) == {"rows", "passes", "config", "device", "versions"}
+
+
+def test_a_file_holds_the_whole_result(small_shape, tmp_path):
     out, plot = tmp_path / "new" / "bench.json", tmp_path / "bench.png"
     result = run(
         "--contexts", "80,200", "--top-k", 100, "--steps", 1, "--chunk", 64,
         "--out", out, "--plot", plot,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    last = json.loads(result.stdout.splitlines()[-1])
+    assert result.stdout.splitlines()[-2:] == [f"Wrote {out}", f"Wrote {plot}"]
+    assert "{" not in result.stdout
+    last = json.loads(out.read_text())
     assert set(last) == {"rows", "passes", "config", "device", "versions"}
     measured = [(p["context"], p["kind"]) for p in last["passes"]]
     assert measured == [(n, kind) for n in (80, 200) for kind in ("dense", "sparse")]
-    assert json.loads(out.read_text()) == last
     assert [row["context"] for row in last["rows"]] == [80, 200]
     for row in last["rows"]:
         assert set(row["dense"]) == set(row["sparse"]) == KEYS
@@ -241,7 +250,7 @@ def test_operations_of_a_shape(small_shape, tmp_path):
         "--out", tmp_path / "ops.json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    last = json.loads(result.stdout.splitlines()[-1])
+    last = json.loads((tmp_path / "ops.json").read_text())
     assert [row["context"] for row in last["rows"]] == [250, 400]
     assert last["shape"]["index_head_dim"] == 12
     assert all(row["gather"] > 0 and row["floor"]["sdpa"] > 0 for row in last["rows"])
@@ -256,7 +265,7 @@ def test_operations_of_a_shape(small_shape, tmp_path):
         (("--model-shape", "qwen9"), 2, "qwen9"),
         (("--model", "somewhere"), 2, "exclude each other"),
         (("--bits", "5"), 2, "5"),
-        (("--top-k", "3"), 1, "top_k"),
+        (("--top-k", "3"), 1, "--top-k"),
         (("--ops", "--plot", "x.png"), 2, "no effect"),
         (("--ops", "--contexts", "100"), 1, "contexts"),
         (("--out", "/proc/none/x.json"), 1, "/proc/none"),

@@ -419,4 +419,4 @@ def test_info_with_a_damaged_file(folders):
 def test_tune_of_a_model_without_room_is_one_line(folders):
     result = run("tune", *folders[:-1], "5000")
     assert result.exit_code == 1
-    assert "Error: [tune] 'top_k' must be at most half" in result.output
+    assert "Error: --top-k must be at most half" in result.output

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import sys
 from dataclasses import fields
@@ -407,10 +409,10 @@ def test_a_folder_as_file_is_refused(sparse, tmp_path):
     refused(run("generate", *sparse, "--file", tmp_path), 1, "Is a directory")
 
 
-@pytest.mark.parametrize("top_k", [0, -3, 10, 67])
+@pytest.mark.parametrize("top_k", [0, -3, 5])
 def test_a_top_k_too_small_is_refused(top_k, sparse):
     result = run("chat", *sparse, "--prompt", "x", "--top-k", top_k)
-    refused(result, 1, "'top_k'", str(top_k))
+    refused(result, 1, "--top-k must be ", str(top_k))
 
 
 def test_indexers_that_are_missing_are_refused(folders):
@@ -474,6 +476,59 @@ def test_info_tells_what_would_run(sparse, folders):
         assert words in result.output
 
 
+@pytest.mark.parametrize(
+    "dims, words",
+    [
+        ((4, 4), "with retention heads"),
+        ((0, 0), "without retention heads: train --retention adds them"),
+    ],
+)
+def test_info_tells_whether_indexers_have_retention_heads(dims, words, folders, tmp_path):
+    indexer = write_indexers(tmp_path / "i", retention_dim=dims[0])
+    assert f", {words})" in run("info", "--model", folders[0], "--indexer", indexer).output
+
+
+@pytest.mark.parametrize("dense", [[], ["--dense"]])
+def test_info_sees_indexers_in_the_models_folder(dense, tmp_path):
+    folder = write_model(tmp_path / "model")
+    assert ("none known" in run("info", "--model", folder, *dense).output) != bool(dense)
+    write_indexers(folder)
+    text = run("info", "--model", folder, *dense).output
+    assert (f"{folder / 'indexers.safetensors'} (2 layers" in text) != bool(dense)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "--prompt", "x", "--max-tokens", 1],
+        ["chat", "--prompt", "x", "--max-tokens", 1],
+        ["demo", "--prompt", "x"],
+        ["compress", "TEXT", "--out", "OUT"],
+        ["eval", "memory", "--lengths", 64, "--top-k", 32],
+        ["bench", "--contexts", 32, "--steps", 1, "--repeats", 1],
+        ["train", "--retention", "--data", "TEXT", "--out", "OUT", "--steps", 1],
+    ],
+    ids=lambda words: words[0],
+)
+def test_every_command_sees_indexers_in_the_models_folder(command, trained, tmp_path):
+    folder = write_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("A line of text. " * 99)
+    places = {"TEXT": tmp_path / "text.txt", "OUT": tmp_path / "out"}
+    words = [places.get(word, word) for word in command]
+    refused(run(*words, "--model", folder), *((2,) if command[0] == "train" else (1,)), "ndexer")
+    write_indexers(folder)
+    result = run(*words, "--model", folder)
+    assert result.exit_code == 0, result.output
+
+
+def test_info_knows_the_model_of_a_preset():
+    named, preset = (
+        run("info", *words).output
+        for words in (["--model", "mlx-community/Qwen3-8B-4bit"], ["--preset", "qwen3-8b"])
+    )
+    assert "rp440/" in named and "256 recent" in named and named == preset
+
+
 def test_command_line_over_file_over_preset(tmp_path, folders):
     file = tmp_path / "settings.json"
     settings = {"model": folders[0], "indexer": folders[1], "top_k": 300, "cache": "full"}
@@ -520,13 +575,16 @@ def trained(monkeypatch, tmp_path):
         score = LayerScore(loss=1.0, recall=0.5, mass=0.75, best_mass=0.9)
         progress(TrainProgress(1, 2, 1.5, 1e-3, 10, 0.1, None))
         progress(TrainProgress(2, 2, 1.4, 1e-3, 20, 0.2, {0: score}))
-        return TrainResult(tmp_path / "out.safetensors", {0: 2}, {0: score})
+        return TrainResult(tmp_path / "out" / "indexers.safetensors", {0: 2}, {0: score})
 
     def train_retention(model, tokenizer, data, out, config, *, indexers, resume, progress):
         calls.append((data, out, config, indexers, resume))
         score = RetentionScore(loss=1.0, agreement_16=0.5, agreement_8=0.75)
         progress(TrainProgress(2, 2, 1.4, 1e-3, 20, 0.2, {0: score}))
-        return TrainResult(tmp_path / "out.safetensors", {0: 2}, {0: score})
+        (tmp_path / "heads").mkdir(exist_ok=True)
+        source = Path(indexers) if Path(indexers).is_dir() else Path(indexers).parent
+        shutil.copy(source / "run_config.json", tmp_path / "heads")
+        return TrainResult(tmp_path / "heads" / "indexers.safetensors", {0: 2}, {0: score})
 
     monkeypatch.setattr(train_module, "train_indexers", train_indexers)
     monkeypatch.setattr(train_module, "train_retention", train_retention)
@@ -534,17 +592,19 @@ def trained(monkeypatch, tmp_path):
 
 
 def test_train_passes_its_options_on(trained, folders, tmp_path):
-    file = tmp_path / "train.json"
+    file, out = tmp_path / "train.json", tmp_path / "runs"
     file.write_text(json.dumps({"steps": 9, "seed": 3}))
+    out.mkdir()
+    (out / "checkpoint.safetensors").write_text("")
     result = run(
-        "train", "--model", folders[0], "--data", "text.txt", "--out", "runs", "--resume",
+        "train", "--model", folders[0], "--data", "text.txt", "--out", out, "--resume",
         "--config", file, "--steps", 2, "--learning-rate", 0.01,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     config = TrainConfig(steps=2, seed=3, learning_rate=0.01)
-    assert trained == [("text.txt", "runs", config, True)]
+    assert trained == [("text.txt", str(out), config, True)]
     assert "recall@K 0.500, mass@K 0.750" in result.output
-    assert str(tmp_path / "out.safetensors") in result.output
+    assert f"Wrote {tmp_path / 'out' / 'indexers.safetensors'}" in result.output
 
 
 def test_train_retention_passes_its_options_on(trained, folders):
@@ -563,13 +623,85 @@ def test_train_retention_passes_its_options_on(trained, folders):
 
 def test_train_refuses_wrong_options(trained, folders, tmp_path):
     options = ["train", "--data", "x", "--out", "y", "--model", folders[0]]
-    refused(run(*options, "--steps", 0), 1, "'steps'")
-    refused(run(*options, "--top-k", 8192), 1, "'sequence_length'")
+    refused(run(*options, "--steps", 0), 1, "--steps must be")
+    refused(run(*options, "--top-k", 8192), 1, "--sequence-length must exceed --top-k")
     refused(run(*options, "--preset", "tiny"), 2, "exclude each other")
     refused(run(*options, "--repeat-share", 0.1), 2, "with --retention")
     refused(run(*options, "--indexer", "x"), 2, "goes with --retention")
     refused(run("train", "--out", "y"), 2, "--data")
     assert not trained
+
+
+@pytest.mark.parametrize("there", [None, "folder", "notes.txt"])
+def test_train_resumes_only_what_was_begun(there, trained, folders, tmp_path):
+    out = tmp_path / "runs"
+    if there:
+        out.mkdir()
+    if there == "notes.txt":
+        (out / there).write_text("kept")
+    options = ["train", "--data", "x", "--out", out, "--model", folders[0]]
+    refused(run(*options, "--resume"), 2, f"no run in {out} to go on with", "--resume")
+    assert not trained
+    (out if there else tmp_path).joinpath("indexers.safetensors").write_text("")
+    done = out if there else tmp_path
+    refused(run(*options[:4], done, *options[5:], "--resume"), 1, "finished indexers")
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_train_says_that_it_can_go_on_where_it_can(begun, monkeypatch, folders, tmp_path):
+    def stops(model, tokenizer, data, out, *arguments, **options):
+        if begun:
+            Path(out).mkdir()
+            (Path(out) / "checkpoint.safetensors").write_text("")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "train_indexers", stops)
+    result = run("train", "--data", "x", "--out", tmp_path / "new", "--model", folders[0])
+    assert result.exit_code == 130 and "Stopped." in result.output
+    assert ("--resume goes on" in result.output) == begun
+
+
+@pytest.mark.parametrize(
+    "trained_so, settings",
+    [
+        ((), "top_k 2048, cache budget, prefill auto, 4 sinks, 64 recent"),
+        (("--top-k", 128), "top_k 128, cache budget, prefill auto, 4 sinks, 64 recent"),
+        (("--top-k", 40, "--n-recent", 32), "top_k 40, cache budget, prefill auto, 4 sinks, 32 re"),
+        (("--top-k", 256, "--n-recent", 100), "top_k 256, cache budget, prefill auto, 4 sinks, 100"),
+        (("--top-k", 1, "--n-sink", 0, "--n-recent", 0), "top_k 5, cache budget, prefill auto, 4 sinks, 1 "),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_train_suggests_a_chat_that_fits(trained_so, settings, trained, tmp_path):
+    model = write_model(tmp_path / "my model")
+    result = run("train", "--model", model, "--data", "x", "--out", tmp_path / "new", *trained_so)
+    assert result.exit_code == 0, result.output
+    last = result.output.splitlines()[-1]
+    assert last.startswith("Try: mlx-dsa chat --model ")
+    write_indexers(tmp_path / "out")
+    told = run("info", *shlex.split(last)[3:]).output
+    assert settings in told and str(tmp_path / "out") in told
+
+
+def test_train_tells_the_sinks_that_no_option_can(trained, folders, tmp_path):
+    result = run(
+        "train", "--model", folders[0], "--data", "x", "--out", tmp_path / "new", "--n-sink", 9
+    )
+    assert result.output.splitlines()[-1] == 'with {"n_sink": 9} in a --config file.'
+
+
+def test_train_suggests_what_the_indexers_beside_heads_were_trained_for(trained, folders, tmp_path):
+    options = ["--model", folders[0], "--indexer", folders[1], "--data", "x", "--retention"]
+    result = run("train", *options, "--out", tmp_path / "a")
+    assert "--top-k 2048" in result.output and "--n-recent" not in result.output
+    result = run("train", *options, "--out", tmp_path / "b", "--min-distance", 100)
+    assert "--top-k 2048 --n-recent 100" in result.output
+    file = write_indexers(tmp_path / "indexer") / "run_config.json"
+    known = {**json.loads(file.read_text()), "train": {"top_k": 96, "n_recent": 40}}
+    file.write_text(json.dumps(known))
+    options[3] = file.parent
+    result = run("train", *options, "--out", tmp_path / "c")
+    assert result.output.splitlines()[-1].endswith("--top-k 96")
 
 
 # demo
@@ -579,6 +711,38 @@ def test_demo_compares_own_prompts(sparse):
     result = run("demo", *sparse, "--prompt", "Who?", "--interactive", given="And?\n")
     assert result.exit_code == 0, result.output
     assert result.output.count("dense") == result.output.count("KV memory") == 2
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        ([], ["sparse, all kept", "sparse, budget"]),
+        (["--cache", "full"], ["sparse, all kept"]),
+        (["--cache", "budget"], ["sparse, budget"]),
+        (["--cache", "tiered"], ["sparse, rest cold"]),
+        (["--cache", "tiered", "--cold-bits", "4"], ["sparse, rest cold"]),
+        (["--config", {"cache": "tiered", "cold_bits": 4}], ["sparse, rest cold"]),
+        (["--config", {"cache": "full"}], ["sparse, all kept", "sparse, budget"]),
+    ],
+    ids=str,
+)
+def test_demo_shows_the_cache_that_is_named(options, names, sparse, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(options[-1] if options else {}))
+    options = [tmp_path / "c.json" if isinstance(o, dict) else o for o in options]
+    result = run("demo", *sparse, "--prompt", "Who?", *options)
+    assert result.exit_code == 0, result.output
+    titles = ("sparse, all kept", "sparse, budget", "sparse, rest cold")
+    assert [t for t in titles if t in " ".join(result.output.split())] == names
+
+
+def test_demo_says_what_is_sampled(sparse, monkeypatch):
+    demo = sys.modules["mlx_dsa.cli.demo"]
+    prompts = [demo.Prompt("Drawn", "x", "x", True, 2, 0.7), demo.Prompt("Sure", "x", "x", True, 2)]
+    monkeypatch.setattr(demo, "_bundled", lambda: iter(prompts))
+    result = run("demo", *sparse)
+    assert result.exit_code == 0, result.output
+    drawn, sure = result.output.split("Sure")
+    assert "Sampled at temperature 0.7" in drawn and "Sampled" not in sure
 
 
 def test_demo_refuses_a_file_without_a_question(sparse):

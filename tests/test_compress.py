@@ -98,8 +98,8 @@ def test_nothing_evicted_is_as_if_the_document_had_just_been_read(folder, tmp_pa
 def test_other_models_indexers_and_settings_are_refused(folder, book):
     refused(ask(folder, book, model="other-model"), 1, "other model weights")
     refused(ask(folder, book, indexer="other-indexer"), 1, "other indexer weights")
-    refused(ask(folder, book, top_k=120), 1, "top_k = 100", "the patch has 120")
-    refused(ask(folder, book, "--cache", "full"), 1, "cache = budget")
+    refused(ask(folder, book, top_k=120), 1, "--top-k 120", "made with 100")
+    refused(ask(folder, book, "--cache", "full"), 1, "--cache full", "made with budget")
 
 
 def test_damaged_and_foreign_files_are_refused(folder, book, tmp_path):

@@ -20,7 +20,8 @@ PACKAGE = ROOT / "mlx_dsa"
 
 # Imports run from right to left only (docs/design.md, layout).
 LAYERS = [
-    {"arrays", "blas", "config", "files", "fingerprint", "pictures", "positions", "sealed", "texts"},
+    {"arrays", "blas", "config", "files", "fingerprint", "hub", "pictures", "positions", "sealed",
+     "texts"},
     {"startup"},
     {"ops"},
     {"indexer", "selectors", "cache", "checkpoint", "chunks", "crossovers", "projections"},

@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import warnings
+from pathlib import Path
 
 import huggingface_hub
 import mlx.core as mx
@@ -10,7 +13,8 @@ from local_models import write_indexers, write_model
 from mlx_lm import stream_generate
 
 from mlx_dsa import SparseConfig, load_preset, patch_sparse_generate
-from mlx_dsa.presets import fetch, preset_names, read_preset, read_settings
+from mlx_dsa.hub import fetch
+from mlx_dsa.presets import preset_names, preset_of, read_preset, read_settings
 from mlx_dsa.presets import resolve, resource, runs_float32
 
 
@@ -55,11 +59,22 @@ def test_paths_of_the_bundled_model_hold_from_any_folder(monkeypatch, tmp_path):
 
 
 def test_overrides_win():
-    settings = resolve("tiny", top_k=100, model="here")
-    assert (settings.config.top_k, settings.config.n_recent) == (100, 50)
-    assert resolve("tiny", top_k=100, n_recent=7).config.n_recent == 7
-    assert resolve("tiny", top_k=1000).config.n_recent == 128
-    assert settings.model == "here"
+    settings = resolve("tiny", top_k=1000, model="here")
+    assert settings.model == "here" and settings.config.top_k == 1000
+
+
+@pytest.mark.parametrize("name, own", [("tiny", 128), ("qwen3-8b", 256), (None, 64)])
+def test_a_top_k_alone_lowers_n_recent_to_its_half_and_says_so(name, own):
+    model = {} if name else {"model": "here"}
+    with pytest.warns(UserWarning, match=f"'n_recent' is lowered from {own} to 50") as said:
+        assert resolve(name, top_k=100, **model).config.n_recent == 50
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve(name, top_k=2 * own, **model).config.n_recent == own
+        assert resolve(name, top_k=100, n_recent=90, **model).config.n_recent == 90
+        with pytest.raises(ValueError, match="n_sink"):
+            resolve(name, top_k=100, n_recent=100, **model)
 
 
 def test_without_a_preset_the_defaults_hold():
@@ -74,6 +89,7 @@ def test_without_a_preset_the_defaults_hold():
         (dict(name=None), "no model is named"),
         (dict(name="tiny", topk=4), "unknown key 'topk'"),
         (dict(name="tiny", top_k=0), "'top_k'"),
+        (dict(name="tiny", top_k=-9), "'top_k'"),
         (dict(name="tiny", top_k=35, n_recent=32), "n_sink + n_recent"),
     ],
 )
@@ -113,7 +129,7 @@ def test_read_settings_refuses(tmp_path, text, words):
 
 def test_a_hub_preset_loads_from_local_folders(folders):
     model, indexer = folders
-    preset = load_preset("qwen3-8b", model=model, indexer=indexer, top_k=128)
+    preset = load_preset("qwen3-8b", model=model, indexer=indexer, top_k=128, n_recent=64)
     assert sorted(preset.indexers) == [0, 1]
     assert preset.config == SparseConfig(top_k=128)
     with patch_sparse_generate(preset.model, preset.indexers, **vars(preset.config)):
@@ -188,3 +204,75 @@ def test_the_bundled_model_loads():
 def test_a_missing_resource_is_told():
     with pytest.raises(FileNotFoundError, match="Install the package again"):
         resource("configs/nowhere.json")
+
+
+# Settings go with the model
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_model_brings_its_presets_settings(name):
+    assert resolve(None, model=resolve(name).model) == resolve(name)
+
+
+def test_a_model_is_known_in_the_hubs_cache_too(tmp_path, monkeypatch):
+    folder = tmp_path / "models--mlx-community--Qwen3-8B-4bit" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    for model in (folder, os.path.relpath(folder)):
+        assert preset_of(str(model)) == "qwen3-8b"
+        settings = resolve(None, model=str(model))
+        assert settings.indexer == resolve("qwen3-8b").indexer
+        assert settings.config == resolve("qwen3-8b").config
+    monkeypatch.chdir(resource("weights/tiny"))
+    assert preset_of(".") == "tiny"
+    with pytest.raises(ValueError, match="no model is named"):
+        resolve(None)
+
+
+@pytest.mark.parametrize("model", ["mlx-community/Qwen3-8B-8bit", "else/Qwen3-8B-4bit", "nowhere"])
+def test_another_model_is_in_no_preset(model):
+    assert preset_of(model) is None
+
+
+def test_indexers_in_the_models_folder_are_its_own(folders, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(folders[0], model)
+    assert resolve(None, model=str(model)).indexer is None
+    write_indexers(model)
+    file = str(model / "indexers.safetensors")
+    for preset in (None, "tiny", "qwen3-8b"):  # nearer than a preset's
+        assert resolve(preset, model=str(model)).indexer == file
+        assert resolve(preset, model=str(model), indexer="mine").indexer == "mine"
+    loaded = load_preset(None, model=str(model))
+    assert sorted(loaded.indexers) == [0, 1]
+
+
+def test_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "elsewhere" / "weights").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "cold").write_text("")
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    file = tmp_path / "settings" / "s.json"
+    for given, found in [
+        ("weights", tmp_path / "settings" / "weights"),  # not the one that is here
+        ("./weights", tmp_path / "settings" / "weights"),
+        ("../owner/name", tmp_path / "owner" / "name"),
+        (str(tmp_path / "weights"), tmp_path / "weights"),
+        ("~/weights", Path.home() / "weights"),
+        ("owner/name", "owner/name"),
+    ]:
+        file.write_text(json.dumps({"model": given, "indexer": given}))
+        assert read_settings(file) == {"model": str(found), "indexer": str(found)}
+    for given in ("cold", "new/cold"):
+        file.write_text(json.dumps({"cache": "tiered", "cold_file": given}))
+        assert read_settings(file)["cold_file"] == str(tmp_path / "settings" / given)
+
+
+@pytest.mark.parametrize("key", ["model", "indexer", "cold_file"])
+def test_a_path_that_is_no_text_is_refused(key, tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({key: 5}))
+    with pytest.raises(ValueError, match=f"'{key}' in .* must be a text"):
+        read_settings(file)
+    file.write_text(json.dumps({key: None}))
+    assert read_settings(file) == {key: None}

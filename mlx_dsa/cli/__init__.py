@@ -9,6 +9,7 @@ import click
 from .. import __version__
 from .bench import bench
 from .chat import chat
+from .command import in_options
 from .compress import compress
 from .demo import demo
 from .errors import Boundary
@@ -32,7 +33,9 @@ def main():
 
 
 def _show_warning(message, *_args, **_options):
-    click.echo(f"Note: {message}", err=True)
+    context = click.get_current_context(silent=True)
+    text = in_options(str(message), context.command) if context else message
+    click.echo(f"Note: {text}", err=True)
 
 
 for _command in (chat, generate, compress, train, info, demo, evaluate, bench, tune):

@@ -18,14 +18,16 @@ from ..bench import bench as run_bench
 from ..bench.plot import plot as draw
 from ..evals.results import device, versions, write_text
 from ..presets import runs_float32
+from .command import Command
 from .eval.options import Numbers
 from .eval.show import print_table
 from .options import plot_option
+from .outputs import OutputPath
 from .progress import counting_bar
 from .subject import Subject, chunk_option, open_subject, subject_options
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--contexts",
     type=Numbers(),
@@ -51,7 +53,7 @@ from .subject import Subject, chunk_option, open_subject, subject_options
 @click.option(
     "--out",
     metavar="FILE.json",
-    type=click.Path(dir_okay=False),
+    type=OutputPath(),
     help="Write the results; FILE.jsonl holds them as they come.",
 )
 @plot_option
@@ -68,8 +70,8 @@ def bench(
 ):
     """Time dense mlx-lm and sparse attention on the same prompts, in turns.
 
-    Both read prompts of random tokens and then decode. The last line of standard
-    output is one JSON.
+    Both read prompts of random tokens and then decode. Without --out the last line
+    of standard output is the result as one JSON.
     """
     if ops and (steps is not None or plot is not None):
         option = "--steps" if steps is not None else "--plot"
@@ -91,7 +93,8 @@ def bench(
         draw(result["rows"], f"{subject.name}, top_k {subject.config.top_k}, {name}", plot)
     for path in filter(None, (out, plot)):
         click.echo(f"Wrote {path}")
-    click.echo(json.dumps(result))
+    if not out:
+        click.echo(json.dumps(result))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import click
 
 from ..evals.facts import user_message
 from ..saved import load_cache
+from .command import Command
 from .conversation import Conversation, check_prompt
 from .documents import check_text, read_texts
 from .errors import one_line
@@ -33,7 +34,7 @@ Esc, Enter  begin another line of the same question; pasted lines stay one quest
 Up, Down    earlier questions"""
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--prompt",
     "prompts",
@@ -83,7 +84,7 @@ def chat(
                 raise click.UsageError(
                     f"--{name} has no effect with --cache-file. Leave one of them out."
                 )
-    settings = settings_from(dense=dense, **given)
+    settings = settings_from(dense=dense, cache_file=cache_file, **given)
     document = read_texts(files) if files else None
     check_text(system or "", "--system")
     for prompt in prompts:

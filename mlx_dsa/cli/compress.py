@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from ..files import check_writable
+from ..presets import names_of
 from ..saved import load_cache, save_cache
+from .command import Command
 from .conversation import Conversation
 from .documents import read_text
 from .options import model_options, settings_from, sparse_options
@@ -18,7 +20,7 @@ from .session import open_session
 from .stats import entries, measure, megabytes
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("file", metavar="FILE")
 @click.option("--out", required=True, metavar="FILE", help="The cache file to write.")
 @click.option("--force", is_flag=True, help="Replace the cache file if it exists.")
@@ -29,7 +31,7 @@ def compress(file: str, out: str, force: bool, system: str | None, **given: Any)
     """Read the document FILE, prune it before any question, and save the cache.
 
     mlx-dsa chat --cache-file goes on from it, with the same model, indexers and
-    settings.
+    settings, which it finds in the file.
     """
     path = Path(out)
     try:
@@ -44,6 +46,7 @@ def compress(file: str, out: str, force: bool, system: str | None, **given: Any)
         raise click.UsageError(
             "a tiered cache can't be saved. Leave --cache out, or use --cache full."
         )
+    about = {"file": Path(file).name, **names_of(settings)}
     with open_session(settings, dense=False, temp=0.0, seed=0) as session:
         conversation = Conversation(session.model, session.tokenizer, system=system)
         start = time.perf_counter()
@@ -51,7 +54,7 @@ def compress(file: str, out: str, force: bool, system: str | None, **given: Any)
             conversation.read(document)
         session.patch.prune(conversation.cache)
         seconds = time.perf_counter() - start
-        save_cache(path, conversation.cache, session.patch, {"file": Path(file).name})
+        save_cache(path, conversation.cache, session.patch, about)
         report = measure(conversation.cache, None, None)
         start = time.perf_counter()
         load_cache(path, session.patch)

@@ -17,6 +17,7 @@ from ..evals.facts import user_message
 from ..patch import patch_sparse_generate
 from ..presets import Preset, load_settings, resource
 from .columns import Column, columns
+from .command import Command
 from .conversation import Conversation, check_prompt
 from .documents import read_text
 from .lines import LEAVE, open_lines
@@ -24,7 +25,12 @@ from .options import describe_config, model_options, settings_from, sparse_optio
 from .session import hint_at_blas
 
 
-_NAMES = {"full": "sparse, all kept", "budget": "sparse, budget"}  # cache -> title
+_NAMES = {  # cache -> title
+    "full": "sparse, all kept",
+    "budget": "sparse, budget",
+    "tiered": "sparse, rest cold",
+}
+_SHOWN = ("full", "budget")  # where none is named
 _NOTE = (
     "A budget is chosen by what the retention heads expect to be needed, not by the "
     "question. Keeping all entries saves time, a budget saves memory as well."
@@ -52,7 +58,7 @@ class Prompt(NamedTuple):
     temp: float = 0.0
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--prompt", metavar="TEXT", help="Ask this instead.")
 @click.option("--interactive", is_flag=True, help="Ask questions of your own.")
 @click.option("--file", metavar="FILE", help="A text to put before each question.")
@@ -69,7 +75,8 @@ def demo(prompt: str | None, interactive: bool, file: str | None, **given: Any):
     if prompt is not None:
         check_prompt(prompt)
     settings = settings_from(**given)
-    caches = (settings.config.cache,) if given["cache"] else tuple(_NAMES)
+    cache = settings.config.cache
+    caches = (cache,) if given["cache"] or cache not in _SHOWN else _SHOWN
     document = read_text(file) if file else None
     hint_at_blas()
     preset = load_settings(settings)
@@ -133,6 +140,13 @@ def _compare(preset: Preset, caches: tuple[str, ...], prompt: Prompt, console: C
         console.print(f"\n[bold]{prompt.title}[/bold]")
     if prompt.shown:
         console.print(prompt.shown, style="cyan", markup=False, highlight=False)
+    if prompt.temp:
+        console.print(
+            f"Sampled at temperature {prompt.temp}: sides differ by chance, and a model as "
+            f"small as the bundled one rambles, dense or sparse.",
+            style="dim",
+            soft_wrap=True,
+        )
     dense, *sparse = table = [Column("dense"), *(Column(_NAMES[c]) for c in caches)]
     with Live(console=console, refresh_per_second=8) as live:
 

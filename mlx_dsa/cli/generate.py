@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .command import Command
 from .conversation import Conversation, check_prompt
 from .documents import read_standard_input, read_texts
 from .interrupt import Interrupt
@@ -17,7 +18,7 @@ from .session import open_session
 from .stats import show_report
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--prompt", metavar="TEXT", multiple=True, help="The prompt.")
 @click.option(
     "--file",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,16 +17,18 @@ from mlx.utils import tree_flatten
 from .. import __version__, blas
 from ..crossovers import crossover_file, describe_args, describe_run, measured
 from ..crossovers import plan_prefill
+from ..hub import INDEXER_FILES, MODEL_FILES, fetch, is_repository
+from ..indexer import Indexer
 from ..ops import check_backend
-from ..presets import INDEXER_FILES, MODEL_FILES, Settings, fetch, is_repository
-from ..presets import preset_names, read_indexers, resource, runs_float32
+from ..presets import Settings, preset_names, read_indexers, resource, runs_float32
+from .command import Command
 from .options import dense_option, describe_config, model_options
 from .options import settings_from, sparse_options
 from .session import hint_at_blas
 from .tune import describe_crossovers, describe_measured
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options
 @sparse_options
 @dense_option
@@ -120,8 +123,17 @@ def _indexers(settings: Settings) -> str:
     shape = f"{one.args.index_n_heads} heads of {one.args.index_head_dim}"
     return (
         f"{path} ({len(indexers)} layers, {shape}, RoPE on {one.args.index_rope_dim}, "
-        f"{count:,} parameters a layer)"
+        f"{count:,} parameters a layer, {_heads(indexers)})"
     )
+
+
+def _heads(indexers: Mapping[int, Indexer]) -> str:
+    without = sum(not indexer.has_retention for indexer in indexers.values())
+    if not without:
+        return "with retention heads"
+    if without == len(indexers):
+        return "without retention heads: train --retention adds them"
+    return f"{without} without a retention head"
 
 
 def _on_this_machine(name: str, patterns: tuple[str, ...]) -> Path | None:

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from ..config import SparseConfig
+from ..config import SparseConfig, override
 from ..presets import Settings, preset_names, read_settings, resolve
+from ..saved import KEPT_BY, read_saved_config, read_saved_metadata
+from .outputs import OutputPath
 
+SEED = click.IntRange(0, 2**32 - 1)
+_LEAST_TEMP = 1e-3  # log-probabilities over less than that leave the range of float16
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers without inf and nan."""
+
+    def convert(self, value, param, ctx):
+        """Return a number."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+def _temperature(context: click.Context, option: click.Parameter, value: float) -> float:
+    if 0 < value < _LEAST_TEMP:
+        raise click.BadParameter(f"{value!r} is too small: use 0, or {_LEAST_TEMP} or more.")
+    return value
+
+
+_OF_THE_MACHINE = ("backend", "cold_bits", "cold_file")  # a saved cache goes to any
 _MODEL = (
     click.option(
         "--preset",
@@ -26,6 +51,11 @@ _MODEL = (
 )
 _SPARSE = (
     click.option("--top-k", type=int, help="Keys that a query attends to."),
+    click.option(
+        "--n-recent",
+        type=int,
+        help="Newest keys, always among top-k.  [default: the preset's, at most half of top-k]",
+    ),
     click.option(
         "--cache",
         type=click.Choice(["budget", "full", "tiered"]),
@@ -60,7 +90,7 @@ think_option = click.option(
     "enable_thinking. Default: as mlx-lm does.",
 )
 plot_option = click.option(
-    "--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help="Draw the results."
+    "--plot", metavar="FILE.png", type=OutputPath(), help="Draw the results."
 )
 
 
@@ -79,12 +109,13 @@ _GENERATION = (
     max_tokens_option(512),
     click.option(
         "--temp",
-        type=click.FloatRange(min=0),
+        type=FiniteRange(min=0),
         default=0.0,
         show_default=True,
+        callback=_temperature,
         help="Sampling temperature; 0 takes the most likely token.",
     ),
-    click.option("--seed", type=int, help="Seed of the sampling. Default: 0."),
+    click.option("--seed", type=SEED, help="Seed of the sampling. Default: 0."),
 )
 
 
@@ -114,14 +145,16 @@ def settings_from(
     *,
     preset: str | None = None,
     config: str | None = None,
+    cache_file: str | None = None,
     dense: bool = False,
     **given: Any,
 ) -> Settings:
-    """Merge a preset, a file and the command line.
+    """Merge a preset, a file, the command line and the settings of a saved cache.
 
     Args:
         preset (str, optional): ``--preset``. Default: ``None``.
         config (str, optional): ``--config``. Default: ``None``.
+        cache_file (str, optional): ``--cache-file``. Default: ``None``.
         dense (bool): ``--dense``. Default: ``False``.
         given: The other options by name, ``None`` where not given.
 
@@ -130,22 +163,44 @@ def settings_from(
 
     Raises:
         click.UsageError: If an option would have no effect.
-        ValueError: If a value is not valid.
+        ValueError: If a value is not valid, or contradicts the saved cache.
     """
     given = {name: value for name, value in given.items() if value is not None}
     if dense:
-        for name in ("indexer", "top_k", "cache", "cold_file", "cold_bits", "prefill"):
+        for name in ("indexer", "top_k", "n_recent", "cache", "cold_file", "cold_bits", "prefill"):
             if name in given:
                 option = name.removesuffix("_file").replace("_", "-")
                 raise click.UsageError(
                     f"--{option} has no effect with --dense. "
                     f"Leave one of them out."
                 )
-    values = {**(read_settings(config) if config else {}), **given}
+    values = override(read_settings(config) if config else {}, given)
+    if cache_file:
+        preset, values = _with_saved(cache_file, preset, values)
     # A model of one's own takes nothing from the bundled one's settings.
     if preset is None and "model" not in values:
         preset = "tiny"
     return resolve(preset, **values)
+
+
+def _with_saved(
+    file: str, preset: str | None, values: dict[str, Any]
+) -> tuple[str | None, dict[str, Any]]:
+    """Fill settings up with those that a saved cache was made with."""
+    saved = read_saved_config(file)
+    for name in KEPT_BY:
+        if name in values and values[name] != saved[name]:
+            raise ValueError(
+                f"{name!r} {values[name]} contradicts {file}, which was made with "
+                f"{saved[name]}. Leave it out."
+            )
+    about = read_saved_metadata(file)
+    if preset is None and "model" not in values:
+        preset = about.get("preset")
+        names = {key: about[key] for key in ("model", "indexer") if key in about}
+        values = {**names, **values}
+    how = {key: value for key, value in saved.items() if key not in _OF_THE_MACHINE}
+    return preset, {**how, **values}
 
 
 def subject_name(

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn
 
-from ..presets import INDEXER_FILES, fetch, load_model, preset_names, resolve
+from ..hub import INDEXER_FILES, fetch
+from ..presets import load_model, preset_names
 from ..train import (
     LayerScore,
     RetentionConfig,
@@ -24,6 +25,11 @@ from ..train import (
     train_indexers,
     train_retention,
 )
+from ..train.state import CHECKPOINT, FINISHED, check_out
+from .command import Command
+from .fitting import fitting_chat
+from .options import SEED, settings_from
+from .outputs import OutputPath
 from .session import hint_at_blas
 
 HELP = {
@@ -63,11 +69,12 @@ def _training_options(command):
         default = options[name].default
         text = f"{help_[name]}  [default: {default}]"
         option = "--" + name.replace("_", "-")
-        command = click.option(option, type=type(default), help=text)(command)
+        kind = SEED if name == "seed" else type(default)
+        command = click.option(option, type=kind, help=text)(command)
     return command
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--preset", type=click.Choice(preset_names()), help="Whose model to use.")
 @click.option("--model", metavar="PATH|REPO", help="The model.  [default: tiny's]")
 @click.option(
@@ -76,7 +83,13 @@ def _training_options(command):
     metavar="FILE|NAME",
     help="A .txt, .jsonl or .jsonl.gz file, or a dataset on the hub.",
 )
-@click.option("--out", required=True, metavar="DIR", help="A new folder to write to.")
+@click.option(
+    "--out",
+    required=True,
+    metavar="DIR",
+    type=OutputPath(folder=True),
+    help="A new folder to write to.",
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--retention", is_flag=True, help="Add retention heads to indexers.")
 @click.option(
@@ -106,15 +119,18 @@ def train(
     if preset and model:
         raise click.UsageError("--preset and --model exclude each other here.")
     settings = _settings(RetentionConfig if retention else TrainConfig, config, given)
-    name = model or resolve(preset or "tiny").model
+    known = settings_from(preset=preset, model=model, indexer=indexer)
+    name = known.model
     wanted: dict[str, Any] = {"resume": resume}
     if retention:
-        known = None if model else resolve(preset or "tiny").indexer
-        if not (indexer or known):
+        if known.indexer is None:
             raise click.UsageError("--retention needs --indexer: name the indexers.")
-        wanted["indexers"] = fetch(indexer or known, INDEXER_FILES)
+        wanted["indexers"] = fetch(known.indexer, INDEXER_FILES)
     elif indexer:
         raise click.UsageError("--indexer goes with --retention.")
+    if resume:
+        _check_resume(Path(out))
+    check_out(Path(out), resume)
     hint_at_blas()
     base, tokenizer = load_model(name)
     run = train_retention if retention else train_indexers
@@ -122,17 +138,29 @@ def train(
         with _Display() as display:
             result = run(base, tokenizer, data, out, settings, progress=display, **wanted)
     except KeyboardInterrupt:
-        click.echo("Stopped. The same command with --resume goes on.", err=True)
+        begun = (Path(out) / CHECKPOINT).exists()
+        again = " The same command with --resume goes on." if begun else ""
+        click.echo(f"Stopped.{again}", err=True)
         sys.exit(130)
-    _report(name, result)
+    _report(result)
+    named = {"preset": preset, "model": model}
+    for line in fitting_chat(named, result.path, settings):
+        click.echo(line)
 
 
-def _report(model: str, result: TrainResult):
+def _check_resume(out: Path):
+    """Refuse to begin anew where a run was to go on."""
+    if not any((out / name).exists() for name in (CHECKPOINT, FINISHED)):
+        raise click.UsageError(
+            f"there is no run in {out} to go on with. Leave --resume out to begin one."
+        )
+
+
+def _report(result: TrainResult):
     best = ", ".join(f"{layer}: {step}" for layer, step in result.best_steps.items())
     click.echo(f"Best step of each layer: {best}")
     click.echo(f"Best steps together: {_describe(result.scores)}")
     click.echo(f"Wrote {result.path}")
-    click.echo(f"Try: mlx-dsa chat --model {model} --indexer {result.path}")
     if result.left_out:
         click.echo(result.left_out, err=True)
 

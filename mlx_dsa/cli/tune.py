@@ -10,15 +10,18 @@ from rich.console import Console
 
 from ..bench import tune as run_tune
 from ..crossovers import CROSSING, Measured, crossover_file, describe, forget
+from .command import Command
 from .eval.show import print_table
+from .options import FiniteRange
+from .outputs import check_output
 from .subject import chunk_option, open_subject, subject_options
 
 
-@click.command()
+@click.command(cls=Command)
 @chunk_option
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=60.0,
     show_default=True,
     help="Begin no measurement that would probably end after this time.",
@@ -43,6 +46,7 @@ def tune(chunk: int, seconds: float, reset: bool, everything: bool, **given: Any
     if reset:
         _reset(everything, given)
         return
+    check_output(crossover_file())
     subject = open_subject(**given)
     console = Console(stderr=True)
     with console.status("Measuring"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..config import SparseConfig
+from ..config import SparseConfig, override
 from ..patch import patch_sparse_generate
 
 # Far above any index score, and small enough to leave scores their order.
@@ -229,7 +229,7 @@ def make_policy(spec, config):
                 f"[make_policy] policy {name!r} is {field} {value!r} by itself but got "
                 f"{fields[field]!r}. Leave {field} out, or use policy 'sparse'."
             )
-    merged = SparseConfig.from_dict({**vars(config), **fixed, **fields})
+    merged = SparseConfig.from_dict(override(vars(config), {**fixed, **fields}))
     if name in _ORDERS and merged.cache != "budget":
         raise ValueError(
             f"[make_policy] policy {name!r} is an order of eviction, but cache {merged.cache!r} "
@@ -252,7 +252,7 @@ def make_policies(specs, config, top_k=()):
         fixed = spec == "dense" or (isinstance(spec, dict) and "top_k" in spec)
         for k in ({},) if fixed or not top_k else top_k:
             changes = k if isinstance(k, dict) else {"top_k": k}
-            base = SparseConfig.from_dict({**vars(config), **changes})
+            base = SparseConfig.from_dict(override(vars(config), changes))
             policies.append(make_policy(spec, base))
     labels = [p.label for p in policies]
     twice = [label for label in labels if labels.count(label) > 1]

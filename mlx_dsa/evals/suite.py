@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..config import SparseConfig
+from ..config import SparseConfig, override
 from .gsm8k import gsm8k
 from .memory import memory
 from .needle import needle
@@ -146,7 +146,7 @@ def _run(subject, run, folder, quick, name, world, progress):
 
 def _config(config, changes):
     known = {f.name: getattr(config, f.name) for f in fields(SparseConfig)}
-    return SparseConfig.from_dict({**known, **changes})
+    return SparseConfig.from_dict(override(known, changes))
 
 
 def report(suite, results, quick=False):

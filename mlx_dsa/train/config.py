@@ -70,6 +70,8 @@ class RunConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 self._refuse(name, f"a whole number of at least {minimum}")
+        if self.seed >= 2**32:
+            self._refuse("seed", "below 2**32")
         for name in (*self._REAL, *self._SHARES):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -6,10 +6,11 @@ import click
 
 from ...evals.compare import compare as compare_results
 from ...evals.results import read_result
+from ..command import Command
 from .show import print_table
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("first", metavar="A.json")
 @click.argument("second", metavar="B.json")
 def compare(first: str, second: str):

@@ -8,12 +8,13 @@ import click
 
 from ...evals.gsm8k import PROMPTS
 from ...evals.gsm8k import gsm8k as run_gsm8k
+from ..command import Command
 from ..options import max_tokens_option
 from .options import eval_options
 from .show import run_and_show
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--prompt",
     type=click.Choice(PROMPTS),

@@ -7,11 +7,12 @@ from typing import Any
 import click
 
 from ...evals.memory import memory as run_memory
+from ..command import Command
 from .options import Numbers, eval_options
 from .show import run_and_show
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--lengths",
     type=Numbers(),

@@ -8,12 +8,13 @@ import click
 
 from ...evals.needle import needle as run_needle
 from ...evals.needle_items import SETTINGS, TASKS
+from ..command import Command
 from ..options import max_tokens_option
 from .options import Numbers, eval_options
 from .show import run_and_show
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--lengths",
     type=Numbers(),

@@ -11,7 +11,8 @@ import click
 from ...evals.policies import NAMES, Policy, followed, make_policies
 from ...evals.runner import World, connect
 from ...presets import Preset, load_settings
-from ..options import add_options, model_options, plot_option, settings_from, subject_name
+from ..options import SEED, add_options, model_options, plot_option, settings_from, subject_name
+from ..outputs import OutputPath
 from ..session import hint_at_blas
 
 
@@ -63,7 +64,7 @@ _SPARSE = (
         "--n-recent",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Newest keys, always among top-k.  [default: the preset's]",
+        help="Newest keys, always among top-k.  [default: the preset's, at most half of top-k]",
     ),
     click.option(
         "--cache",
@@ -77,7 +78,7 @@ _SPARSE = (
     ),
 )
 _RUN = (
-    click.option("--seed", type=int, default=0, show_default=True, help="Of everything random."),
+    click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything random."),
     click.option(
         "--batch",
         "batch_size",
@@ -90,7 +91,7 @@ _RUN = (
     click.option(
         "--out",
         metavar="FILE.json",
-        type=click.Path(dir_okay=False),
+        type=OutputPath(),
         help="Write the results; resume if interrupted.",
     ),
     plot_option,
@@ -175,7 +176,9 @@ def open_run(
         cache=cache,
         prefill=prefill,
     )
-    chosen = make_policies(policies, settings.config, top_k or ())
+    recent = {} if n_recent is None else {"n_recent": n_recent}
+    budgets = [{"top_k": k, **recent} for k in top_k or ()]
+    chosen = make_policies(policies, settings.config, budgets)
     world = open_world()
     hint_at_blas()
     name = subject_name(settings, preset, model, config)

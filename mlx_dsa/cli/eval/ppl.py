@@ -8,11 +8,12 @@ import click
 
 from ...evals.ppl import PATHS
 from ...evals.ppl import ppl as run_ppl
+from ..command import Command
 from .options import eval_options
 from .show import run_and_show
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--lengths",
     "length",

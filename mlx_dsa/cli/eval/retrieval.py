@@ -7,11 +7,12 @@ from typing import Any
 import click
 
 from ...evals.retrieval import retrieval as run_retrieval
+from ..command import Command
 from .options import eval_options, open_run
 from .show import progress_bar, show
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--lengths",
     "length",

@@ -9,7 +9,9 @@ import click
 from ...evals.runner import Share
 from ...evals.suite import read_suite, run_suite, select_runs
 from ...presets import load_settings
+from ..command import Command
 from ..options import model_options, settings_from, subject_name
+from ..outputs import check_output
 from ..session import hint_at_blas
 from .options import open_world
 from .show import progress_bar
@@ -25,7 +27,7 @@ def _share(context: click.Context, option: click.Parameter, value: str | None) -
     return Share(int(index) - 1, int(count))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("file", metavar="FILE")
 @click.option(
     "--run",
@@ -70,6 +72,7 @@ def suite(
     settings = settings_from(preset=preset, model=model, indexer=indexer, config=config)
     title = plan.get("name", Path(file).stem) + ("-quick" if quick else "")
     folder = Path(out) if out else Path(file).parent / "results" / title
+    check_output(folder, folder=True)
     world = share or open_world()
     hint_at_blas()
     subject = load_settings(settings)

@@ -1,0 +1,61 @@
+"""Files that are on this machine, or fetched from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+MODEL_FILES = ("*.json", "*.jinja", "*.txt", "model*.safetensors", "tokenizer.model")
+INDEXER_FILES = ("*.json", "*.safetensors")
+
+
+def fetch(
+    name: str, patterns: tuple[str, ...] = MODEL_FILES, *, download: bool = True
+) -> Path:
+    """Find a folder or file, or fetch a hub repository.
+
+    Args:
+        name (str): A path, or a hub repository such as ``"owner/name"``.
+        patterns (tuple of str): Files to fetch of a repository. Default: what
+          mlx-lm needs of a model.
+        download (bool): Fetch what is not on this machine. Default: ``True``.
+
+    Returns:
+        Path: Where it is on this machine.
+
+    Raises:
+        FileNotFoundError: If there is no such path or repository, or it is not
+          on this machine and may not be fetched.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if not is_repository(name):
+        raise FileNotFoundError(f"[mlx-dsa] there is no file or folder {name}.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=list(patterns),
+                local_files_only=not download,
+            )
+        )
+    # The hub's errors are OSErrors or ValueErrors, whichever client it uses.
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"[mlx-dsa] {name} is no folder here and could not be fetched from the "
+            f"Hugging Face hub: {first_line(error)}"
+        ) from error
+
+
+def is_repository(name: str) -> bool:
+    """Return whether a name that is no path here can be one on the hub."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, without what follows its first line."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
