@@ -20,6 +20,7 @@ def make_subject(tied=True, retention_dim=0, **config):
     model = qwen3.Model(qwen3.ModelArgs.from_dict(sizes))
     model.eval()
     mx.eval(model.parameters())
-    settings = {"top_k": 64, "n_sink": 4, "n_recent": 16, **config}
+    evict = "retention" if retention_dim else "index"  # what there is no head for is told
+    settings = {"top_k": 64, "n_sink": 4, "n_recent": 16, "evict": evict, **config}
     tokenizer = load(resource("weights/tiny"))
     return Preset(model, tokenizer, make_indexers(model, retention_dim=retention_dim), SparseConfig(**settings))

@@ -229,8 +229,9 @@ def test_what_the_controls_keep(subject):
     assert not any(set(range(100, 110)) & s for s in kept["evicted"])
 
 
-def test_every_name_is_a_policy(subject):
-    policies = make_policies(NAMES, make_subject(top_k=128).config)
+def test_every_name_is_a_policy():
+    subject = make_subject(retention_dim=4, top_k=128)
+    policies = make_policies(NAMES, subject.config)
     assert len({p.label for p in policies}) == len(NAMES)
     result = needle(subject, policies, lengths=[256], depths=[0.5], limit=1, max_tokens=2)
     assert len(result["items"]) == len(NAMES)

@@ -42,6 +42,7 @@ def model(tmp_path_factory):
     write_model(folder / "model")
     write_indexers(folder / "indexers")
     settings = {"model": "model", "indexer": "indexers", "top_k": 64, "n_recent": 16}
+    settings["evict"] = "index"  # the indexers have no retention heads
     (folder / "settings.json").write_text(json.dumps(settings))
     return folder / "settings.json"
 
