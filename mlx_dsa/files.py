@@ -59,30 +59,6 @@ def replacing(path: str | os.PathLike, *, suffix: str | None = None) -> Iterator
         os.close(lock)
 
 
-def check_writable(path: str | os.PathLike):
-    """Refuse a place where :func:`replacing` would fail, before there is a result to lose.
-
-    Args:
-        path (str or PathLike): The file to be written.
-
-    Raises:
-        ValueError: If it is a folder, or no file can be made beside it.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder. Name a file.")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path} can't be written: there is no folder {path.parent}.")
-    try:
-        part, lock = _new_part(path, path.suffix)
-    except OSError as error:
-        raise ValueError(
-            f"{path} can't be written: {error.strerror}. Name a file in another folder."
-        ) from None
-    part.unlink(missing_ok=True)
-    os.close(lock)
-
-
 def is_part(name: str) -> bool:
     """Return whether a file of this name is one that :func:`replacing` gave."""
     return _PART.fullmatch(name) is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_dsa.files import HeldFile, check_writable, is_dropping, is_part, replacing
+from mlx_dsa.files import HeldFile, is_dropping, is_part, replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = b"ours\n"
@@ -122,22 +122,6 @@ def test_files_of_the_user_stay(tmp_path):
             part.write_text("new")
     for name in names:
         assert (tmp_path / name).read_text() == "mine"
-
-
-def test_a_place_is_refused_before_there_is_a_result(tmp_path):
-    (tmp_path / "a.kv").write_text("old")
-    check_writable(tmp_path / "a.kv")
-    check_writable(tmp_path / "b.kv")
-    assert os.listdir(tmp_path) == ["a.kv"] and (tmp_path / "a.kv").read_text() == "old"
-    with pytest.raises(ValueError, match="is a folder"):
-        check_writable(tmp_path)
-    with pytest.raises(ValueError, match="there is no folder"):
-        check_writable(tmp_path / "no" / "a.kv")
-    # For root no folder is read-only, but no process makes files here.
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o500)
-    with pytest.raises(ValueError, match="can't be written: .*another folder"):
-        check_writable(("/proc" if os.geteuid() == 0 else str(closed)) + "/a.kv")
 
 
 def test_a_held_file_is_there_until_it_is_released(tmp_path):

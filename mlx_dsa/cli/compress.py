@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from ..files import check_writable
 from ..presets import names_of
 from ..saved import load_cache, save_cache
 from .command import Command
 from .conversation import Conversation
 from .documents import read_text
 from .options import model_options, settings_from, sparse_options
+from .outputs import OutputPath
 from .progress import reading_bar
 from .session import open_session
 from .stats import entries, measure, megabytes
@@ -22,7 +22,13 @@ from .stats import entries, measure, megabytes
 
 @click.command(cls=Command)
 @click.argument("file", metavar="FILE")
-@click.option("--out", required=True, metavar="FILE", help="The cache file to write.")
+@click.option(
+    "--out",
+    required=True,
+    metavar="FILE",
+    type=OutputPath(),
+    help="The cache file to write.",
+)
 @click.option("--force", is_flag=True, help="Replace the cache file if it exists.")
 @click.option("--system", metavar="TEXT", help="A system message.")
 @model_options
@@ -34,10 +40,6 @@ def compress(file: str, out: str, force: bool, system: str | None, **given: Any)
     settings, which it finds in the file.
     """
     path = Path(out)
-    try:
-        check_writable(path)
-    except ValueError as error:
-        raise click.UsageError(f"--out {error}") from None
     if path.exists() and not force:
         raise click.UsageError(f"{path} exists. Name another file, or give --force.")
     document = read_text(file)
@@ -54,6 +56,7 @@ def compress(file: str, out: str, force: bool, system: str | None, **given: Any)
             conversation.read(document)
         session.patch.prune(conversation.cache)
         seconds = time.perf_counter() - start
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_cache(path, conversation.cache, session.patch, about)
         report = measure(conversation.cache, None, None)
         start = time.perf_counter()
