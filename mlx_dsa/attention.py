@@ -1,4 +1,4 @@
-"""Sparse attention around one Qwen3 attention layer."""
+"""Sparse attention around one attention layer of a model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .chunks import cut_chunk
 from .config import SparseConfig
 from .crossovers import PrefillPlan
 from .eviction import Eviction
+from .families import Layer
 from .indexer import Indexer
 from .ops import (
     gather_rows,
@@ -30,7 +31,7 @@ class SparseAttention(nn.Module):
     own. Index keys are cached from the first token on.
 
     Args:
-        attention (nn.Module): The attention of an mlx-lm Qwen3 layer.
+        layer (Layer): The attention layer of a model.
         indexer (Indexer): Its indexer, bound to the model.
         config (SparseConfig): What to select and keep.
         plan (PrefillPlan): How a prompt is read.
@@ -43,17 +44,18 @@ class SparseAttention(nn.Module):
     """
 
     def __init__(
-        self, attention: nn.Module, indexer: Indexer, config: SparseConfig, plan: PrefillPlan
+        self, layer: Layer, indexer: Indexer, config: SparseConfig, plan: PrefillPlan
     ):
         super().__init__()
-        self.attention = attention
+        self.layer = layer
+        self.attention = layer.module
         self.indexer = indexer
         self.config = config
         self.prefill, self.dense_until = plan
         self.eviction = Eviction(indexer, config)
         self.starts = False
         self.positions: int | None = None
-        self._joined = JoinedProjections(attention)
+        self._joined = JoinedProjections(layer.module)
 
     def __call__(
         self,
@@ -97,13 +99,12 @@ class SparseAttention(nn.Module):
         read = self._prefill if in_prompt else self._decode
         # A sparse step is not bit for bit a dense one, so it takes the fastest way.
         is_sparse_step = not in_prompt and cache.size() >= self.config.top_k
-        project = self._joined if is_sparse_step else self._joined.apart
-        output = read(x, *self._project(x, project, cache.offset), cache)
-        B, L = x.shape[:2]
-        if self.starts and L > 1:
+        linear = self._joined if is_sparse_step else None
+        queries, keys, values, gate = self.layer.project(x, cache.offset, linear)
+        output = read(x, queries, keys, values, cache)
+        if self.starts and x.shape[1] > 1:
             _start(output)
-        output = output.transpose(0, 2, 1, 3).reshape(B, L, -1)
-        return self.attention.o_proj(output)
+        return self.layer.output(output, gate)
 
     def join(self):
         """Project in steps of decode with one product; changes the wrapped layer's arrays
@@ -113,20 +114,6 @@ class SparseAttention(nn.Module):
     def release(self):
         """Let go of what the layer shares with the one that it wraps."""
         self._joined.release()
-
-    def _project(self, x: mx.array, project, offset: int):
-        """Compute queries, keys and values, as the wrapped layer does."""
-        B, L, _ = x.shape
-        attention = self.attention
-        queries, keys, values = project(x)
-        queries = queries.reshape(B, L, attention.n_heads, -1)
-        keys = keys.reshape(B, L, attention.n_kv_heads, -1)
-        values = values.reshape(B, L, attention.n_kv_heads, -1)
-        queries = attention.q_norm(queries).transpose(0, 2, 1, 3)
-        keys = attention.k_norm(keys).transpose(0, 2, 1, 3)
-        queries = attention.rope(queries, offset=offset)
-        keys = attention.rope(keys, offset=offset)
-        return queries, keys, values.transpose(0, 2, 1, 3)
 
     def _append(self, x, keys, values, cache: FullKVCache):
         if isinstance(cache, BudgetKVCache):
@@ -142,7 +129,7 @@ class SparseAttention(nn.Module):
             queries,
             keys,
             values,
-            scale=self.attention.scale,
+            scale=self.layer.scale,
             mask="causal" if causal else None,
         )
 
@@ -268,7 +255,7 @@ class SparseAttention(nn.Module):
             cache.keys[:, :, :end],
             cache.values[:, :, :end],
             slots,
-            self.attention.scale,
+            self.layer.scale,
             self.config.backend,
         )
 
@@ -297,7 +284,7 @@ class SparseAttention(nn.Module):
             cache.keys,
             cache.values,
             slots,
-            scale=self.attention.scale,
+            scale=self.layer.scale,
             backend=self.config.backend,
         )
 

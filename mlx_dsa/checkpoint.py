@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ _ALIASES = {
     "q_norm": ("q_norm", "query_norm"),
     "k_norm": ("k_norm", "key_norm"),
 }
+# Which hidden state indexers read: the norm's output, or that without the norm's weight.
+# A file that does not say has the first.
+_HIDDEN_STATE, _WEIGHTED, _UNWEIGHTED = "hidden_state", "weighted", "unweighted"
 _SIZES = {  # argument -> its key in run_config.json
     "dim": "hidden_size",
     "proj_dim": "proj_dim",
@@ -68,8 +72,8 @@ def load_indexers(
     file = _find_file(Path(path))
     given = {"dim": dim, "proj_dim": proj_dim, "n_heads": n_heads, "rope_dim": rope_dim}
     sizes = _complete_sizes(given, file.with_name("run_config.json"))
-    tensors = _read_tensors(file)
-    args = _infer_args(sizes, tensors, file)
+    tensors, unweighted = _read_tensors(file)
+    args = replace(_infer_args(sizes, tensors, file), unweighted=unweighted)
 
     layers: dict[int, dict[str, mx.array]] = {}
     for name, tensor in tensors.items():
@@ -110,14 +114,14 @@ def save_indexers(
     """
     shapes = {
         (a.dim, a.index_head_dim, a.index_n_heads, a.index_rope_dim)
-        + (a.norm, a.retention_dim)
+        + (a.norm, a.retention_dim, a.unweighted)
         for a in (indexer.args for indexer in indexers.values())
     }
     if len(shapes) != 1:
         raise ValueError(
             f"[save_indexers] 'indexers' must be of one shape but got {len(shapes)}."
         )
-    dim, proj_dim, n_heads, rope_dim, _, retention_dim = shapes.pop()
+    dim, proj_dim, n_heads, rope_dim, _, retention_dim, unweighted = shapes.pop()
     file = Path(path)
     if file.suffix != ".safetensors":
         file = file / INDEXERS
@@ -133,12 +137,14 @@ def save_indexers(
         "rope_dim": rope_dim,
         "hidden_size": dim,
         "retention_dim": retention_dim,
+        _HIDDEN_STATE: _UNWEIGHTED if unweighted else _WEIGHTED,
         "layers": sorted(indexers),
         **(metadata or {}),
     }
     # Neither takes its place before both are written.
     with replacing(file.with_name("run_config.json")) as config, replacing(file) as part:
-        mx.save_safetensors(str(part), tensors)
+        form = {_HIDDEN_STATE: _UNWEIGHTED if unweighted else _WEIGHTED}
+        mx.save_safetensors(str(part), tensors, form)
         config.write_text(json.dumps(run_config, indent=2) + "\n", encoding="utf-8")
     return file
 
@@ -181,20 +187,26 @@ def _complete_sizes(given: dict[str, int | None], run_config: Path) -> dict[str,
     return sizes
 
 
-def _read_tensors(file: Path) -> dict[str, mx.array]:
+def _read_tensors(file: Path) -> tuple[dict[str, mx.array], bool]:
+    """Return the tensors, and whether they read the unweighted hidden state."""
     try:
         # mx.load reads lazily and would find a short file only in use.
         with safe_open(file, framework="numpy") as header:
-            header.keys()
+            form = (header.metadata() or {}).get(_HIDDEN_STATE, _WEIGHTED)
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"[load_indexers] {file} is damaged or not a safetensors file ({error}). "
             f"Download or copy it again."
         ) from None
+    if form not in (_WEIGHTED, _UNWEIGHTED):
+        raise ValueError(
+            f"[load_indexers] {file} reads a hidden state {form!r} that this version does not "
+            f"know. Upgrade mlx-dsa."
+        )
     tensors = mx.load(str(file))
     if not tensors:
         raise ValueError(f"[load_indexers] {file} holds no tensors.")
-    return tensors
+    return tensors, form == _UNWEIGHTED
 
 
 def _infer_args(sizes: dict, tensors: dict[str, mx.array], file: Path) -> IndexerArgs:

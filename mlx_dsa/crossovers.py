@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import SparseConfig
+from .families import family_of
 from .files import replacing
 from .indexer import Indexer
 from .ops import crossover
@@ -50,20 +51,21 @@ def describe(
     """Return what a measurement holds for: shapes, settings, device and versions.
 
     Args:
-        model (nn.Module): A Qwen3 or Qwen3-MoE model of mlx-lm, not patched.
+        model (nn.Module): A model of mlx-lm, not patched.
         indexers (Mapping): Layer number to :class:`Indexer`.
         config (SparseConfig): How they run.
 
     Returns:
         dict: Names to strings and whole numbers.
     """
-    layer = model.layers[next(iter(indexers))]
+    family = family_of(model)
+    layer = family.layers(model)[next(iter(indexers))]
     # The evaluators' stand-ins for an indexer have no shape: nothing matches them.
     shape = getattr(next(iter(indexers.values())), "args", None)
     return {
-        **describe_args(vars(model.args)),
-        "dtype": str(layer.input_layernorm.weight.dtype).rpartition(".")[2],
-        "bits": getattr(layer.self_attn.q_proj, "bits", None),
+        **describe_args(vars(family.args(model))),
+        "dtype": str(layer.dtype).rpartition(".")[2],
+        "bits": layer.bits,
         "index_n_heads": shape and shape.index_n_heads,
         "index_head_dim": shape and shape.index_head_dim,
         **describe_run(config),

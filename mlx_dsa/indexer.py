@@ -6,14 +6,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models.rope_utils import initialize_rope
 
+from .families import Layer
+from .indexer_args import IndexerArgs
 from .ops import index_scores
 from .positions import fit_scaling
 
@@ -21,62 +23,6 @@ from .positions import fit_scaling
 _FUSED = ("retention", "wk", "wq", "weights_proj")
 # Rows of which a fused projection takes a multiple: GPUs have slow products for others.
 _FUSED_ROWS = 8
-
-
-@dataclass(frozen=True)
-class IndexerArgs:
-    """Give the shape of an indexer.
-
-    Args:
-        dim (int): Width of the model's hidden state.
-        index_n_heads (int): Query heads of the indexer.
-        index_head_dim (int): Width of a head, and of the one shared key.
-        index_rope_dim (int): Leading dims of a head that RoPE rotates (even).
-        norm (bool): Queries and keys pass an RMSNorm in place of a bias.
-          Default: ``False``.
-        retention_dim (int): Width of the retention head's hidden layer; 0 for no
-          head. Default: ``0``.
-        rope_theta (float): RoPE base, until :meth:`Indexer.bind` takes the
-          model's. Default: ``1e6``.
-        rope_scaling (dict, optional): RoPE scaling, likewise. Default: ``None``.
-        max_position_embeddings (int): Positions of the model, likewise.
-          Default: ``40960``.
-
-    Raises:
-        ValueError: If a size is not a whole number above 0, or the RoPE dims
-          are odd or more than a head has.
-    """
-
-    dim: int
-    index_n_heads: int
-    index_head_dim: int
-    index_rope_dim: int
-    norm: bool = False
-    retention_dim: int = 0
-    rope_theta: float = 1e6
-    rope_scaling: dict | None = None
-    max_position_embeddings: int = 40960
-
-    def __post_init__(self):
-        for name in ("dim", "index_n_heads", "index_head_dim", "index_rope_dim"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"[IndexerArgs] '{name}' must be a whole number above 0 but got "
-                    f"{value!r}."
-                )
-        if isinstance(self.retention_dim, bool) or not (
-            isinstance(self.retention_dim, int) and self.retention_dim >= 0
-        ):
-            raise ValueError(
-                f"[IndexerArgs] 'retention_dim' must be a whole number of at least 0 but "
-                f"got {self.retention_dim!r}."
-            )
-        if self.index_rope_dim % 2 or self.index_rope_dim > self.index_head_dim:
-            raise ValueError(
-                f"[IndexerArgs] 'index_rope_dim' must be even and at most "
-                f"index_head_dim = {self.index_head_dim} but got {self.index_rope_dim}."
-            )
 
 
 class RetentionHead(nn.Module):
@@ -273,45 +219,74 @@ class Indexer(nn.Module):
         return index_scores(*self.project_queries(x, offset), index_keys)
 
     def bind(
-        self, model_args: Any, dtype: mx.Dtype, fused: bool = True
+        self, layer: Layer, dtype: mx.Dtype | None = None, fused: bool = True
     ) -> Indexer:
-        """Return a copy with a model's RoPE and dtype; this one keeps its values.
+        """Return a copy for a layer of a model; this one keeps its values.
 
         Args:
-            model_args: The ``args`` of an mlx-lm Qwen3 or Qwen3-MoE model.
-            dtype (mx.Dtype): The dtype of the model's activations.
+            layer (Layer): The layer.
+            dtype (mx.Dtype, optional): Default: ``None``, that of the layer's
+              activations.
             fused (bool): Whether what is computed at once is one product, of the
               weights as they are now. Not for training. Default: ``True``.
 
         Returns:
-            Indexer: The copy, sharing memory where the dtype is the same.
+            Indexer: The copy, sharing memory where the values are the same. It reads
+            the layer's hidden state as the attention does.
 
         Raises:
             ValueError: If the model's hidden state has another width.
         """
-        if model_args.hidden_size != self.args.dim:
+        if layer.hidden_size != self.args.dim:
             raise ValueError(
                 f"[Indexer] 'dim' must be the model's hidden_size = "
-                f"{model_args.hidden_size} but got {self.args.dim}. These indexers were "
+                f"{layer.hidden_size} but got {self.args.dim}. These indexers were "
                 f"made for another model."
             )
-        # mlx-lm's qwen3_moe builds its RoPE without the scaling in its config.
-        scaling = model_args.rope_scaling if model_args.model_type == "qwen3" else None
+        dtype = layer.dtype if dtype is None else dtype
+        theta, scaling, max_positions = layer.rope
         bound = Indexer(
             replace(
                 self.args,
-                rope_theta=model_args.rope_theta,
+                rope_theta=theta,
                 rope_scaling=fit_scaling(scaling, self.args.index_rope_dim),
-                max_position_embeddings=model_args.max_position_embeddings,
+                max_position_embeddings=max_positions,
+                unweighted=False,
             )
         )
-        bound.update(tree_map(lambda p: p.astype(dtype), self.parameters()))
+        bound.update(self.parameters())
+        if self.args.unweighted:
+            norm = layer.norm_weight.astype(mx.float32)
+            bound._scale_inputs(mx.where(norm == 0, 0, 1 / norm))
+        bound.update(tree_map(lambda p: p.astype(dtype), bound.parameters()))
         bound.eval()
         if fused:
             bound._fuse()
-            if dtype == self.wk.weight.dtype:
+            if dtype == self.wk.weight.dtype and not self.args.unweighted:
                 bound._lend(self)
         return bound
+
+    def unweighted(self, layer: Layer) -> Indexer:
+        """Return a copy that reads the hidden state without its norm's weight.
+
+        A model may be scaled, channel by channel, between a norm's weight and the
+        matrices after it (as AWQ does) without computing anything else. Such a copy
+        fits every one of them.
+
+        Args:
+            layer (Layer): The layer that this one is bound to.
+        """
+        copy = Indexer(replace(self.args, unweighted=True))
+        copy.update(self.parameters())
+        copy._scale_inputs(layer.norm_weight.astype(mx.float32))
+        copy.eval()
+        return copy
+
+    def _scale_inputs(self, by: mx.array):
+        """Scale what each channel of the hidden state ``[dim]`` counts."""
+        for name in _FUSED if self.has_retention else _FUSED[1:]:
+            projection = self._projection(name)
+            projection.weight = projection.weight.astype(mx.float32) * by
 
     def _fuse(self):
         weights, biases, rows, end = [], [], {}, 0

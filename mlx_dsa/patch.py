@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache
 
 from .arrays import evaluate, is_imprecise
 from .attention import SparseAttention
@@ -18,12 +19,12 @@ from .cache import BudgetKVCache, ColdFile, FullKVCache, make_cache
 from .cache.callers import find_caller
 from .config import SparseConfig
 from .crossovers import describe, lookup, plan_prefill
+from .families import Layer, family_of
 from .files import HeldFile
 from .indexer import Indexer
 from .ops import check_backend
 from .positions import max_positions
 
-_MODEL_TYPES = ("qwen3", "qwen3_moe")
 # The sparse layer, counted from 1, at which the device starts on a chunk of a prompt: a
 # GPU takes longer for these than Python for all that come after (docs/log.md).
 _STARTS_AT = 4
@@ -47,28 +48,27 @@ class SparsePatch:
     ):
         self.config = config
         self._model = model
-        self._caches: weakref.WeakSet = weakref.WeakSet()
+        # Each with an empty one as mlx-lm would make it.
+        self._caches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._cold_file: ColdFile | None = None
         self._claimed: HeldFile | None = None  # the file that it is
         found = None
         if config.prefill == "auto":
             found = lookup(describe(model, indexers, config))
         plan = plan_prefill(found, config)
+        self._family = family_of(model)
+        layers = self._family.layers(model)
         self.layers = {
-            i: SparseAttention(
-                model.layers[i].self_attn,
-                indexer.bind(model.args, model.layers[i].input_layernorm.weight.dtype),
-                config,
-                plan,
-            )
+            i: SparseAttention(layers[i], indexer.bind(layers[i]), config, plan)
             for i, indexer in sorted(indexers.items())
             if i not in config.dense_layers
         }
         list(self.layers.values())[:_STARTS_AT][-1].starts = True
-        next(iter(self.layers.values())).positions = max_positions(model.args)
-        for i, layer in self.layers.items():
-            layer.join()
-            model.layers[i].self_attn = layer
+        limit = max_positions(self._family.args(model))
+        next(iter(self.layers.values())).positions = limit
+        for sparse in self.layers.values():
+            sparse.join()
+            sparse.layer.put(sparse)
         model.make_cache = self._make_cache_for_mlx_lm
         evaluate(model, *(x for x in indexers.values() if isinstance(x, nn.Module)))
 
@@ -77,11 +77,10 @@ class SparsePatch:
         if self.config.cold_file is not None and self._cold_file is None:
             self._claimed = _claim(Path(self.config.cold_file))
             self._cold_file = ColdFile(self.config.cold_file)
-        caches = [
-            make_cache(self.config, i, self._cold_file) if i in self.layers else KVCache()
-            for i in range(len(self._model.layers))
-        ]
-        self._caches.update(caches)
+        caches = self._family.make_caches(self._model)
+        for i in self.layers:
+            caches[i] = make_cache(self.config, i, self._cold_file)
+        self.adopt(caches)
         return caches
 
     def _make_cache_for_mlx_lm(self) -> list[Any]:
@@ -113,7 +112,8 @@ class SparsePatch:
         Args:
             caches (Sequence): One cache a layer.
         """
-        self._caches.update(caches)
+        empty = self._family.make_caches(self._model)
+        self._caches.update(zip(caches, empty))
 
     def dense_modules(self) -> dict[str, nn.Module]:
         """Return the model's modules under the names they have unpatched."""
@@ -184,19 +184,19 @@ class SparsePatch:
 
     def clear(self):
         """Empty every cache that this patch has made."""
-        for cache in self._caches:
+        for cache, empty in self._caches.items():
             if isinstance(cache, FullKVCache):
                 cache.reset()
             else:
-                cache.keys = cache.values = None
-                cache.offset = 0
+                vars(cache).clear()
+                vars(cache).update(vars(copy.deepcopy(empty)))
 
     def restore(self):
         """Put the model back as it was, and delete the patch's cold file."""
-        for i, layer in self.layers.items():
-            if self._model.layers[i].self_attn is layer:
-                self._model.layers[i].self_attn = layer.attention
-            layer.release()
+        for sparse in self.layers.values():
+            if sparse.layer.current is sparse:
+                sparse.layer.put(sparse.attention)
+            sparse.release()
         if self._cold_file is not None:
             self._claimed.release()
             self._claimed = self._cold_file = None
@@ -211,6 +211,11 @@ class SparsePatch:
 
     def __exit__(self, *exception):
         self.restore()
+
+
+def is_patched(layers: Mapping[int, Layer]) -> bool:
+    """Return whether a model's layers have sparse attention."""
+    return any(isinstance(layer.current, SparseAttention) for layer in layers.values())
 
 
 def patch_of(model: nn.Module) -> SparsePatch | None:
@@ -233,7 +238,7 @@ def patch_sparse_generate(
     don't save a patched model.
 
     Args:
-        model (nn.Module): A Qwen3 or Qwen3-MoE model of mlx-lm.
+        model (nn.Module): A model of mlx-lm, of a family that :mod:`mlx_dsa.families` knows.
         indexers (Mapping): Layer number to :class:`Indexer`; a layer without one
           stays dense.
         top_k (int): Keys that a query attends to. Default: ``2048``.
@@ -248,13 +253,8 @@ def patch_sparse_generate(
     """
     sparse = SparseConfig.from_dict({"top_k": top_k, **config})
     check_backend(sparse.backend)
-    model_type = getattr(model, "model_type", type(model).__name__)
-    if model_type not in _MODEL_TYPES:
-        raise ValueError(
-            f"[patch_sparse_generate] 'model' must be of type "
-            f"{' or '.join(_MODEL_TYPES)} but got {model_type!r}."
-        )
-    if any(isinstance(layer.self_attn, SparseAttention) for layer in model.layers):
+    layers = family_of(model).layers(model)
+    if is_patched(layers):
         raise ValueError(
             "[patch_sparse_generate] 'model' is already patched. Call restore() of "
             "that patch first."
@@ -266,16 +266,22 @@ def patch_sparse_generate(
             f"[patch_sparse_generate] the model's layers are 0 to {n_layers - 1} but "
             f"got layer {beyond[0]}."
         )
+    without = [i for i in indexers if i not in layers]
+    if without:
+        raise ValueError(
+            f"[patch_sparse_generate] 'indexers' must be for layers with attention, "
+            f"{', '.join(map(str, layers))}, but got layer {without[0]}."
+        )
     if not set(indexers) - set(sparse.dense_layers):
         raise ValueError(
             "[patch_sparse_generate] 'indexers' must hold at least one layer that is "
             "not in dense_layers: nothing would be sparse."
         )
-    _warn(model, indexers, sparse)
+    _warn(next(iter(layers.values())).dtype, indexers, sparse)
     return SparsePatch(model, indexers, sparse)
 
 
-def _warn(model: nn.Module, indexers: Mapping[int, Indexer], config: SparseConfig):
+def _warn(dtype: mx.Dtype, indexers: Mapping[int, Indexer], config: SparseConfig):
     """Tell what will answer worse than it need."""
     if config.cache == "budget" and config.evict == "retention":
         if not all(indexer.has_retention for indexer in indexers.values()):
@@ -285,7 +291,6 @@ def _warn(model: nn.Module, indexers: Mapping[int, Indexer], config: SparseConfi
                 "facts than trained heads do. Use cache='full', or train the heads.",
                 stacklevel=3,
             )
-    dtype = model.layers[0].input_layernorm.weight.dtype
     if is_imprecise(dtype):
         name = str(dtype).rpartition(".")[2]
         warnings.warn(

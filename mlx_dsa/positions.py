@@ -21,6 +21,7 @@ def max_positions(args: Any) -> int | None:
         more; ``None`` where the model states no limit.
     """
     values = args if isinstance(args, Mapping) else vars(args)
+    values = values.get("text_config") or values
     limit = values.get("max_position_embeddings")
     scaling = values.get("rope_scaling") or {}
     original, factor = (scaling.get(name) for name in _STRETCHED_BY)

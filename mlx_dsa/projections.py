@@ -20,7 +20,7 @@ class JoinedProjections:
     changed in place can't be told from what it was: replace it, or patch again.
 
     Args:
-        attention (nn.Module): The attention of an mlx-lm Qwen3 layer.
+        attention (nn.Module): A model's own attention, with q_proj, k_proj and v_proj.
     """
 
     def __init__(self, attention: nn.Module):

@@ -8,6 +8,7 @@ from mlx_lm.models import qwen3, qwen3_moe
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_dsa import Indexer, IndexerArgs
+from mlx_dsa.families import family_of
 from mlx_dsa.patch import patch_of
 
 VOCAB = 101
@@ -117,6 +118,11 @@ def make_indexers(
         randomize_norms(indexers[layer])
         mx.eval(indexers[layer].parameters())
     return indexers
+
+
+def layer_of(model, index=0):
+    """Return an attention layer of a model, as the package sees it."""
+    return family_of(model).layers(model)[index]
 
 
 def make_tokens(length, seed=2, batch=1):

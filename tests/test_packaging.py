@@ -24,7 +24,7 @@ LAYERS = [
      "texts"},
     {"startup"},
     {"ops"},
-    {"indexer", "selectors", "cache", "checkpoint", "chunks", "crossovers", "projections"},
+    {"families", "indexer", "indexer_args", "selectors", "cache", "checkpoint", "chunks", "crossovers", "projections"},
     {"eviction"},
     {"attention"},
     {"patch"},

@@ -162,20 +162,11 @@ def test_indexers_that_do_not_fit(model, indexers):
 
 
 def test_other_models_are_refused(indexers):
-    from mlx_lm.models import llama
+    from mlx_lm.models import phi
 
-    args = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=64,
-        num_hidden_layers=2,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rms_norm_eps=1e-6,
-        vocab_size=VOCAB,
-    )
-    with pytest.raises(ValueError, match="qwen3.*llama"):
-        patch_sparse_generate(llama.Model(args), indexers, **SMALL)
+    model = phi.Model(phi.ModelArgs(hidden_size=64, num_hidden_layers=2, vocab_size=VOCAB))
+    with pytest.raises(ValueError, match="qwen3.*llama.* but got 'phi'"):
+        patch_sparse_generate(model, indexers, **SMALL)
 
 
 def test_patching_twice_is_refused(model, indexers):

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, make_indexers, make_model
+from builders import SHAPES, layer_of, make_indexers, make_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -65,7 +65,7 @@ def write_text(folder, length=4000, seed=0):
 
 def view_of(model, length=48, chunk_size=16, layer=-1):
     tokens = mx.random.randint(0, 100, (2, length), key=mx.random.key(5))
-    return list(layer_views(model, tokens, chunk_size))[layer], tokens
+    return [view for _, view in layer_views(model, tokens, chunk_size)][layer], tokens
 
 
 # --- the teacher ---------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_views_are_what_attention_receives(shape, monkeypatch):
     model(tokens)
     monkeypatch.undo()
     for chunk_size in (40, 7, 1):
-        views = list(layer_views(model, tokens, chunk_size))
+        views = [view for _, view in layer_views(model, tokens, chunk_size)]
         assert len(views) == len(seen) == len(model.layers)
         for view, x in zip(views, seen):
             assert mx.allclose(view.x, x.astype(mx.float32), atol=1e-4)
@@ -136,7 +136,7 @@ def test_memory_stays_below_the_square_of_the_length(tmp_path):
 def test_row_scores_are_the_indexers_scores(norm):
     model = make_model()
     view, _ = view_of(model)
-    indexer = make_indexers(model, norm=norm)[0].bind(model.args, mx.float32)
+    indexer = make_indexers(model, norm=norm)[0].bind(layer_of(model), mx.float32)
     rows = mx.array([[5, 20, 20], [0, 1, 47]])
     full = indexer.scores(view.x, indexer.project_keys(view.x))
     got = row_scores(indexer, view.x, rows)
@@ -510,8 +510,8 @@ def test_a_folder_that_is_empty_but_for_what_systems_leave_there_is_taken(tmp_pa
 
 def test_an_unsupported_model_is_refused(tmp_path):
     model = make_model()
-    model.model_type = "llama"
-    with pytest.raises(ValueError, match="qwen3 or qwen3_moe but got llama"):
+    model.model_type = "phi"
+    with pytest.raises(ValueError, match="qwen3_5_moe but got 'phi'"):
         train_indexers(
             model, make_tokenizer(), write_text(tmp_path), tmp_path / "o", TrainConfig(**SMALL)
         )

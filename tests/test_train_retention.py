@@ -326,7 +326,7 @@ def test_memory_stays_below_the_square_of_the_length(wide_model, monkeypatch):
     length, block = 512, 2 << 20
     monkeypatch.setattr(teacher_module, "_BLOCK_BYTES", block)
     tokens = mx.random.randint(0, 100, (1, length))
-    view = next(iter(layer_views(wide_model, tokens, 128)))
+    _, view = next(iter(layer_views(wide_model, tokens, 128)))
     rows = np.arange(length, dtype=np.int32)[None]
     mx.eval(view)
     before = mx.get_active_memory()

@@ -15,6 +15,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..config import SparseConfig
+from ..families import family_of
 from ..indexer import Indexer
 from ..patch import SparsePatch, patch_sparse_generate
 from ..positions import max_positions
@@ -122,7 +123,7 @@ def bench(
     total = 2 * repeats * len(contexts)
     done = 0
     for context in contexts:
-        prompt = mx.random.randint(0, model.args.vocab_size, (context,))
+        prompt = mx.random.randint(0, family_of(model).args(model).vocab_size, (context,))
         mx.eval(prompt)
         run = _Runner(model, indexers, config, chunk, clock)
         progress(done, total, f"{context:,} tokens: warming up")

@@ -17,6 +17,7 @@ from ..attention import SparseAttention
 from ..cache import FullKVCache, make_cache
 from ..config import SparseConfig
 from ..crossovers import CROSSING, describe, plan_prefill, store
+from ..families import family_of
 from ..indexer import Indexer
 from ..positions import max_positions
 
@@ -67,7 +68,7 @@ def tune(
     Raises:
         ValueError: If the model has no positions beyond ``top_k``.
     """
-    longest = min(_LONGEST * config.top_k, max_positions(model.args) or math.inf)
+    longest = min(_LONGEST * config.top_k, max_positions(family_of(model).args(model)) or math.inf)
     if longest < 2 * config.top_k:
         raise ValueError(
             f"[tune] 'top_k' must be at most half of the model's {longest:,} positions "
@@ -172,12 +173,11 @@ class _Bench:
         self._clock = clock
         self._config = config
         self._chunk = chunk
-        self._args = model.args
-        self._dtype = model.layers[0].input_layernorm.weight.dtype
+        layers = family_of(model).layers(model)
         self._layers = [
-            (model.layers[i].self_attn, indexers[i].bind(model.args, self._dtype))
-            for i in sorted(indexers)[:_LAYERS]
+            (layers[i], indexers[i].bind(layers[i])) for i in sorted(indexers)[:_LAYERS]
         ]
+        self._shape, _ = self._layers[0]
         self._budget = self._full_budget()
 
     def measure(self, keys: int) -> dict[str, float]:
@@ -203,7 +203,7 @@ class _Bench:
         start = keys - min(self._chunk, 2 * (keys - top_k)) // 2
         start = -(-start // tile_size) * tile_size
         n = max(1, 2 * (keys - start))
-        x = self._noise(1, n, self._args.hidden_size)
+        x = self._noise(1, n, self._shape.hidden_size)
         caches = [self._filled(indexer, start) for _, indexer in self._layers]
 
         def call(mode):
@@ -224,8 +224,8 @@ class _Bench:
         dense = [KVCache() for _ in self._layers]
         for cache in dense:
             cache.update_and_fetch(*self._entries(keys))
-        attentions = [attention for attention, _ in self._layers]
-        x = self._noise(1, 1, self._args.hidden_size)
+        attentions = [layer.module for layer, _ in self._layers]
+        x = self._noise(1, 1, self._shape.hidden_size)
         return {
             "dense_decode": lambda: _steps(attentions, dense, x),
             "decode": lambda: _steps(*self._budget, x),
@@ -237,7 +237,7 @@ class _Bench:
         for layer in layers:
             layer.join()
         caches = [make_cache(layer.config, i) for i, layer in enumerate(layers)]
-        prompt = self._noise(1, self._config.top_k, self._args.hidden_size)
+        prompt = self._noise(1, self._config.top_k, self._shape.hidden_size)
         mx.eval([layer(prompt, None, cache) for layer, cache in zip(layers, caches)])
         return layers, caches
 
@@ -252,8 +252,8 @@ class _Bench:
         return cache
 
     def _entries(self, n: int) -> tuple[mx.array, mx.array]:
-        shape = (1, self._args.num_key_value_heads, n, self._args.head_dim)
+        shape = (1, self._shape.n_kv_heads, n, self._shape.head_dim)
         return self._noise(*shape), self._noise(*shape)
 
     def _noise(self, *shape: int) -> mx.array:
-        return mx.random.normal(shape).astype(self._dtype)
+        return mx.random.normal(shape).astype(self._shape.dtype)

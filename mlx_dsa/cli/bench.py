@@ -17,6 +17,7 @@ from ..bench import OpsShape, bench_ops, check_contexts
 from ..bench import bench as run_bench
 from ..bench.plot import plot as draw
 from ..evals.results import device, versions, write_text
+from ..families import family_of
 from ..presets import runs_float32
 from .command import Command
 from .eval.options import Numbers
@@ -194,14 +195,15 @@ def _ops_shape(subject: Subject) -> OpsShape:
         dtype = mx.float32 if runs_float32() else mx.bfloat16
         return OpsShape(*heads, *shape.indexer[:2], dtype)
     model, indexers = subject.load()
-    args, indexer = model.args, next(iter(indexers.values())).args
+    number, indexer = next(iter(indexers.items()))
+    layer = family_of(model).layers(model)[number]
     return OpsShape(
-        args.num_attention_heads,
-        args.num_key_value_heads,
-        args.head_dim,
-        indexer.index_n_heads,
-        indexer.index_head_dim,
-        model.layers[0].input_layernorm.weight.dtype,
+        layer.n_heads,
+        layer.n_kv_heads,
+        layer.head_dim,
+        indexer.args.index_n_heads,
+        indexer.args.index_head_dim,
+        layer.dtype,
     )
 
 

@@ -3,6 +3,7 @@
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..families import family_of
 from .documents import load_documents, windows_of
 from .generation import read
 from .runner import Unit, evaluate
@@ -54,19 +55,18 @@ def memory(
 def computed_bytes(subject, policy, length, itemsize):
     """Return the bytes of a cache's entries after `length` tokens, by arithmetic.
 
-    A dense layer keeps every key and value. A sparse layer has an index key for each entry besides;
+    A layer without attention counts for nothing. A dense layer keeps every key and value. A sparse layer has an index key for each entry besides;
     with a budget also the retention head's two scores (4 bytes each), if there is a head, and, once
     it has evicted, the entries' positions (4 bytes each). What waits to be scored, up to 64 hidden
     states a layer, is not counted. ``None`` for a tiered cache, whose cold entries are quantised.
     """
-    args, config = subject.model.args, policy.config
+    config, total = policy.config, 0
     if config and config.cache == "tiered":
         return None
-    entry = 2 * args.num_key_value_heads * args.head_dim * itemsize
-    total = 0
-    for layer in range(args.num_hidden_layers):
-        indexer = subject.indexers.get(layer)
-        if config is None or indexer is None or layer in config.dense_layers:
+    for i, layer in family_of(subject.model).layers(subject.model).items():
+        entry = 2 * layer.n_kv_heads * layer.head_dim * itemsize
+        indexer = subject.indexers.get(i)
+        if config is None or indexer is None or i in config.dense_layers:
             total += length * entry
             continue
         sparse = entry + indexer.args.index_head_dim * itemsize

@@ -23,7 +23,7 @@ class WindowIndexer:
     def __init__(self, layer, marks):
         pass
 
-    def bind(self, model_args, dtype):
+    def bind(self, layer):
         """Need nothing of the model."""
         return self
 
@@ -84,9 +84,9 @@ class ForcedIndexer:
     def __init__(self, indexer, marks, sign):
         self.indexer, self.marks, self.sign = indexer, marks, sign
 
-    def bind(self, model_args, dtype):
+    def bind(self, layer):
         """Bind the trained indexer."""
-        return ForcedIndexer(self.indexer.bind(model_args, dtype), self.marks, self.sign)
+        return ForcedIndexer(self.indexer.bind(layer), self.marks, self.sign)
 
     def project_keys(self, x, offset=0):
         """Return the index keys with the token's mark as one more dimension."""

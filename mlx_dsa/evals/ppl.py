@@ -12,6 +12,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..chunks import chunk_size
+from ..families import family_of
 from .documents import load_documents, windows_of
 from .generation import read
 from .policies import DENSE, pairings
@@ -124,7 +125,7 @@ def _prefill_states(model, ids, length):
     if edges[-1] - edges[-2] == 1 and len(edges) > 2:
         del edges[-2]  # a token alone would end the prompt, and prune a budget cache
     for start, stop in zip(edges, edges[1:]):
-        states.append(model.model(ids[:, start:stop], cache=caches))
+        states.append(family_of(model).hidden(model, ids[:, start:stop], caches))
         mx.eval(states[-1], [c.state for c in caches])
     return mx.concatenate(states, axis=1)
 
@@ -135,15 +136,9 @@ def _decode_states(model, ids, length):
     read(model, ids[:, :length], caches)
     states = []
     for at in range(length, ids.shape[1] - 1):
-        states.append(model.model(ids[:, at : at + 1], cache=caches))
+        states.append(family_of(model).hidden(model, ids[:, at : at + 1], caches))
         mx.eval(states[-1])
     return mx.concatenate(states, axis=1)
-
-
-def _logits(model, states):
-    if model.args.tie_word_embeddings:
-        return model.model.embed_tokens.as_linear(states).astype(mx.float32)
-    return model.lm_head(states).astype(mx.float32)
 
 
 def _score(subject, policies, batch, hidden, length, first, buckets):
@@ -172,7 +167,7 @@ def _compare(model, dense, sparse, targets):
     for at in range(0, targets.shape[1], _BLOCK):
         both = []
         for states in (dense, sparse):
-            logits = _logits(model, states[:, at : at + _BLOCK])
+            logits = family_of(model).logits(model, states[:, at : at + _BLOCK]).astype(mx.float32)
             both.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
         p, q = both
         target = targets[:, at : at + _BLOCK, None]

@@ -1,11 +1,13 @@
 """Read texts once with dense attention, for every policy that reads them so."""
 
+import copy
 from time import perf_counter
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..families import family_of
 from .generation import spans
 from .wrapping import wrapping
 
@@ -20,20 +22,21 @@ class DenseReading:
 
     def __init__(self, model, ids):
         began = perf_counter()
-        inputs = [[] for _ in model.layers]
-        listeners = {
-            i: _Listener(layer.self_attn, heard)
-            for i, (layer, heard) in enumerate(zip(model.layers, inputs))
-        }
+        layers = family_of(model).layers(model)
+        inputs = {i: [] for i in layers}
+        listeners = {i: _Listener(layer.module, inputs[i]) for i, layer in layers.items()}
         caches = make_prompt_cache(model)
         n = ids.shape[1]
         with wrapping(model, listeners):
             for start, stop in spans(n):
                 model(ids[:, start:stop], cache=caches)
-                mx.eval([c.state for c in caches], [heard[-1] for heard in inputs])
-        self._inputs = [mx.concatenate(heard, axis=1) for heard in inputs]
+                mx.eval([c.state for c in caches], [heard[-1] for heard in inputs.values()])
+        self._inputs = {i: mx.concatenate(heard, axis=1) for i, heard in inputs.items()}
         # mlx-lm's state differs by version.
-        self._entries = [(c.keys[..., :n, :], c.values[..., :n, :]) for c in caches]
+        self._entries = {
+            i: (caches[i].keys[..., :n, :], caches[i].values[..., :n, :]) for i in layers
+        }
+        self._states = {i: c for i, c in enumerate(caches) if i not in layers}
         mx.eval(self._inputs, self._entries)
         self.seconds = perf_counter() - began
 
@@ -47,7 +50,9 @@ class DenseReading:
         caches = make_prompt_cache(model)
         layers = patch.layers if patch else {}
         for i, cache in enumerate(caches):
-            if i in layers:
+            if i in self._states:  # of a layer without attention
+                caches[i] = copy.deepcopy(self._states[i])
+            elif i in layers:
                 layers[i].take(self._inputs[i], *self._entries[i], cache)
             else:
                 cache.update_and_fetch(*self._entries[i])

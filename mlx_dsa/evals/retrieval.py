@@ -10,6 +10,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..chunks import chunk_size
+from ..families import family_of
 from ..ops import index_scores
 from .documents import load_documents, windows_of
 from .fidelity import coverage, selection_mask, true_attention
@@ -92,10 +93,10 @@ def retrieval(
 class _Recorder(nn.Module):
     """A dense attention layer that measures selections at some positions as it goes."""
 
-    def __init__(self, attention, indexer, layer, positions, forced, seed):
+    def __init__(self, layer, indexer, positions, forced, seed):
         super().__init__()
-        self.attention, self.indexer = attention, indexer
-        self.layer, self.positions, self.forced, self.seed = layer, positions, forced, seed
+        self.attention, self.indexer, self.layer = layer.module, indexer, layer
+        self.positions, self.forced, self.seed = positions, forced, seed
         self.index_keys = None
         self.found = []
 
@@ -113,18 +114,16 @@ class _Recorder(nn.Module):
         return output
 
     def _measure(self, x, offset, here, keys):
-        attention = self.attention
         rows = mx.array(here - offset)
         positions = mx.array(here)
-        queries = attention.q_proj(x).reshape(*x.shape[:2], attention.n_heads, -1)
-        queries = attention.rope(attention.q_norm(queries).transpose(0, 2, 1, 3), offset=offset)
+        queries = self.layer.project(x, offset).queries
         logits, probabilities = true_attention(
-            queries[0][:, rows], keys[0], positions, attention.scale
+            queries[0][:, rows], keys[0], positions, self.layer.scale
         )
         index_queries, weights = self.indexer.project_queries(x, offset)
         scores = index_scores(index_queries[:, :, rows], weights[:, rows], self.index_keys)[0]
         slots = mx.broadcast_to(mx.arange(keys.shape[2], dtype=mx.float32), scores.shape)
-        key = mx.random.key(self.seed * 1_000_003 + self.layer * 1009 + offset)
+        key = mx.random.key(self.seed * 1_000_003 + self.layer.index * 1009 + offset)
         for k, always in self.forced.items():
             use = np.flatnonzero(here + 1 >= k)
             if not len(use):
@@ -145,17 +144,16 @@ class _Recorder(nn.Module):
 def _measure(subject, window, positions, forced, seed):
     model = subject.model
     ids = mx.array([window["ids"]])
-    dtype = model.layers[0].input_layernorm.weight.dtype
+    family = family_of(model)
+    layers = family.layers(model)
     recorders = {
-        i: _Recorder(
-            model.layers[i].self_attn, indexer.bind(model.args, dtype), i, positions, forced, seed
-        )
+        i: _Recorder(layers[i], indexer.bind(layers[i]), positions, forced, seed)
         for i, indexer in sorted(subject.indexers.items())
     }
     with wrapping(model, recorders):
         caches = make_prompt_cache(model)
         for start in range(0, ids.shape[1], chunk_size()):
-            model.model(ids[:, start : start + chunk_size()], cache=caches)
+            family.hidden(model, ids[:, start : start + chunk_size()], caches)
             mx.eval([c.state for c in caches])
     records = []
     for layer, recorder in recorders.items():

@@ -7,6 +7,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..positions import max_positions
+from ..families import family_of
 from ..presets import Preset
 
 
@@ -17,12 +18,13 @@ def describe(subject: Preset, name=None):
         subject (Preset): the model with its tokenizer, indexers and config.
         name (str): what it was loaded as. Default: ``None``, left out.
     """
-    args = subject.model.args
+    family = family_of(subject.model)
+    args = family.args(subject.model)
     shape = {k: getattr(args, k) for k in ("hidden_size", "num_hidden_layers", "vocab_size")}
-    dtype = subject.model.layers[0].input_layernorm.weight.dtype
+    dtype = next(iter(family.layers(subject.model).values())).dtype
     model = {
         "name": name,
-        "type": args.model_type,
+        "type": subject.model.model_type,
         **shape,
         "dtype": str(dtype).removeprefix("mlx.core."),
         "weights": _fingerprint_of(subject.model.parameters()),
@@ -60,7 +62,7 @@ def check_lengths(where, subject, lengths, options="--lengths"):
     Raises:
         ValueError: if a length is below 1 or above the model's positions, or there is none.
     """
-    limit = max_positions(subject.model.args)
+    limit = max_positions(family_of(subject.model).args(subject.model))
     if not lengths:
         raise ValueError(f"[{where}] 'lengths' must name at least one context length.")
     for length in lengths:

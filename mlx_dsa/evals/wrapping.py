@@ -2,6 +2,8 @@
 
 from contextlib import contextmanager
 
+from ..families import family_of
+
 
 @contextmanager
 def wrapping(model, wrappers):
@@ -11,11 +13,12 @@ def wrapping(model, wrappers):
         model: patched or not.
         wrappers (dict): layer number to the module that is called in its place.
     """
-    own = {i: model.layers[i].self_attn for i in wrappers}
+    layers = family_of(model).layers(model)
+    before = {i: layers[i].current for i in wrappers}
     try:
         for i, wrapper in wrappers.items():
-            model.layers[i].self_attn = wrapper
+            layers[i].put(wrapper)
         yield
     finally:
-        for i, attention in own.items():
-            model.layers[i].self_attn = attention
+        for i, module in before.items():
+            layers[i].put(module)

@@ -16,6 +16,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from ..checkpoint import save_indexers
+from ..families import family_of
 from ..indexer import Indexer, IndexerArgs
 from .config import LayerScore, TrainConfig, TrainProgress, TrainResult
 from .data import Sequence, fingerprint, load_sequences, pad_batch, sample_rows
@@ -195,7 +196,7 @@ class TrainRun:
         modules = self.state.modules
         tokens = mx.array(pad_batch(batch))
         views = layer_views(self.model, tokens, self.config.chunk_size)
-        for layer, view in enumerate(views):
+        for layer, view in views:
             if layer in modules:
                 yield modules[layer], view
 
@@ -228,15 +229,17 @@ class _IndexerRun(TrainRun):
 
 def _new_indexers(model: Any, config: TrainConfig) -> dict[int, Indexer]:
     """Make the indexers of all layers; the seed alone decides their weights."""
+    layers = family_of(model).layers(model)
     args = IndexerArgs(
-        dim=model.args.hidden_size,
+        dim=next(iter(layers.values())).hidden_size,
         index_n_heads=config.index_n_heads,
         index_head_dim=config.index_head_dim,
         index_rope_dim=config.index_rope_dim,
     )
     mx.random.seed(config.seed)
-    layers = range(len(model.model.layers))
-    return {layer: Indexer(args).bind(model.args, mx.float32, fused=False) for layer in layers}
+    return {
+        i: Indexer(args).bind(layer, mx.float32, fused=False) for i, layer in layers.items()
+    }
 
 
 def _loss_and_gradient(
@@ -293,10 +296,12 @@ def _assemble(
     }
     metadata = {
         "model_type": model.model_type,
-        "num_hidden_layers": len(state.modules),
+        "num_hidden_layers": len(model.layers),
         "train": dataclasses.asdict(config),
         "held_out": layers,
     }
-    path = save_indexers(out, state.best_modules(), metadata)
+    of_model = family_of(model).layers(model)
+    best = {i: module.unweighted(of_model[i]) for i, module in state.best_modules().items()}
+    path = save_indexers(out, best, metadata)
     (out / CHECKPOINT).unlink()
     return TrainResult(path, dict(state.best_steps), dict(state.best_scores))

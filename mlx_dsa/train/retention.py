@@ -16,6 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..checkpoint import load_indexers, save_indexers
+from ..families import family_of
 from ..indexer import Indexer, RetentionHead
 from .config import TrainProgress, TrainResult
 from .data import fingerprint, load_sequences
@@ -96,7 +97,7 @@ def train_retention(
     state = TrainState(_new_heads(beside, config), config, RetentionScore)
     lessons = split(make_lessons(sequences, config), config)
     _RetentionRun(model, config, state, *lessons).finish(out, identity, resume, progress)
-    return _assemble(out, source, beside, config, state)._replace(left_out=str(report))
+    return _assemble(model, out, source, beside, config, state)._replace(left_out=str(report))
 
 
 class _Prepared(NamedTuple):
@@ -190,14 +191,14 @@ def _new_heads(
 
 
 def _check_sizes(model: Any, indexers: Mapping[int, Indexer], config: RetentionConfig):
-    n_layers = len(model.model.layers)
+    layers = family_of(model).layers(model)
+    width = next(iter(layers.values())).hidden_size
     for layer, indexer in indexers.items():
         dim = indexer.args.dim
-        if dim != model.args.hidden_size or layer >= n_layers:
+        if dim != width or layer not in layers:
             raise ValueError(
                 f"[train_retention] 'indexers' must be made for this model "
-                f"({n_layers} layers of width {model.args.hidden_size}) but has layer "
-                f"{layer} of width {dim}."
+                f"({len(layers)} layers of width {width}) but has layer {layer} of width {dim}."
             )
         own = sum(p.size for n, p in tree_flatten(indexer.parameters()) if "retention" not in n)
         # dim * hidden + hidden (bias) + hidden + 1 parameters.
@@ -210,6 +211,7 @@ def _check_sizes(model: Any, indexers: Mapping[int, Indexer], config: RetentionC
 
 
 def _assemble(
+    model: Any,
     out: Path,
     source: Path,
     indexers: Mapping[int, Indexer],
@@ -217,9 +219,11 @@ def _assemble(
     state: TrainState,
 ) -> TrainResult:
     """Save the indexers with each layer's best head; only then does the checkpoint go."""
-    together = {}
+    together, layers = {}, family_of(model).layers(model)
     for layer, head in state.best_modules().items():
         indexer = indexers[layer]
+        if indexer.args.unweighted:
+            head.up.weight = head.up.weight * layers[layer].norm_weight.astype(mx.float32)
         args = replace(indexer.args, retention_dim=config.retention_dim)
         together[layer] = Indexer(args)
         parameters = {**indexer.parameters(), "retention": head.parameters()}

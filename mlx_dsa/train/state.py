@@ -13,6 +13,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..families import family_of
 from ..files import is_dropping, is_part, replacing
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -132,8 +133,8 @@ class TrainState:
 
 def run_identity(model: Any, data_hash: str, config: Any) -> dict:
     """Return what must be equal for a run to be the same run."""
-    layers = model.model.layers
-    ends = {i: layers[i].self_attn.k_proj for i in (0, len(layers) - 1)}
+    layers = family_of(model).layers(model)
+    ends = {i: layers[i].module.k_proj for i in (min(layers), max(layers))}
     return {
         "model": hash_parameters(ends),
         "data": data_hash[:16],

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache
 
-from ..attention import SparseAttention
+from ..families import Layer, family_of
+from ..patch import is_patched
 
-_MODEL_TYPES = ("qwen3", "qwen3_moe")
 _BLOCK_BYTES = 256 << 20
 
 
@@ -34,42 +33,38 @@ class LayerView(NamedTuple):
 
 
 def check_model(model: Any):
-    """Raise a ValueError unless this is an unpatched Qwen3 or Qwen3-MoE model."""
-    model_type = getattr(model, "model_type", None)
-    if model_type not in _MODEL_TYPES:
-        raise ValueError(
-            f"[train] 'model' must be of type {' or '.join(_MODEL_TYPES)} but "
-            f"got {model_type}."
-        )
-    if any(isinstance(layer.self_attn, SparseAttention) for layer in model.model.layers):
+    """Raise a ValueError unless this is an unpatched model of a family that is known."""
+    if is_patched(family_of(model).layers(model)):
         raise ValueError(
             "[train] 'model' must be unpatched but has sparse attention. Call "
             "restore() on its patch."
         )
 
 
-def layer_views(model: Any, tokens: mx.array, chunk_size: int) -> Iterator[LayerView]:
+def layer_views(model: Any, tokens: mx.array, chunk_size: int) -> Iterator[tuple[int, LayerView]]:
     """Run the model densely, layer by layer, in chunks of queries.
 
     Only one layer's view and the hidden state are held at a time, and no
     intermediate is larger than a chunk of queries over all keys.
 
     Args:
-        model: An mlx-lm Qwen3 or Qwen3-MoE model.
+        model: A model of mlx-lm.
         tokens (mx.array): Token ids ``[B, L]``.
         chunk_size (int): Queries a chunk.
 
     Yields:
-        LayerView: The layers in order.
+        tuple: Number and view of each layer with attention, in order.
     """
-    h = model.model.embed_tokens(tokens)
-    layers = model.model.layers
-    for layer in layers:
-        view = _view(layer, h)
-        mx.eval(view)
-        yield view
-        if layer is not layers[-1]:
-            h = _forward(layer, h, chunk_size)
+    family = family_of(model)
+    layers, caches = family.layers(model), family.make_caches(model)
+    h = family.embed(model, tokens)
+    for i, block in enumerate(model.layers):
+        if i in layers:
+            view = _view(layers[i], h)
+            mx.eval(view)
+            yield i, view
+        if i < max(layers):
+            h = _forward(block, h, caches[i], chunk_size)
 
 
 def attention_target(view: LayerView, rows: mx.array) -> mx.array:
@@ -146,27 +141,18 @@ def _probabilities(view: LayerView, keys: mx.array, rows: mx.array) -> mx.array:
     return mx.softmax(logits, axis=-1)
 
 
-def _view(layer: Any, h: mx.array) -> LayerView:
-    attention = layer.self_attn
-    x = layer.input_layernorm(h)
-    B, L, _ = x.shape
-
-    def heads(projection, norm, n_heads):
-        states = norm(projection(x).reshape(B, L, n_heads, -1)).transpose(0, 2, 1, 3)
-        return attention.rope(states)
-
-    return LayerView(
-        x.astype(mx.float32),
-        heads(attention.q_proj, attention.q_norm, attention.n_heads),
-        heads(attention.k_proj, attention.k_norm, attention.n_kv_heads),
-        attention.scale,
-    )
+def _view(layer: Layer, h: mx.array) -> LayerView:
+    x = layer.normalise(h)
+    queries, keys, _, _ = layer.project(x)
+    return LayerView(x.astype(mx.float32), queries, keys, layer.scale)
 
 
-def _forward(layer: Any, h: mx.array, chunk_size: int) -> mx.array:
-    cache, outputs = KVCache(), []
+def _forward(block: Any, h: mx.array, cache: Any, chunk_size: int) -> mx.array:
+    outputs = []
     for start in range(0, h.shape[1], chunk_size):
         chunk = h[:, start : start + chunk_size]
-        outputs.append(layer(chunk, create_attention_mask(chunk, cache), cache))
+        # A layer without attention keeps a state, and needs no mask.
+        mask = create_attention_mask(chunk, cache) if "self_attn" in block else None
+        outputs.append(block(chunk, mask, cache))
         mx.eval(outputs[-1])
     return mx.concatenate(outputs, axis=1)
