@@ -183,7 +183,7 @@ def _maker(patch: SparsePatch) -> dict[str, Any]:
         for i, layer in patch.layers.items()
         for name, module in layer.indexer.named_modules()
     }
-    dtype = modules["model.norm"].weight.dtype
+    dtype = next(iter(patch.layers.values())).layer.dtype
     quantized = next((m for m in modules.values() if hasattr(m, "bits")), None)
     made_by = {
         "model": fingerprint(modules)._asdict(),

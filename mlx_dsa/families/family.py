@@ -22,13 +22,17 @@ class Family:
     model_types: tuple[str, ...] = ()
     layer_type: type[Layer] = Layer
 
+    def text_model(self, model: nn.Module) -> nn.Module:
+        """Return the part that reads and writes tokens."""
+        return model
+
     def args(self, model: nn.Module) -> Any:
         """Return the model's args, where its sizes stand."""
-        return model.args
+        return self.text_model(model).args
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """Return the part that makes hidden states of tokens."""
-        return model.model
+        return self.text_model(model).model
 
     def rope(self, args: Any) -> Rope:
         """Return the rotary positions of its attention."""
@@ -64,4 +68,4 @@ class Family:
         """Return the logits of hidden states ``[B, L, V]``."""
         if self.args(model).tie_word_embeddings:
             return self.decoder(model).embed_tokens.as_linear(hidden)
-        return model.lm_head(hidden)
+        return self.text_model(model).lm_head(hidden)
