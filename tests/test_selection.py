@@ -180,7 +180,7 @@ def test_a_bound_indexer_takes_no_more_memory():
     for _ in range(3):
         fused = indexer.bind(model.args, mx.float32)
         mx.eval(fused.project(mx.zeros((1, 1, 512))), fused.parameters(), indexer.parameters())
-    assert mx.get_active_memory() - before < size / 4
+    assert mx.get_active_memory() - before < size / 3  # rows to multiples of 8
 
 
 # From here on: the sets of the patched attention itself.
