@@ -91,10 +91,12 @@ class Eviction:
         return lay_last(evicted, size), n_steps
 
     def _worth(self, cache) -> mx.array | None:
-        """Return what entries are worth, whatever is asked later ``[B, size]``."""
-        return keydiff_scores(cache.keys) if self.rule == "keydiff" else cache.worth
+        """Return what entries of a sorted cache are worth, whatever is asked later."""
+        return _keydiff(cache) if self.rule == "keydiff" else cache.worth
 
     def _least(self, x, cache) -> mx.array:
+        if self.rule == "keydiff":
+            cache.sort()
         scores = self._worth(cache)
         if self.rule == "index":
             queries = self._indexer.project_queries(x, cache.offset)
@@ -118,7 +120,7 @@ class Eviction:
         if self.rule == "index":
             scores = self._window_scores(cache)
         elif self.rule == "keydiff":
-            scores = keydiff_scores(cache.keys)
+            scores = _keydiff(cache)
         elif self.rule == "retention":
             scores = worth = pool_neighbours(
                 cache.retention, cache.positions, _POOL_RADIUS
@@ -143,3 +145,8 @@ class Eviction:
 
     def _score(self, queries, weights, index_keys) -> mx.array:
         return index_scores(queries, weights, index_keys, self._config.backend)
+
+
+def _keydiff(cache: BudgetKVCache) -> mx.array:
+    scores = keydiff_scores(cache.keys)
+    return pool_neighbours(scores, cache.positions, _POOL_RADIUS)

@@ -47,6 +47,7 @@ def make_model(
     rope_scaling=None,
     quantized=False,
     dtype=mx.float32,
+    vocab=VOCAB,
 ):
     """Build a random Qwen3 or Qwen3-MoE model of mlx-lm, in eval mode."""
     mx.random.seed(seed)
@@ -59,7 +60,7 @@ def make_model(
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=1e-6,
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         tie_word_embeddings=tied,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,

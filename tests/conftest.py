@@ -1,6 +1,16 @@
 """Shared by all tests: load MLX as the program does, and keep runs repeatable."""
 
 import os
+import signal
+
+# A test run in the background has signals ignored that tests send, and so would its children.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGTERM, signal.SIG_DFL),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Small products wait longer for a second thread of OpenBLAS than they take.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
