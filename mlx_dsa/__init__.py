@@ -1,4 +1,4 @@
-"""DeepSeek Sparse Attention for Qwen3 models in MLX."""
+"""DeepSeek Sparse Attention for Qwen and Llama models in MLX."""
 
 from . import startup
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import ArraysCache, KVCache
 
 from .cache import BudgetKVCache, FullKVCache
 from .fingerprint import fingerprint
 from .patch import SparsePatch
 from .sealed import Damaged, NotSealed, read_sealed, write_sealed
 
-_CLASSES = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache)}
+_CLASSES = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache, ArraysCache)}
 _FORMAT = "mlx-dsa cache 3"
 # What a kept cache depends on; how it was computed may differ.
 KEPT_BY = ("top_k", "cache", "n_sink", "n_recent", "evict", "dense_layers")
@@ -81,7 +81,7 @@ def save_cache(
         "config": json.dumps(dataclasses.asdict(patch.config)),
         "classes": json.dumps(classes),
         "scalars": json.dumps(scalars),
-        "tokens": str(caches[0].offset),
+        "tokens": str(caches[min(patch.layers)].offset),
         "metadata": json.dumps(dict(metadata or {})),
     }
     path = Path(path)
@@ -162,6 +162,8 @@ def _contents_of(cache: Any) -> list[Any]:
     if isinstance(cache, KVCache):  # whose state differs by version of mlx-lm
         seen = slice(cache.offset)
         return [cache.keys[..., seen, :], cache.values[..., seen, :], cache.offset]
+    if isinstance(cache, ArraysCache):  # of a layer without attention
+        return list(cache.cache)
     return cache.contents
 
 
@@ -169,6 +171,10 @@ def _rebuilt(name: str, contents: Sequence[Any]) -> Any:
     if name == KVCache.__name__:
         cache = KVCache()
         cache.keys, cache.values, cache.offset = contents
+        return cache
+    if name == ArraysCache.__name__:
+        cache = ArraysCache(len(contents))
+        cache.cache = list(contents)
         return cache
     cache = BudgetKVCache(1) if name == BudgetKVCache.__name__ else _CLASSES[name]()
     cache.contents = contents

@@ -6,13 +6,23 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from builders import feed, feed_calls, layer_of, make_tokens
+from builders import VOCAB, feed, feed_calls, layer_of, make_tokens
 from family_models import FAMILIES, family_model
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_dsa import Indexer, IndexerArgs, load_indexers, patch_sparse_generate, save_indexers
+from mlx_dsa import (
+    Indexer,
+    IndexerArgs,
+    load_cache,
+    load_indexers,
+    patch_sparse_generate,
+    save_cache,
+    save_indexers,
+)
+from mlx_dsa.cli.stats import measure
+from mlx_dsa.evals.generation import take_rows
 from mlx_dsa.families import family_of, model_types
 from mlx_dsa.train.teacher import layer_views
 
@@ -25,6 +35,12 @@ def indexers_for(model, retention_dim=8):
     mx.random.seed(1)
     args = IndexerArgs(layers[min(layers)].hidden_size, 3, 12, 8, retention_dim=retention_dim)
     return {i: Indexer(args) for i in layers}
+
+
+def distinct(length, *seeds):
+    """Return rows of tokens, none twice in a row: what two of one are worth differs by rounding."""
+    rows = [np.random.default_rng(seed).permutation(VOCAB)[:length] for seed in seeds]
+    return mx.array(np.stack(rows).astype(np.int32))
 
 
 @pytest.fixture(params=FAMILIES)
@@ -82,7 +98,7 @@ def test_dense_bit_for_bit_while_all_keys_fit(model, cache):
 
 @pytest.mark.parametrize("cache", ["budget", "full"])
 def test_chunks_give_one_answer(model, cache):
-    prompt = make_tokens(98)[0]
+    prompt = distinct(98, 1)[0]
     rows = {}
     with patch_sparse_generate(model, indexers_for(model), **RULES, cache=cache):
         for step in (2048, 48, 32, 7, 1):
@@ -92,7 +108,7 @@ def test_chunks_give_one_answer(model, cache):
 
 
 def test_a_row_of_a_batch_answers_as_alone(model):
-    tokens = mx.concatenate([make_tokens(70), make_tokens(70, seed=5)])
+    tokens = distinct(70, 1, 2)
     calls = [60] + [1] * 10
     with patch_sparse_generate(model, indexers_for(model), **RULES):
         both = mx.concatenate(feed_calls(model, tokens, calls, make_prompt_cache(model)), axis=1)
@@ -114,6 +130,33 @@ def test_steps_keep_to_the_budget_and_copies_go_on(model):
         feed_calls(model, tokens, [60] + [1] * 20, cache)  # cleared, whatever a layer keeps
         again = feed_calls(model, tokens[:, 80:], [1] * 20, cache)[-1]
     assert mx.abs(again - rest[0]).max() < ROUNDING
+
+
+@pytest.mark.parametrize("cache", ["budget", "full"])
+def test_a_saved_cache_goes_on(model, cache, tmp_path):
+    tokens = make_tokens(90)
+    with patch_sparse_generate(model, indexers_for(model), **RULES, cache=cache) as patch:
+        caches = make_prompt_cache(model)
+        feed_calls(model, tokens, [60] + [1] * 9, caches)
+        save_cache(tmp_path / "a.kv", caches, patch)
+        saved = load_cache(tmp_path / "a.kv", patch)
+        assert saved.tokens == 69
+        rest = [feed_calls(model, tokens[:, 69:], [1] * 21, c)[-1] for c in (caches, saved.caches)]
+    assert mx.array_equal(*rest)
+    report = measure(caches, None, None)
+    assert report.seen == 90 and report.kept[1] == (24 if cache == "budget" else 90)
+
+
+def test_evaluators_take_rows_of_a_batch(model):
+    both = distinct(60, 1, 2)
+    batch, tokens = both[:, :50], both[1:, 50:]
+    with patch_sparse_generate(model, indexers_for(model), **RULES):
+        two, one = make_prompt_cache(model), make_prompt_cache(model)
+        feed_calls(model, batch, [40] + [1] * 10, two)
+        feed_calls(model, batch[1:], [40] + [1] * 10, one)
+        rows = take_rows(two, [1])
+        ours, theirs = (feed_calls(model, tokens, [1] * 10, c)[-1] for c in (rows, one))
+    assert mx.abs(ours - theirs).max() < ROUNDING
 
 
 def test_restore_is_bit_exact(model):

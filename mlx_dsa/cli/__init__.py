@@ -23,7 +23,7 @@ from .tune import tune
 @click.group(cls=Boundary, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mlx-dsa")
 def main():
-    """Long contexts for Qwen3 models, from a KV cache of fixed size.
+    """Long contexts for Qwen and Llama models, from a KV cache of fixed size.
 
     A small trained network a layer selects the keys that matter to each query.
     Without options the commands use a small model that is bundled. To begin,

@@ -89,7 +89,7 @@ def measure(
     Returns:
         Report: The figures.
     """
-    layers = [layer for layer in cache if not layer.empty()]
+    layers = _with_entries(cache)
     kept = [layer.size() for layer in layers] or [0]
     return Report(
         seen=tokens_seen(cache),
@@ -110,7 +110,12 @@ def measure(
 
 def tokens_seen(cache: list[Any]) -> int:
     """Return the tokens that a cache has seen, kept or not."""
-    return max((layer.offset for layer in cache if not layer.empty()), default=0)
+    return max((layer.offset for layer in _with_entries(cache)), default=0)
+
+
+def _with_entries(cache: list[Any]) -> list[Any]:
+    # A layer without attention keeps a state of fixed size, and counts no tokens.
+    return [c for c in cache if hasattr(c, "offset") and not c.empty()]
 
 
 def describe(report: Report, *, dense: bool = False, width: int | None = None) -> str:

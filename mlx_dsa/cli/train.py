@@ -110,7 +110,7 @@ def train(
     config: str | None,
     **given: Any,
 ):
-    """Train indexers for a Qwen3 model, which itself is not changed.
+    """Train indexers for a model, which itself is not changed.
 
     With --retention, train the heads beside them that say which entries of the
     cache later questions will need. A run that was interrupted goes on with

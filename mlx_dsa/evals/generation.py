@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from ..cache import FullKVCache
 from ..chunks import chunk_size
@@ -62,6 +62,10 @@ def take_rows(caches, rows):
     rows = mx.array(rows)
     taken = [copy.copy(c) for c in caches]  # mlx-lm's from_state differs by version
     for c in taken:
+        if isinstance(c, ArraysCache):  # of a layer without attention
+            c.filter(rows)
+            mx.eval(c.cache)
+            continue
         # What ours hold can be read without a word on whether a prompt goes on.
         name = "contents" if isinstance(c, FullKVCache) else "state"
         held = [
