@@ -2,14 +2,15 @@
 # mlx-lm 0.32.2 with mlx 0.32.4 (mlx[cpu]), transformers 5.24.0, Python 3.11, Linux x86-64.
 #
 # mlx-lm's qwen3_moe takes rope_scaling from a config and does not use it: a Qwen3-MoE model with yarn computes
-# the same as one without, to the bit. The dense qwen3 of the same release does scale. It also is the one of the
-# two that cannot read the names under which transformers 5 writes RoPE settings (rope_parameters).
+# the same as one without, to the bit. The dense qwen3 of the same release does scale, and reads the
+# rope_parameters that transformers 5 writes; qwen3_moe refuses a config with those names (rope_parameters,
+# num_local_experts).
 #
 # Seen:
 #   qwen3: yarn changes the logits by at most 1.88
 #   qwen3_moe: yarn changes the logits by at most 0
-#   qwen3, from a config that transformers 5 writes: rope_theta 10000.0
-#   qwen3_moe, from a config that transformers 5 writes: TypeError: ModelArgs.__init__() missing 2 required positional arguments: 'num_experts' and 'rope_theta'
+#   qwen3, a config of transformers 5: rope_theta 10000.0
+#   qwen3_moe, a config of transformers 5: missing 2 required positional arguments: 'num_experts' and 'rope_theta'
 #
 # Why it matters: the YaRN settings that Qwen3-30B-A3B and its like document for 131,072 tokens are taken
 # without a word and change nothing; beyond the trained length the model is read at positions it never saw.
@@ -57,10 +58,11 @@ for module, written in (
     (qwen3_moe, Qwen3MoeConfig(**common, **experts)),
 ):
     name = module.__name__.split(".")[-1]
+    config = json.loads(written.to_json_string(use_diff=False))
     try:
-        said = f"rope_theta {module.ModelArgs.from_dict(json.loads(written.to_json_string(use_diff=False))).rope_theta}"
+        said = f"rope_theta {module.ModelArgs.from_dict(config).rope_theta}"
     except TypeError as error:
-        said = f"TypeError: {error}"
-    print(f"{name}, from a config that transformers 5 writes: {said}")
+        said = str(error).removeprefix("ModelArgs.__init__() ")
+    print(f"{name}, a config of transformers 5: {said}")
     assert ("'rope_theta'" in said) == (name == "qwen3_moe"), said
 PY
