@@ -2,8 +2,8 @@
 # tokenizers 0.23.3, Python 3.11, Linux x86-64.
 #
 # In a byte-level BPE tokenizer a token added with add_tokens does not survive encode and decode if it has letters
-# such as ö, ß or ï: the decoder reads each letter that is in the byte alphabet as the byte that it stands for.
-# Words of the same letters that were not added come back whole, and so do added words of other alphabets.
+# such as ö, ß or ï and all of its letters are in the byte alphabet: the decoder takes each for the byte that it
+# stands for. Before the word is added it comes back whole, and so do added words with a letter from outside.
 #
 # Seen:
 #   größe: before größe, after add_tokens 'gr\ufffd\ufffde'

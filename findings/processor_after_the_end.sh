@@ -10,7 +10,7 @@
 #   stopped by max_tokens: tokens [7, 7, 23], processor asked after [[], [7], [7, 7], [7, 7, 23]], cache of 8
 #
 # Why it matters: a grammar matcher as a processor is asked to go on after it has ended and may raise, counters
-# are one too high, and a cache that is used again holds an end of text that no token list shows.
+# are one too high, and a cache that is used again holds an end of text that the text does not show.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
