@@ -96,6 +96,7 @@ class Eviction:
 
     def _least(self, x, cache) -> mx.array:
         if self.rule == "keydiff":
+            cache.settle(self.project)  # what is late knows its slots as they were
             cache.sort()
         scores = self._worth(cache)
         if self.rule == "index":

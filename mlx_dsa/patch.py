@@ -134,6 +134,8 @@ class SparsePatch:
             if isinstance(caches[i], BudgetKVCache):
                 layer.eviction.prune(caches[i])
             caches[i].prompt.end()
+        # What was dropped can go, and another thread can go on.
+        mx.eval([caches[i].contents for i in self.layers])
 
     def end_prompts(self, caches: Sequence[Any]):
         """Do what the next step of decode would: :meth:`prune` where a prompt has ended.

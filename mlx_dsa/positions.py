@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+# Models that mlx-lm builds without the scaling in their config.
+_UNSCALED = ("qwen3_moe",)
 # Scalings whose factor stretches the positions of the unscaled model.
 _STRETCHED_BY = ("original_max_position_embeddings", "factor")
 
@@ -25,7 +27,7 @@ def max_positions(args: Any) -> int | None:
     limit = values.get("max_position_embeddings")
     scaling = values.get("rope_scaling") or {}
     original, factor = (scaling.get(name) for name in _STRETCHED_BY)
-    if original and factor:
+    if original and factor and values.get("model_type") not in _UNSCALED:
         limit = max(limit or 0, int(original * factor))
     return limit or None
 

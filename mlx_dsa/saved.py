@@ -48,6 +48,8 @@ def save_cache(
 ) -> Path:
     """Save the caches of a patched model, as a whole file or not at all.
 
+    Where a prompt has just ended they are pruned first, as the next step would do.
+
     Args:
         path (str or PathLike): The file; one that exists is replaced in one step.
         caches (Sequence): One cache a layer, from ``make_prompt_cache``.
@@ -123,7 +125,8 @@ def load_cache(path: str | os.PathLike, patch: SparsePatch) -> SavedCache:
             contents.append(arrays[key] if key in arrays else scalars[key])
             i += 1
         caches.append(_rebuilt(name, contents))
-    mx.eval(list(arrays.values()))
+    # All of it, in this thread: what is lazy belongs to it.
+    mx.eval([_contents_of(cache) for cache in caches])
     patch.adopt(caches)
     return SavedCache(caches, int(header["tokens"]), json.loads(header["metadata"]))
 

@@ -98,7 +98,6 @@ def pool_neighbours(scores: mx.array, positions: mx.array, radius: int) -> mx.ar
     return mx.where(near, around(scores, -mx.inf), -mx.inf).max(axis=-1)
 
 
-@mx.compile
 def keydiff_scores(keys: mx.array) -> mx.array:
     """Score entries by how little their keys are like the others' [1].
 
@@ -112,11 +111,20 @@ def keydiff_scores(keys: mx.array) -> mx.array:
     [1] Park et al., KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM
         Inference in Resource-Constrained Environments, 2025.
     """
-    keys = keys.astype(mx.float32)
-    keys = keys * mx.rsqrt((keys * keys).sum(axis=-1, keepdims=True) + 1e-12)
-    anchor = keys.mean(axis=2, keepdims=True)
-    anchor = anchor * mx.rsqrt((anchor * anchor).sum(axis=-1, keepdims=True) + 1e-12)
-    return -(keys * anchor).sum(axis=-1).mean(axis=1)
+    # A head at a time: as float32 all keys of a long prompt are twice the cache.
+    alike = sum(_cosines(keys[:, h]) for h in range(keys.shape[1]))
+    return -alike / keys.shape[1]
+
+
+@mx.compile
+def _cosines(keys: mx.array) -> mx.array:
+    """Return the cosine of each key ``[B, T, D]`` to the mean of the normalised ones."""
+    keys = _normalised(keys.astype(mx.float32))
+    return (keys * _normalised(keys.mean(axis=1, keepdims=True))).sum(axis=-1)
+
+
+def _normalised(x: mx.array) -> mx.array:
+    return x * mx.rsqrt((x * x).sum(axis=-1, keepdims=True) + 1e-12)
 
 
 def plan_evicted(

@@ -316,3 +316,21 @@ def test_heads_are_saved_with_the_indexers(small, tmp_path):
 
 def test_default_is_retention():
     assert SparseConfig().evict == "retention"
+
+
+@pytest.mark.parametrize("n_recent", [2, 3, 5])
+def test_index_keys_follow_keydiffs_evictions(n_recent):
+    """With few recent ones no eviction is planned, and slots are sorted between steps."""
+    model = make_model(layers=1)
+    indexers, tokens = make_indexers(model), make_tokens(37)
+    with patch_sparse_generate(model, indexers, top_k=100, cache="full"):
+        (full,) = make_prompt_cache(model)
+        feed_calls(model, tokens, [37], [full])
+    rules = dict(top_k=24, n_sink=2, n_recent=n_recent, prefill="exact", evict="keydiff")
+    with patch_sparse_generate(model, indexers, **rules) as patch:
+        (cache,) = make_prompt_cache(model)
+        feed_calls(model, tokens, [30] + [1] * 7, [cache])
+        patch.prune([cache])  # drops nothing, and makes what steps left open
+    assert cache.size() == 24
+    theirs = full.index_keys[:, :, cache.positions[0]]
+    assert mx.abs(cache.index_keys - theirs).max() < 1e-5

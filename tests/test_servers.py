@@ -16,7 +16,8 @@ from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from test_cuts import RULES, WAYS, kept, same
 from test_retention import with_heads
 
-from mlx_dsa import load_preset, patch_sparse_generate
+from mlx_dsa import load_cache, load_preset, patch_sparse_generate, save_cache
+from mlx_dsa.evals.generation import take_rows
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,29 @@ def test_four_threads_in_turn(way, shape):
         assert kept(caches[0]) == kept(caches[1])
     assert all(np.abs(a - b).max() < 1e-4 for a, b in zip(here, there))
     in_thread(lambda: mx.eval(model(make_tokens(5))))  # restored
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_pruned_here_goes_on_there(small, way):
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **RULES, **WAYS[way]) as patch:
+        cache = make_prompt_cache(model)
+        with patch.reading(cache):
+            mx.eval(model(make_tokens(50), cache=cache))
+        in_thread(lambda: mx.eval(model(make_tokens(1), cache=cache)))
+
+
+@pytest.mark.parametrize("evict", ["retention", "keydiff", "index", "window"])
+@pytest.mark.parametrize("n_steps", [0, 5, 20])
+def test_what_is_loaded_here_goes_on_there(small, tmp_path, evict, n_steps):
+    model, indexers = small
+    rules = {**RULES, "top_k": 128, "n_recent": 64, "evict": evict}
+    with patch_sparse_generate(model, indexers, **rules) as patch:
+        cache = make_prompt_cache(model)
+        feed_calls(model, make_tokens(200), [150, 1] + [1] * n_steps, cache)
+        save_cache(tmp_path / "a.kv", cache, patch)
+        loaded = load_cache(tmp_path / "a.kv", patch).caches
+        in_thread(lambda: mx.eval(model(make_tokens(1), cache=loaded)))
 
 
 @pytest.mark.parametrize("evict", ["retention", "index"])
@@ -140,6 +164,32 @@ def test_a_stored_prompt_of_mlx_lms_server(small, tmp_path, way):
         found, rest = store.fetch_nearest_cache("model", [*key, 5, 6])
         assert rest == [5, 6] and found is not cache
         assert np.array_equal(turn(model, found, 1), turn(model, cache, 1))
+
+
+@pytest.mark.parametrize("way", STORES)
+def test_some_rows_of_a_batch_go_on_as_alone(small, tmp_path, way):
+    model, indexers = small
+    both = mx.concatenate([make_tokens(60), make_tokens(60, seed=5)])
+    with patch_sparse_generate(model, indexers, **rules_of(way, tmp_path)):
+        cache = make_prompt_cache(model)
+        feed_calls(model, both[:, :50], [40] + [1] * 10, cache)
+        rows = take_rows(cache, [1])
+        ours = feed_calls(model, both[1:, 50:], [1] * 10, rows)[-1]
+        theirs = feed_calls(model, both[:, 50:], [1] * 10, cache)[-1]
+    assert mx.abs(ours - theirs[1:]).max() < 1e-4
+
+
+def test_a_copy_does_not_stay_in_what_was_said_of_another(small):
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **RULES) as patch:
+        cache = make_prompt_cache(model)
+        with patch.reading(cache):
+            feed_calls(model, make_tokens(40), [40], cache)
+            copies = [copy.deepcopy(cache), [c.copy() for c in cache]]
+        for other in copies:
+            patch.prune(other)
+            feed_calls(model, make_tokens(10), [1] * 10, other)
+            assert [c.size() for c in other] == [24, 24]
 
 
 @pytest.mark.parametrize("head_dim", [16, 48, 80])
@@ -288,8 +338,7 @@ def test_a_rope_with_a_factor_for_each_dim(rope_dim):
     model = make_model(rope_scaling=scaling)
     with patch_sparse_generate(model, make_indexers(model, rope_dim=rope_dim), **RULES) as patch:
         freqs = np.array(patch.layers[0].indexer.rope._freqs)
-        own = np.array(model.layers[0].self_attn.attention.rope._freqs)
         mx.eval(model(make_tokens(90)))
     n = rope_dim // 2
-    np.testing.assert_allclose(freqs, own[:: 16 // n][:n] if 16 % n == 0 else freqs, rtol=1e-5)
-    assert freqs.shape == (n,)
+    taken = [factors[16 * i // n] for i in range(n)]
+    np.testing.assert_allclose(freqs, 10_000 ** (np.arange(n) / n) * taken, rtol=1e-5)

@@ -312,7 +312,7 @@ class BudgetKVCache(FullKVCache):
     @contents.setter
     def contents(self, contents: Sequence[Any]):
         keys, values, index_keys, self.offset, prompt, *rest = snapshot(contents)
-        self.prompt = PromptPhase.from_code(prompt)
+        self.prompt = PromptPhase.from_code(prompt, getattr(self, "prompt", None))
         self._positions, in_order, self.budget, self.n_planned, *rest = rest
         *window, late, late_slots = rest[:5]
         self._late = LateStates(self.most_late)

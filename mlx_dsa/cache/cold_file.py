@@ -55,7 +55,7 @@ class ColdFile:
             ValueError: If the file can't hold them.
         """
         try:
-            with open(self.path, "r+b", buffering=0) as file:
+            with self._lock, open(self.path, "r+b", buffering=0) as file:
                 file.seek(at)
                 view = memoryview(rows.reshape(-1).view(np.uint8))
                 while view:
@@ -68,13 +68,16 @@ class ColdFile:
 
     def rows(self, row_nbytes: int) -> np.ndarray:
         """Return the file as rows ``[n, row_nbytes]`` of bytes."""
-        if self._bytes is None or self._bytes.size < self._end:
-            # What is not written yet must lie in the file to be mapped.
-            if os.path.getsize(self.path) < self._end:
-                os.truncate(self.path, self._end)
-            self._bytes = np.memmap(self.path, np.uint8, "r")
-        n = self._bytes.size // row_nbytes
-        return self._bytes[: n * row_nbytes].reshape(n, row_nbytes)
+        with self._lock:
+            if self._bytes is None or self._bytes.size < self._end:
+                # What is not written yet must lie in the file to be mapped.
+                with open(self.path, "r+b") as file:
+                    if file.seek(0, os.SEEK_END) < self._end:
+                        file.truncate(self._end)
+                self._bytes = np.memmap(self.path, np.uint8, "r")
+            mapped = self._bytes
+        n = mapped.size // row_nbytes
+        return mapped[: n * row_nbytes].reshape(n, row_nbytes)
 
 
 class _Block:
@@ -138,14 +141,22 @@ class FileStore:
         self._owns_last = True
 
     def copy(self, arrays: Sequence[mx.array]) -> FileStore:
-        """Return a store that holds the same rows, and goes on by itself."""
+        """Return a store that goes on by itself: of the same rows, or of some of the batch.
+
+        Args:
+            arrays (sequence of mx.array): :attr:`arrays`, or of some batch rows.
+        """
+        if arrays and arrays[0].tolist() != self.arrays[0].tolist():
+            store, rows = FileStore(self._file), arrays[0][:, 0]
+            store.append([entries[rows] for entries in self.fetch_all()])
+            return store
         store = copy.copy(self)
         store._blocks = list(self._blocks)
         self._owns_last = store._owns_last = False
         return store
 
     def __deepcopy__(self, memo: dict) -> FileStore:
-        return self.copy(())
+        return self.copy(self.arrays)
 
     def fetch(self, slots: mx.array, missing: mx.array) -> list[mx.array]:
         """Take rows back: see :meth:`MemoryStore.fetch`."""
@@ -178,8 +189,8 @@ class FileStore:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """Everything that must be evaluated: nothing."""
-        return []
+        """The batch rows ``[B, 1]``: the entries themselves are in the file."""
+        return [mx.arange(self._row[1])[:, None]] if self._row else []
 
     def _to_arrays(self, rows: np.ndarray) -> list[mx.array]:
         both = mx.array(rows).view(self._dtype).transpose(1, 2, 3, 0, 4)

@@ -128,13 +128,14 @@ class FullKVCache:
     @contents.setter
     def contents(self, contents: Sequence[Any]):
         keys, values, index_keys, self.offset, prompt = snapshot(contents)
-        self.prompt = PromptPhase.from_code(prompt)
+        self.prompt = PromptPhase.from_code(prompt, getattr(self, "prompt", None))
         self._buffers = None if keys is None else [keys, values, index_keys]
         self._size = self.offset
 
     def copy(self) -> FullKVCache:
         """Return a cache that goes on by itself from where this one is."""
         other = copy.copy(self)
+        other.prompt = copy.deepcopy(self.prompt)
         other.contents = self.contents
         return other
 

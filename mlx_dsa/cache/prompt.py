@@ -71,8 +71,7 @@ class PromptPhase:
 
     def __deepcopy__(self, memo: dict) -> PromptPhase:
         other = copy.copy(self)
-        if self.copies_decode:
-            other.held = "decode"
+        other.held = "decode" if self.copies_decode else None
         return other
 
     @property
@@ -82,14 +81,14 @@ class PromptPhase:
 
     @property
     def code(self) -> int:
-        """All of it as a whole number, but for ``held``."""
+        """What the calls have said, as a whole number."""
         flags = (self._decoding, self._ended, self._had_chunk)
         return sum(flag << i for i, flag in enumerate(flags)) + 8 * min(self._singles, 2)
 
     @classmethod
-    def from_code(cls, code: int) -> PromptPhase:
-        """Build one from another's ``code``."""
-        prompt = cls()
+    def from_code(cls, code: int, like: PromptPhase | None = None) -> PromptPhase:
+        """Build one from another's ``code``; what callers have said is as in ``like``."""
+        prompt = cls() if like is None else copy.copy(like)
         prompt._decoding, prompt._ended, prompt._had_chunk = (
             bool(code >> i & 1) for i in range(3)
         )

@@ -196,7 +196,7 @@ class TieredKVCache(FullKVCache):
             return
         *hot, index_keys, self.offset, prompt = contents[:5]
         self._slots_in_hot, self._recalled, *arrays = contents[5:]
-        self.prompt = PromptPhase.from_code(prompt)
+        self.prompt = PromptPhase.from_code(prompt, getattr(self, "prompt", None))
         self.cold = store.copy(arrays)
         self._hot, self._size = hot, self.offset
         nothing = mx.zeros((*hot[0].shape[:2], self._size, 0), hot[0].dtype)

@@ -60,7 +60,8 @@ def _feed(model, ids, chunks, caches):
 def take_rows(caches, rows):
     """Return caches that hold some rows of a batch; those given don't notice."""
     rows = mx.array(rows)
-    taken = [copy.copy(c) for c in caches]  # mlx-lm's from_state differs by version
+    # mlx-lm's from_state differs by version.
+    taken = [c.copy() if isinstance(c, FullKVCache) else copy.copy(c) for c in caches]
     for c in taken:
         if isinstance(c, ArraysCache):  # of a layer without attention
             c.filter(rows)

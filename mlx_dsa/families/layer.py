@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -99,10 +99,6 @@ class Layer:
     def normalise(self, h: mx.array) -> mx.array:
         """Return the hidden state that the attention receives ``[B, L, dim]``."""
         return self._block.input_layernorm(h)
-
-    def forward(self, h: mx.array, mask: Any, cache: Any) -> mx.array:
-        """Run the whole block."""
-        return self._block(h, mask, cache)
 
     def linear(self, x: mx.array) -> list[mx.array]:
         """Apply the projections alone: queries, keys and values ``[B, L, *]``."""

@@ -47,7 +47,7 @@ def train_indexers(
     those that the runtime selects anyway.
 
     Args:
-        model: An mlx-lm ``qwen3`` or ``qwen3_moe`` model, quantised or not,
+        model: A model of mlx-lm, of a known family, quantised or not,
           unpatched. It is not changed.
         tokenizer: Its tokenizer, as ``mlx_lm.load`` returns it.
         data (str or PathLike): A ``.txt``, ``.jsonl`` or ``.jsonl.gz`` file, or

@@ -49,7 +49,7 @@ def train_retention(
     before it is known what will be asked.
 
     Args:
-        model: An mlx-lm ``qwen3`` or ``qwen3_moe`` model, quantised or not,
+        model: A model of mlx-lm, of a known family, quantised or not,
           unpatched. It is not changed.
         tokenizer: Its tokenizer, as ``mlx_lm.load`` returns it.
         data (str or PathLike): As for :func:`train_indexers`. Conversations in
