@@ -30,6 +30,9 @@ _ALIASES = {
 # Which hidden state indexers read: the norm's output, or that without the norm's weight.
 # A file that does not say has the first.
 _HIDDEN_STATE, _WEIGHTED, _UNWEIGHTED = "hidden_state", "weighted", "unweighted"
+# Matrices stored in fewer bits, as MLX quantises; each with its scales and biases beside it.
+_BITS, _GROUP_SIZE = "bits", 64
+_QUANTISED = (".scales", ".biases")
 _SIZES = {  # argument -> its key in run_config.json
     "dim": "hidden_size",
     "proj_dim": "proj_dim",
@@ -96,6 +99,8 @@ def save_indexers(
     path: str | os.PathLike,
     indexers: Mapping[int, Indexer],
     metadata: Mapping[str, Any] | None = None,
+    *,
+    bits: int | None = None,
 ) -> Path:
     """Save indexers and their ``run_config.json``, each file whole or not at all.
 
@@ -105,13 +110,19 @@ def save_indexers(
         indexers (Mapping): Layer number to :class:`Indexer`, all of one shape.
         metadata (Mapping, optional): What else ``run_config.json`` should hold
           (JSON values). Default: ``None``.
+        bits (int, optional): 8 stores matrices in 8 bits, half of the file, in groups
+          of 64; :func:`load_indexers` makes float16 of them. Default: ``None``, as
+          they are.
 
     Returns:
         Path: The safetensors file.
 
     Raises:
-        ValueError: If there are no indexers, or their shapes differ.
+        ValueError: If there are no indexers, their shapes differ, or ``bits`` is
+          neither ``None`` nor 8.
     """
+    if bits not in (None, 8):
+        raise ValueError(f"[save_indexers] 'bits' must be None or 8 but got {bits!r}.")
     shapes = {
         (a.dim, a.index_head_dim, a.index_n_heads, a.index_rope_dim)
         + (a.norm, a.retention_dim, a.unweighted)
@@ -144,6 +155,9 @@ def save_indexers(
     # Neither takes its place before both are written.
     with replacing(file.with_name("run_config.json")) as config, replacing(file) as part:
         form = {_HIDDEN_STATE: _UNWEIGHTED if unweighted else _WEIGHTED}
+        if bits:
+            form[_BITS] = str(bits)
+            tensors = _quantise(tensors, bits)
         mx.save_safetensors(str(part), tensors, form)
         config.write_text(json.dumps(run_config, indent=2) + "\n", encoding="utf-8")
     return file
@@ -192,21 +206,46 @@ def _read_tensors(file: Path) -> tuple[dict[str, mx.array], bool]:
     try:
         # mx.load reads lazily and would find a short file only in use.
         with safe_open(file, framework="numpy") as header:
-            form = (header.metadata() or {}).get(_HIDDEN_STATE, _WEIGHTED)
+            metadata = header.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"[load_indexers] {file} is damaged or not a safetensors file ({error}). "
             f"Download or copy it again."
         ) from None
-    if form not in (_WEIGHTED, _UNWEIGHTED):
+    form, bits = metadata.get(_HIDDEN_STATE, _WEIGHTED), metadata.get(_BITS)
+    if form not in (_WEIGHTED, _UNWEIGHTED) or bits not in (None, "8"):
+        told = f"a hidden state {form!r}" if bits in (None, "8") else f"matrices of {bits!r} bits"
         raise ValueError(
-            f"[load_indexers] {file} reads a hidden state {form!r} that this version does not "
-            f"know. Upgrade mlx-dsa."
+            f"[load_indexers] {file} has {told} that this version does not know. Upgrade mlx-dsa."
         )
     tensors = mx.load(str(file))
     if not tensors:
         raise ValueError(f"[load_indexers] {file} holds no tensors.")
-    return tensors, form == _UNWEIGHTED
+    return _dequantise(tensors, int(bits)) if bits else tensors, form == _UNWEIGHTED
+
+
+def _quantise(tensors: Mapping[str, mx.array], bits: int) -> dict[str, mx.array]:
+    """Store matrices whose rows are whole groups in fewer bits; the rest as float16."""
+    stored = {}
+    for name, value in tensors.items():
+        value = value.astype(mx.float16)
+        if value.ndim == 2 and value.shape[1] % _GROUP_SIZE == 0:
+            parts = mx.quantize(value, group_size=_GROUP_SIZE, bits=bits)
+            stored.update({name + end: part for end, part in zip(("", *_QUANTISED), parts)})
+        else:
+            stored[name] = value
+    return stored
+
+
+def _dequantise(stored: Mapping[str, mx.array], bits: int) -> dict[str, mx.array]:
+    tensors = {}
+    for name, value in stored.items():
+        if name + _QUANTISED[0] in stored:
+            scales, biases = (stored[name + end] for end in _QUANTISED)
+            value = mx.dequantize(value, scales, biases, group_size=_GROUP_SIZE, bits=bits)
+        if not name.endswith(_QUANTISED):
+            tensors[name] = value
+    return tensors
 
 
 def _infer_args(sizes: dict, tensors: dict[str, mx.array], file: Path) -> IndexerArgs:
