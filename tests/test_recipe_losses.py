@@ -100,14 +100,14 @@ def torch_figures(name):
     rows = torch.tensor(ROWS)
     with torch.no_grad():
         views = list(teacher.views(torch.tensor(TOKENS)))
-    for n, view, lse in views:
+    for n, view, lse, _ in views:
         given = {k: torch.tensor(v) for k, v in parameters(n).items()}
         indexer, head = heads.Indexer(DIM, *SHAPE, theta=teacher.theta), heads.RetentionHead(DIM, HIDDEN)
         indexer.load_state_dict({k: v for k, v in given.items() if k.startswith("w")})
         head.load_state_dict({k: v for k, v in given.items() if not k.startswith("w")})
         with torch.no_grad():
             target = targets.attention_target(view, lse, rows)
-            future = targets.all_future_attention(view, lse, DISTANCE)
+            future = targets.future_attention(view, lse, torch.arange(LENGTH), DISTANCE)
         is_open = heads.open_keys(rows, LENGTH, N_SINK, N_RECENT)
         losses = {
             "indexer": heads.distillation_loss(indexer(view.x, rows), target, is_open),

@@ -34,7 +34,7 @@ def keep(scores, budget, pool=True):
 def snap(view, lse, window=32):
     """Return SnapKV's score: pooled attention that the last queries pay, over all heads."""
     rows = torch.arange(len(view.x) - window, len(view.x), device=view.x.device)
-    return next(p for _, p in R.T.row_probabilities(view, lse, rows)).mean((0, 1))
+    return next(p for _, p in R.T.row_probabilities(view, lse[:, rows], rows)).mean((0, 1))
 
 
 def answer(teacher, tokens, start, kept):
@@ -65,10 +65,10 @@ def probe(teacher, rows, out, shares, device):
     heads = {n: {k: v.float().to(device) for k, v in h.items()} for n, h in heads.items()}
     for i in range(len(rows)):
         tokens, focus, _, kind = rows.row(i, device)
-        if kind == "twice" or not len(focus) or focus[0] < 2048:
+        if kind == "twice" or len(focus) > len(tokens) // 2 or focus[0] < 2048:
             continue
         start = int(focus[0])
-        views = [(v.keys, v.values, _scores(heads, n, v, lse)) for n, v, lse in teacher.views(tokens[:start])]
+        views = [(v.keys, v.values, _scores(heads, n, v, lse)) for n, v, lse, _ in teacher.views(tokens[:start])]
         tail = focus[focus < len(tokens) - 1] - start
         labels = tokens[start:][tail + 1]
         everything = torch.arange(start, device=device)
@@ -77,7 +77,7 @@ def probe(teacher, rows, out, shares, device):
         right = best == labels
         result["dense", 1.0] = F.cross_entropy(dense, labels).item(), 1.0
         for share in shares:
-            for name in [*names, "snap", "keydiff", "window"]:
+            for name in [*names, *(f"{n}+keydiff" for n in names), "snap", "keydiff", "window"]:
                 kept = []
                 for k, v, scores in views:
                     at = keep(scores[name], int(start * share), name != "window")
@@ -97,9 +97,14 @@ def _scores(heads, layer, view, lse):
     unit = F.normalize(view.keys.float(), dim=-1)
     mean = F.normalize(unit.mean(1, keepdim=True), dim=-1)
     scores["keydiff"] = -(unit * mean).sum(-1).mean(0)
+    scores |= {f"{n}+keydiff": _standard(scores[n]) + _standard(scores["keydiff"]) for n in heads}
     scores["snap"] = snap(view, lse)
     scores["window"] = torch.arange(len(view.x), device=view.x.device).float()
     return scores
+
+
+def _standard(scores):
+    return (scores - scores.mean()) / scores.std()
 
 
 def main():
@@ -122,7 +127,7 @@ def main():
                 for cell in ((found["length"] // 1024, "all"), (found["length"] // 1024, found["kind"])):
                     cells.setdefault((*cell, *way), []).append((loss - dense, agree))
     for cell, values in sorted(cells.items(), key=str):
-        more, agree = np.mean(values, axis=0)
+        more, agree = np.nanmean(values, axis=0)
         print("{}K {} {} {}:".format(*cell), f"n {len(values)} loss +{more:.4f} agreement {agree:.4f}", flush=True)
 
 

@@ -93,6 +93,13 @@ class Teacher:
         inner = F.silu(self._linear(f"{mlp}.gate_proj", x)) * self._linear(f"{mlp}.up_proj", x)
         return h + self._linear(f"{mlp}.down_proj", inner).float()
 
+    def output_norms(self, layer, values):
+        """Return the norm of what each head adds for a value, `[Hq, L]`, of values `[Hkv, L, D]`."""
+        w = self.w[f"layers.{layer}.self_attn.o_proj.weight"].float()
+        w = w.view(self.dim, self.n_heads, self.head_dim).permute(1, 2, 0)
+        gram = (w @ w.transpose(1, 2)).view(self.n_kv, -1, self.head_dim, self.head_dim)
+        return ((values[:, None] @ gram) * values[:, None]).sum(-1).clamp_min(0).sqrt().flatten(0, 1)
+
     def logits(self, h):
         """Return logits `[L, V]` in float32."""
         x = (self.normalise(h) * self.w["norm.weight"]).to(self.dtype)
@@ -105,8 +112,8 @@ class Teacher:
             tokens (Tensor): `[L]`.
 
         Yields:
-            tuple: number, View, and the log of the sum of the exponentials of each query's
-            logits `[Hq, L]`, float32. At the end the hidden state is in `self.last`.
+            tuple: number, View, the log of the sum of the exponentials of each query's logits
+            `[Hq, L]`, float32, and the residual stream `[L, dim]`. At the end that is in `self.last`.
         """
         h = self.embed(tokens)
         positions = torch.arange(len(tokens), device=self.device)
@@ -115,7 +122,7 @@ class Teacher:
             x = self.normalise(h)
             queries, keys, values = self.project(layer, x, positions)
             attended, lse = attend(queries, keys, values, scale)
-            yield layer, View(x, queries, keys, values, scale), lse
+            yield layer, View(x, queries, keys, values, scale), lse, h
             h = self.finish(layer, h, attended)
         self.last = h
 

@@ -27,7 +27,7 @@ from torch import nn  # noqa: E402
 
 MIN_DISTANCE, N_SINK, N_RECENT, FEWEST = 32, 4, 32, 256
 # Kinds of heads: what is learnt of the largest attention, and whose attention counts.
-KINDS = [("odds", "asked"), ("log", "asked"), ("odds", "all"), ("log", "all"), ("log", "value")]
+KINDS = [("odds", "asked"), ("log", "asked"), ("log", "value"), ("log", "output"), ("log", "effect")]
 
 
 class Rows:
@@ -99,31 +99,32 @@ def sample_rows(length, focus, count, rng):
     return torch.cat(drawn).sort().values
 
 
-def retention_targets(view, lse, focus, n_keys, kind):
-    """Return the targets `[kinds, L]` of the heads, and for each how many first keys count."""
+def retention_targets(teacher, layer, view, lse, residual, focus, n_keys, kind):
+    """Return the targets `[kinds, L]` of the heads, and how many first keys they count for.
+
+    The largest attention that is paid to a key; or that by the norm of the key's value, by the norm
+    of what the head makes of the value in the output (`output`), or by the latter over the norm of
+    the residual stream that it is added to (`effect`), as in KVzip+; each over its mean.
+    """
     length = len(view.x)
-    every = T.all_future_attention(view, lse, MIN_DISTANCE)
-    worth = every
     if kind == "twice":
-        asked = T.all_future_attention(view, lse, MIN_DISTANCE, first=n_keys)
-        worth = asked
-    elif len(focus):
-        asked = torch.zeros_like(every)
-        worth = torch.zeros_like(every)
-        groups = len(view.queries) // len(view.keys)
-        norms = view.values.float().norm(dim=-1)
-        norms = (norms / norms.mean()).repeat_interleave(groups, dim=0)
-        places = torch.arange(length, device=focus.device)
-        for part, seen in T.row_probabilities(view, lse, focus):
-            seen.mul_(places < part[:, None] - MIN_DISTANCE)
-            per_head = seen.amax(1)
-            asked = torch.maximum(asked, per_head.amax(0))
-            worth = torch.maximum(worth, (per_head * norms).amax(0))
-    else:
-        asked, n_keys = every, length * 3 // 4
-    by_name = {"asked": asked, "all": every, "value": worth}
-    keys = {"asked": n_keys, "all": max(n_keys, length * 3 // 4), "value": n_keys}
-    return [(by_name[of], keys[of]) for _, of in KINDS]
+        rows = torch.arange(n_keys, length, device=view.x.device)
+    elif len(focus) < length // 2:
+        rows = focus
+    else:  # running text
+        rows, n_keys = torch.arange(MIN_DISTANCE + 1, length, device=view.x.device), length * 3 // 4
+    lse = lse[:, rows]
+    groups = len(view.queries) // len(view.keys)
+    values = view.values.float()
+    values_norm = values.norm(dim=-1)
+    values_norm = (values_norm / values_norm.mean()).repeat_interleave(groups, dim=0).contiguous()
+    output_norm = teacher.output_norms(layer, values)
+    output_norm = (output_norm / output_norm.mean()).contiguous()
+    size = residual.norm(dim=-1)[rows]
+    weights = {"asked": (lse, None), "value": (lse, values_norm), "output": (lse, output_norm)}
+    weights["effect"] = (lse + (size / size.mean()).log(), output_norm)
+    by_name = {k: T.future_attention(view, a, rows, MIN_DISTANCE, w) for k, (a, w) in weights.items()}
+    return [by_name[of] for _, of in KINDS], n_keys
 
 
 def calibrate(teacher, layers, rows, device):
@@ -131,7 +132,7 @@ def calibrate(teacher, layers, rows, device):
     sums = [0.0] * len(layers)
     for i in range(0, len(rows), max(1, len(rows) // 4)):
         tokens = rows.row(i, device)[0][:8192]
-        for n, view, _ in teacher.views(tokens):
+        for n, view, _, _ in teacher.views(tokens):
             sums[n] = sums[n] + view.x[8:].pow(2).mean(0)
     for layer, total in zip(layers, sums):
         layer.spread.copy_((total / total.mean()).sqrt().clamp_min(0.05))
@@ -143,16 +144,16 @@ def learn(teacher, layers, row, count, rng, share):
     rows = sample_rows(len(tokens), focus, count, rng)
     losses = 0
     with torch.no_grad():
-        for n, view, lse in teacher.views(tokens):
+        for n, view, lse, residual in teacher.views(tokens):
             layer = layers[n]
             target = T.attention_target(view, lse, rows)
-            wanted = retention_targets(view, lse, focus, n_keys, kind)
+            wanted, keys = retention_targets(teacher, n, view, lse, residual, focus, n_keys, kind)
             with torch.enable_grad():
                 x = view.x / layer.spread
                 is_open = H.open_keys(rows, len(tokens), N_SINK, N_RECENT)
                 parts = [H.distillation_loss(layer.indexer(x, rows), target, is_open)]
                 scores = layer.heads(x)
-                for score, (wish, keys), (loss, _) in zip(scores, wanted, KINDS):
+                for score, wish, (loss, _) in zip(scores, wanted, KINDS):
                     parts.append(H.retention_loss(score[:keys], wish[:keys], loss))
                 parts = torch.stack(parts)
                 (parts.sum() * share).backward()
@@ -169,7 +170,7 @@ def evaluate(teacher, layers, rows, device, top_ks=(256, 512, 1024, 2048)):
             tokens, focus, n_keys, kind = rows.row(i, device)
             queries = sample_rows(len(tokens), focus, 512, rng)
             one = {"kind": kind, "length": len(tokens), "kl": [], "mass": {}, "agree": []}
-            for n, view, lse in teacher.views(tokens):
+            for n, view, lse, residual in teacher.views(tokens):
                 layer, x = layers[n], view.x / layers[n].spread
                 target = T.attention_target(view, lse, queries)
                 is_open = H.open_keys(queries, len(tokens), N_SINK, N_RECENT)
@@ -180,8 +181,8 @@ def evaluate(teacher, layers, rows, device, top_ks=(256, 512, 1024, 2048)):
                         far = queries >= k
                         got, best = H.mass_shares(scores[far], target[far], is_open[far], queries[far], k)
                         one["mass"].setdefault(k, []).append((got / best).item())
-                wish, keys = retention_targets(view, lse, focus, n_keys, kind)[0]
-                best = wish[:keys].topk(keys // 8).indices
+                wanted, keys = retention_targets(teacher, n, view, lse, residual, focus, n_keys, kind)
+                best = wanted[0][:keys].topk(keys // 8).indices
                 agree = []
                 for score in layer.heads(x)[:, :keys]:
                     mine = torch.zeros(keys, device=device)
