@@ -106,7 +106,7 @@ def put(rng, sources, place, code):
     """Put code at a place of its kind into one of the sources; return whether there was one."""
     source = sources[min(int(rng.random() * len(sources)), len(sources) - 1)]
     if place == "top":
-        at = rng.randint(0, len(source.segments))
+        at = rng.randint(min(1, len(source.segments)), len(source.segments))
         source.segments.insert(at, f"{code}\n" if rng.random() < 0.5 else f"\n{code}\n")
         return True
     order = [i for i, s in enumerate(source.segments) if s.lstrip().startswith(("class ", "def ", "@"))]

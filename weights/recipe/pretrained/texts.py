@@ -77,8 +77,8 @@ class Books:
         kept = []
         while room > 30:
             text = rng.choice(self.texts)
-            start = rng.randrange(max(1, len(text) - 6 * room - 2000))
-            pieces = _SENTENCE.findall(text[start : start + 6 * room + 2000])[1:-1]
+            start = rng.randrange(max(1, len(text) - 5 * room - 1500))
+            pieces = _SENTENCE.findall(text[start : start + 5 * room + 1500])[1:-1]
             for piece, count in zip(pieces, self.measure.counts(pieces)):
                 room -= count
                 if room < 0:
