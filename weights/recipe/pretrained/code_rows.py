@@ -225,8 +225,9 @@ def code_row(rng, length, maker):
     n = rng.randint(4, 10)
     planted = rng.randint(1, n) if rng.random() < 0.85 else 0
     room = length - maker.template_size - 32 * planted - 100 * (n - planted) - 60
-    sources = maker.code.sources(rng, room)
-    turns = []
+    sources, turns = maker.code.sources(rng, room), []
+    if not sources:
+        return None
     known = definitions(sources)
     for _ in range(4 * (n - planted)):
         if len(turns) == n - planted or not known:
@@ -245,4 +246,5 @@ def code_row(rng, length, maker):
     document = "\n\n".join(marked.format(s.path, "".join(s.segments).strip("\n")) for s in sources)
     # A function that a planted line now stands in is no longer as it was.
     turns = [t for t in turns if all(v in document for v in t[2])]
-    return (K.converse(rng, document, rng.sample(turns, len(turns)), system, READ), turns) if turns else None
+    rng.shuffle(turns)
+    return (K.converse(rng, document, turns, system, READ), turns) if turns else None

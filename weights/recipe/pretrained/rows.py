@@ -28,7 +28,7 @@ import texts as T  # noqa: E402
 SHARES = {"facts": 0.40, "code": 0.16, "sentences": 0.14, "twice": 0.12, "plain": 0.10, "lists": 0.08}
 MAKERS = {"facts": K.fact_row, "code": code_rows.code_row, "sentences": K.sentence_row, "twice": K.twice_row,
           "plain": K.plain_row, "lists": K.list_row}  # fmt: skip
-_FULL, _TRIES = 0.9, 12
+_FULL, _TRIES = 0.9, 30
 
 
 def make_row(maker, kind, length, seed):
@@ -37,7 +37,7 @@ def make_row(maker, kind, length, seed):
     Raises:
         RuntimeError: If none of several tries does.
     """
-    spare = 0
+    spare, size = 0, 0
     for number in range(_TRIES):
         rng = random.Random(f"{seed}/{kind}/{length}/{number}")
         made = MAKERS[kind](rng, length - spare, maker)

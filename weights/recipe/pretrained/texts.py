@@ -84,7 +84,8 @@ class Books:
                 if room < 0:
                     return kept
                 kept.append(piece if kept else piece.lstrip())
-            kept += ["\n\n* * *\n\n"] if room > 30 else []
+            kept.append("\n\n* * *\n\n")
+            room -= 8
         return kept
 
 
