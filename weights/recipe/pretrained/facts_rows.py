@@ -112,21 +112,31 @@ def correct(rng, fact, pools):
     return fact, fact.fill(rng.choice(W.NEWER))
 
 
-def ask(rng, facts, fact, brief):
-    """Return (question, answer, values) about a fact, at times with another or by its value."""
-    chance = rng.random()
+def share_out(rng, facts, most):
+    """Return groups of one to four facts, one group a question, at most `most` where that can be."""
+    groups = [[fact] for fact in rng.sample(facts, len(facts))]
+    while len(groups) > 1 and (len(groups) > most or rng.random() < 0.08):
+        small = sorted(groups, key=len)[:2]
+        if len(small[0]) + len(small[1]) > 4:
+            break
+        groups = [g for g in groups if not any(g is x for x in small)] + [small[0] + small[1]]
+    return rng.sample(groups, len(groups))
+
+
+def ask(rng, facts, group, brief):
+    """Return (question, answer, values) about a group of the facts; about one at times by its value."""
+    fact = group[0]
+    if len(group) > 1:
+        keys = F.join(F.noun_phrase(f.form, f.attribute, f.entity) for f in group)
+        question = rng.choice(W.JOINT).format(keys=keys)
+        said = [f.value for f in group]
+        answer = F.join(said) if brief or rng.random() < 0.5 else " ".join(f.fill("{NP} is {v}.") for f in group)
+        return question, answer, said
     alone = sum(f.attribute == fact.attribute and f.value.lower() == fact.value.lower() for f in facts) == 1
-    if chance < 0.06 and alone and fact.kind != "state" and not fact.old:
+    if rng.random() < 0.06 and alone and fact.kind != "state" and not fact.old:
         question = fact.fill(rng.choice(W.WHOSE))
         answer = F.capital(fact.entity) if brief or rng.random() < 0.6 else f"It is {fact.entity}."
         return question, answer, [fact.entity]
-    if chance < 0.14 and len(facts) > 2:
-        chosen = [fact] + rng.sample([f for f in facts if f is not fact], rng.choice((1, 1, 2)))
-        keys = F.join(F.noun_phrase(f.form, f.attribute, f.entity) for f in chosen)
-        question = rng.choice(W.JOINT).format(keys=keys)
-        said = [f.value for f in chosen]
-        answer = F.join(said) if brief or rng.random() < 0.5 else " ".join(f.fill("{NP} is {v}.") for f in chosen)
-        return question, answer, said
     form = fact.form if rng.random() < 0.6 else rng.choice(("of", "for", "poss"))
     own = W.ASK_NEWEST if fact.old and rng.random() < 0.6 else W.QUESTIONS
     question = fact.fill(rng.choice(own if rng.random() < 0.55 or own is W.ASK_NEWEST else w.QUESTIONS["train"]), form)

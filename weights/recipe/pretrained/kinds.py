@@ -120,9 +120,10 @@ def fact_row(rng, length, maker):
             inserts.append((depth * 0.7 + 0.05 + rng.random() * 0.2, text, rng.choice(("in", "own"))))
         else:
             inserts.append((depth, *R.say(rng, fact)))
-    asked = min(len(facts), max(2, 10 if length > 6000 else 6), rng.randint(2, 10))
-    chosen = facts if rng.random() < 0.2 and len(facts) < 14 else rng.sample(facts, asked)
-    turns = [R.ask(rng, facts, fact, brief) for fact in rng.sample(chosen, len(chosen))]
+    # What is not asked for is taught to be forgotten, so most rows ask for all.
+    chosen = facts if rng.random() < 0.7 else rng.sample(facts, max(2, round(0.8 * len(facts))))
+    most = max(3, min(12, length // 800))
+    turns = [R.ask(rng, facts, group, brief) for group in R.share_out(rng, chosen, most)]
     room = maker.room(length, turns, system or "") - sum(maker.measure.counts([t for _, t, _ in inserts])) - 3 * len(inserts)
     noise = problems(rng, room * rng.uniform(0.03, 0.3), maker.measure) if rng.random() < 0.3 else []
     room -= sum(maker.measure.counts(noise)) + 3 * len(noise)

@@ -2,6 +2,7 @@
 
 import ast
 import gzip
+import itertools
 import json
 import re
 import sysconfig
@@ -164,12 +165,14 @@ class Code:
                 continue
             taken.add(name)
             segments = split_module(text, module)
+            # From the top, or from anywhere if the whole does not fit; no more is encoded than may be needed.
+            begin = 0 if len(text) <= 3 * room or rng.random() < 0.4 else rng.randrange(len(segments))
+            sizes = itertools.accumulate(map(len, segments[begin:]))
+            segments = segments[begin : begin + 1 + sum(size <= 8 * room for size in sizes)]
             counts = self.measure.counts(segments)
-            # From the top, or from anywhere if the whole does not fit.
-            begin = 0 if sum(counts) <= room or rng.random() < 0.4 else rng.randrange(len(segments))
             room -= 16
             kept = []
-            for segment, count in zip(segments[begin:], counts[begin:]):
+            for segment, count in zip(segments, counts):
                 if count > room:
                     if not kept or room > 400:
                         segment = cut_lines(segment, room / count)
