@@ -53,18 +53,22 @@ FORMS = [
     ("line", "# {w} for {x} is {v}", "the {w} for {x} in the comment"),
 ]  # fmt: skip
 ASK = ["What is the value of {k}?", "What is {k}?", "What is {k} set to?", "{k}?", "Which value does {k} have?",
-       "Find {k} in the code.", "To what is {k} set?", "I need {k}.", "Look up {k}.", "What does the code have for {k}?",
+       "Find {k} in the code.", "To what is {k} set?", "I need {k}.", "Look up {k}.",
+       "What does the code have for {k}?",
        "Tell me {k}.", "State {k}.", "What value was chosen for {k}?", "And {k}?", "How is {k} defined?"]  # fmt: skip
 PARAMETERS = ["What are the parameters of {f}?", "Which parameters does {f} take?", "List the arguments of {f}.",
               "What is the signature of {f}?", "How is {f} called? Give its parameters."]  # fmt: skip
 DEFAULT = ["What is the default value of {p} in {f}?", "Which default has the parameter {p} of {f}?",
            "If {p} is not given, what does {f} use?"]  # fmt: skip
-DOC = ["What does the docstring of {f} say first?", "Give the first line of {f}'s docstring.", "What is {f} for, as its docstring says?",
-       "How is {f} documented? The first line, please."]  # fmt: skip
-RETURN = ["What does {f} return? Quote the statement.", "Which line does `return` in {f} have?", "Quote the return statement of {f}."]
-WRITE = ["Write the function {f} as it stands in the file.", "Show me {f}.", "Quote the code of {f}.", "Print the definition of {f}.",
+DOC = ["What does the docstring of {f} say first?", "Give the first line of {f}'s docstring.",
+       "What is {f} for, as its docstring says?", "How is {f} documented? The first line, please."]  # fmt: skip
+RETURN = ["What does {f} return? Quote the statement.", "Which line does `return` in {f} have?",
+          "Quote the return statement of {f}."]
+WRITE = ["Write the function {f} as it stands in the file.", "Show me {f}.", "Quote the code of {f}.",
+         "Print the definition of {f}.",
          "Copy {f} from the file."]  # fmt: skip
-GO_ON = ["The code has this line:\n{x}\nWhich line comes next?", "What comes after this line?\n{x}", "Continue after:\n{x}"]
+GO_ON = ["The code has this line:\n{x}\nWhich line comes next?", "What comes after this line?\n{x}",
+         "Continue after:\n{x}"]
 BASE = ["Which class does {f} inherit from?", "What are the bases of {f}?", "From what is {f} derived?"]
 
 
@@ -83,7 +87,8 @@ def names(rng, pools):
     n, o = joined(), joined()
     if rng.random() < 0.15:
         n = word() + word().capitalize()
-    return {"n": n, "o": o, "N": n.upper(), "O": o.upper(), "C": f"{word()}_{word()}".upper() if rng.random() < 0.6 else word() + "s",
+    table = f"{word()}_{word()}".upper() if rng.random() < 0.6 else word() + "s"
+    return {"n": n, "o": o, "N": n.upper(), "O": o.upper(), "C": table,
             "D": word().capitalize() + word().capitalize(), "w": word(), "x": f"{word()} {word()}"}  # fmt: skip
 
 
@@ -141,7 +146,8 @@ def constant_turns(rng, sources, n, pools):
         if name in asked or not put(rng, sources, place, code):
             continue
         asked.add(name)
-        answer = rng.choice((value, value, value, f"{name[0].upper()}{name[1:]} is {value}.", f"It is {value}.", f"`{value}`"))
+        begun = name if name.replace("_", "").isalnum() else name[0].upper() + name[1:]
+        answer = rng.choice((value, value, value, f"{begun} is {value}.", f"It is {value}.", f"`{value}`"))
         turns.append((rng.choice(ASK).format(k=name), answer, [value]))
     return turns
 
@@ -177,7 +183,8 @@ def definition_turn(rng, name, segment, node, measure):
         if len(coded) > LONGEST:
             body = body[: coded.offsets[LONGEST][0]].rsplit("\n", 1)[0].rstrip()
         return (rng.choice(WRITE).format(f=name), body, [body]) if "\n" in body else None
-    arguments = [a for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")]
+    arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+    arguments = [a for a in arguments if a.arg not in ("self", "cls")]
     if kind == "parameters" and arguments:
         listed = [a.arg for a in arguments]
         return rng.choice(PARAMETERS).format(f=name), ", ".join(listed), listed
@@ -233,7 +240,10 @@ def code_row(rng, length, maker):
         if len(turns) == n - planted or not known:
             break
         name, segment, node = known[rng.randrange(len(known))]
-        turn = line_turn(rng, sources) if rng.random() < 0.12 else definition_turn(rng, name, segment, node, maker.measure)
+        if rng.random() < 0.12:
+            turn = line_turn(rng, sources)
+        else:
+            turn = definition_turn(rng, name, segment, node, maker.measure)
         if turn and turn[0] not in [t[0] for t in turns]:
             turns.append(turn)
     turns += constant_turns(rng, sources, planted, maker.pools)
@@ -241,7 +251,8 @@ def code_row(rng, length, maker):
     used = sum(sum(maker.measure.counts(s.segments)) + 12 for s in sources)
     more = maker.code.sources(rng, maker.room(length, turns, system or "") - used - 60)
     sources += [s for s in more if s.path not in [o.path for o in sources]]
-    marked = rng.choice(("# {}\n{}", "# file: {}\n{}", "### {} ###\n{}", "```python\n# {}\n{}\n```", "{}\n```\n{}\n```"))
+    marked = rng.choice(("# {}\n{}", "# file: {}\n{}", "### {} ###\n{}", "```python\n# {}\n{}\n```",
+                         "{}\n```\n{}\n```"))  # fmt: skip
     rng.shuffle(sources)
     document = "\n\n".join(marked.format(s.path, "".join(s.segments).strip("\n")) for s in sources)
     # A function that a planted line now stands in is no longer as it was.

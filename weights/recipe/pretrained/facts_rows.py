@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import questions as Q  # noqa: E402
 import values as V  # noqa: E402
 import wordings as W  # noqa: E402
 from values import C, F, w  # noqa: E402
@@ -75,13 +76,20 @@ def say(rng, fact):
     template = rng.choice(W.STATED if chance < 0.62 else w.SENTENCES["train"])
     sentence = fact.fill(template)
     if rng.random() < 0.15:
-        small = sentence if sentence.startswith(F.capital(fact.entity)) else sentence[:1].lower() + sentence[1:]
-        sentence = rng.choice(W.WRAPPED).format(s=sentence, t=small if fact.kind in V.LOWER or not sentence.startswith(fact.value) else sentence)
+        sentence = rng.choice(W.WRAPPED).format(s=sentence, t=soften(sentence, fact))
     elif rng.random() < 0.1:
         lead = rng.choice(w.LEADS)
-        keep = lead == "" or not sentence.startswith(("The ", "There ", "They ", "In ", "It "))
-        sentence = lead + (sentence if keep else sentence[:1].lower() + sentence[1:])
+        sentence = lead + (soften(sentence, fact) if lead else sentence)
     return sentence, rng.choices(("in", "own"), (0.85, 0.15))[0]
+
+
+def soften(sentence, fact):
+    """Return a sentence with a small letter, unless it begins with a name or with a value as it is written."""
+    if sentence.startswith(fact.entity) or sentence.startswith("I "):
+        return sentence
+    if sentence.startswith(fact.value) and fact.kind not in V.LOWER:
+        return sentence
+    return sentence[:1].lower() + sentence[1:]
 
 
 def record(rng, facts):
@@ -128,18 +136,21 @@ def ask(rng, facts, group, brief):
     fact = group[0]
     if len(group) > 1:
         keys = F.join(F.noun_phrase(f.form, f.attribute, f.entity) for f in group)
-        question = rng.choice(W.JOINT).format(keys=keys)
+        question = rng.choice(Q.JOINT).format(keys=keys)
         said = [f.value for f in group]
         answer = F.join(said) if brief or rng.random() < 0.5 else " ".join(f.fill("{NP} is {v}.") for f in group)
         return question, answer, said
     alone = sum(f.attribute == fact.attribute and f.value.lower() == fact.value.lower() for f in facts) == 1
     if rng.random() < 0.06 and alone and fact.kind != "state" and not fact.old:
-        question = fact.fill(rng.choice(W.WHOSE))
+        question = fact.fill(rng.choice(Q.WHOSE))
         answer = F.capital(fact.entity) if brief or rng.random() < 0.6 else f"It is {fact.entity}."
         return question, answer, [fact.entity]
     form = fact.form if rng.random() < 0.6 else rng.choice(("of", "for", "poss"))
-    own = W.ASK_NEWEST if fact.old and rng.random() < 0.6 else W.QUESTIONS
-    question = fact.fill(rng.choice(own if rng.random() < 0.55 or own is W.ASK_NEWEST else w.QUESTIONS["train"]), form)
-    answer = fact.fill(rng.choice(W.ANSWERS), form)
+    if fact.old and rng.random() < 0.6:
+        template = rng.choice(Q.ASK_NEWEST)
+    else:
+        template = rng.choice(Q.QUESTIONS if rng.random() < 0.55 else w.QUESTIONS["train"])
+    question = fact.fill(template, form)
+    answer = fact.fill(rng.choice(Q.ANSWERS), form)
     question, answer = C.ask(rng, question, answer, fact.value, brief or rng.random() < 0.5, rng.random() < 0.55)
     return question, answer, [fact.value]

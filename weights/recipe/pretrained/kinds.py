@@ -11,13 +11,15 @@ import values as V  # noqa: E402
 from values import C, F  # noqa: E402
 
 TURN = 7  # tokens of the template around a message, at most
-READ = C.READ + ["This is the document.", "Take a look at this.", "Have a look at the pages below.", "I will paste a text now.",
-                 "Study this; there will be questions.", "Here you are:", "Document:", "See below."]  # fmt: skip
+READ = C.READ + ["This is the document.", "Take a look at this.", "Have a look at the pages below.",
+                 "I will paste a text now.", "Study this; there will be questions.", "Here you are:", "Document:",
+                 "See below."]  # fmt: skip
 READY = C.READY + ["Done. What do you want to know?", "Understood.", "Ready.", "All right.", "Yes, I have it."]
-SYSTEMS = C.HELPFUL + ["You look things up in documents.", "Use the document only.", "You are an assistant in an archive."]
+SYSTEMS = C.HELPFUL + ["You look things up in documents.", "Use the document only.",
+                       "You are an assistant in an archive."]  # fmt: skip
 BRIEF_SYSTEMS = C.BRIEF_SYSTEM + ["Reply with nothing but what is asked for.", "Be terse."]
-AGAIN = ["Repeat the text.", "Please repeat this text word by word.", "Copy the text above.", "Write the same text again.",
-         "Say all of it again.", "Print the text once more, unchanged."]  # fmt: skip
+AGAIN = ["Repeat the text.", "Please repeat this text word by word.", "Copy the text above.",
+         "Write the same text again.", "Say all of it again.", "Print the text once more, unchanged."]  # fmt: skip
 
 
 class Maker:
@@ -124,7 +126,8 @@ def fact_row(rng, length, maker):
     chosen = facts if rng.random() < 0.7 else rng.sample(facts, max(2, round(0.8 * len(facts))))
     most = max(3, min(12, length // 800))
     turns = [R.ask(rng, facts, group, brief) for group in R.share_out(rng, chosen, most)]
-    room = maker.room(length, turns, system or "") - sum(maker.measure.counts([t for _, t, _ in inserts])) - 3 * len(inserts)
+    room = maker.room(length, turns, system or "")
+    room -= sum(maker.measure.counts([text for _, text, _ in inserts])) + 3 * len(inserts)
     noise = problems(rng, room * rng.uniform(0.03, 0.3), maker.measure) if rng.random() < 0.3 else []
     room -= sum(maker.measure.counts(noise)) + 3 * len(noise)
     inserts += [(rng.random(), text, rng.choice(("in", "own"))) for text in noise]
@@ -200,7 +203,8 @@ def sentence_row(rng, length, maker):
     document = "".join(pieces)
     turns = sentence_turns(rng, document, pieces, n)
     # What the questions left free is filled at the end, where nobody asked.
-    pieces += maker.books.passage(rng, maker.room(length, turns, system or "") - sum(maker.measure.counts(pieces)) - 20)
+    used = sum(maker.measure.counts(pieces)) + 20
+    pieces += maker.books.passage(rng, maker.room(length, turns, system or "") - used)
     document = "".join(pieces)
     turns = [t for t in turns if t[2][0] in document]
     return (converse(rng, document, turns, system), turns) if turns else None
@@ -208,15 +212,15 @@ def sentence_row(rng, length, maker):
 
 def list_keys(rng, n, pools):
     """Return `n` different keys of one kind."""
-    kind, keys = rng.choice(("person", "words", "code", "place", "made up", "word", "digits", "path", "entity")), []
+    kind = rng.choice(("person", "words", "code", "place", "made up", "word", "digits", "path", "entity"))
+    keys, seen = [], set()
     while len(keys) < n:
         key = V.make_entity(rng, pools) if kind == "entity" else V.make_value(rng, kind, pools)
         if kind in ("place", "made up", "word") and rng.random() < 0.5:
             key = f"{key} {V.make_value(rng, 'word', pools)}"
-        if key.lower() not in keys:
-            keys.append(key.lower() if rng.random() < 0 else key)
-            if len(set(k.lower() for k in keys)) < len(keys):
-                keys.pop()
+        if key.lower() not in seen:
+            keys.append(key)
+            seen.add(key.lower())
     return keys
 
 
@@ -254,7 +258,8 @@ def make_list(rng, n, pools):
     elif style == "yaml":
         lines = [f"{heads[0]}:"] + [f"  {k}: {v}" for k, v in pairs]
     else:
-        form = {"lines": "{}: {}", "equals": "{}={}", "dash": "- {}: {}", "arrow": "{} -> {}", "dotted": "{} .... {}"}[style]
+        form = {"lines": "{}: {}", "equals": "{}={}", "dash": "- {}: {}", "arrow": "{} -> {}",
+                "dotted": "{} .... {}"}[style]  # fmt: skip
         lines = [form.format(k, v) for k, v in pairs]
     turns = []
     for key, row in zip(keys, rows):

@@ -101,12 +101,14 @@ def main():
     jobs = [(what, f"{args.seed}/{i}") for i, what in enumerate(plan(lengths, args.seed))]
     tokens = Counter()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with multiprocessing.get_context("fork").Pool(args.workers) as pool, gzip.open(args.out, "wt", encoding="utf-8", compresslevel=4) as file:
+    context = multiprocessing.get_context("fork")  # the books are there already
+    with context.Pool(args.workers) as pool, gzip.open(args.out, "wt", 4, encoding="utf-8") as file:
         for line, size, kind in pool.imap(_work, jobs, chunksize=4):
             file.write(line + "\n")
             tokens[kind] += size
     total = sum(tokens.values())
-    print(f"{len(jobs)} rows, {total:,} tokens: " + ", ".join(f"{k} {n / total:.1%}" for k, n in tokens.most_common()))
+    shares = ", ".join(f"{kind} {n / total:.1%}" for kind, n in tokens.most_common())
+    print(f"{len(jobs)} rows, {total:,} tokens: {shares}")
 
 
 if __name__ == "__main__":

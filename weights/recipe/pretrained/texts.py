@@ -159,7 +159,9 @@ class Code:
     def sources(self, rng, room):
         """Return a list of Source of together at most `room` tokens, and at least most of it."""
         found, taken = [], set()
-        while room > 150:
+        for _ in range(1000):
+            if room <= 150:
+                break
             name, text, module = self.draw(rng)
             if name in taken:
                 continue

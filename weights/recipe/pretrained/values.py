@@ -156,8 +156,8 @@ def _decimal(rng):
 
 def _room(rng):
     n = rng.randint(2, 480)
-    return rng.choice((f"Room {n}", f"Gate {rng.choice(LETTERS)}{n % 60 + 1}", f"Platform {n % 24 + 1}", f"Hall {n % 30 + 2}{rng.choice('abc')}",
-                       f"Row {n % 50 + 1}, Seat {n % 37 + 2}", f"Shelf {rng.choice(LETTERS)}-{n}", f"Box {n}"))  # fmt: skip
+    return rng.choice((f"Room {n}", f"Gate {rng.choice(LETTERS)}{n % 60 + 1}", f"Platform {n % 24 + 1}",
+                       f"Hall {n % 30 + 2}{rng.choice('abc')}", f"Row {n % 50 + 1}, Seat {n % 37 + 2}", f"Shelf {rng.choice(LETTERS)}-{n}", f"Box {n}"))  # fmt: skip
 
 
 def _address(rng):
