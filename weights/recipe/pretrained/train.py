@@ -154,7 +154,7 @@ def learn(teacher, layers, row, count, rng, share):
                 parts = [H.distillation_loss(layer.indexer(x, rows), target, is_open)]
                 scores = layer.heads(x)
                 for score, wish, (loss, _) in zip(scores, wanted, KINDS):
-                    parts.append(H.retention_loss(score[:keys], wish[:keys], loss))
+                    parts.append(H.retention_loss(score[N_SINK:keys], wish[N_SINK:keys], loss))
                 parts = torch.stack(parts)
                 (parts.sum() * share).backward()
             losses = losses + parts.detach() / len(layers)
@@ -308,7 +308,7 @@ def arguments():
     parser.add_argument("--dev")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--steps", type=int, default=0, help="stop there if it is sooner")
-    parser.add_argument("--batch", type=int, default=32768, help="tokens a step and GPU")
+    parser.add_argument("--batch", type=int, default=16384, help="tokens a step and GPU")
     parser.add_argument("--queries", type=int, default=768, help="query rows of a text")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--shape", type=int, nargs=3, default=(4, 64, 32), help="index heads, their width, RoPE dims")
