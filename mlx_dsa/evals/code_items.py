@@ -5,6 +5,7 @@ definitions and functions are those that stand there anyway.
 """
 
 import bisect
+import functools
 import itertools
 import random
 import re
@@ -152,9 +153,9 @@ def make_code_items(spec, source, tokenizer, lengths, depths, n):
     around = frame(tokenizer)
 
     def encode(text):
-        return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
+        return list(tokenizer.encode(text, add_special_tokens=False, verbose=False)) if text else []
 
-    window = _Window(source, encode)
+    window = _Window(source, encode, _line_ends(source, tokenizer))
     head, drafts = encode(around.head), []
     for length, d, i in itertools.product(lengths, range(len(depths)), range(n)):
         key = f"{spec.task}/{spec.setting}/{length}/{depths[d]:.2f}/{i}"
@@ -271,19 +272,31 @@ def _plant(spec, source, window, rng, lines, places):
     return marks, [_Question(ask, (value,), _others(values, value)) for ask, value in made]
 
 
-class _Window:
-    """Stretches of source of an exact number of tokens."""
+@functools.lru_cache(maxsize=1)
+def _line_ends(source, tokenizer):
+    """Return tokens up to each line of a source, by its characters and what its file takes."""
+    ends, start = [0.0], 0
+    for stop in source.files:
+        lines = source.lines[start:stop]
+        n = len(tokenizer.encode(_joined(lines), add_special_tokens=False, verbose=False))
+        share = n / sum(len(line) + 1 for line in lines)
+        ends += [(len(line) + 1) * share for line in lines]
+        start = stop
+    return list(itertools.accumulate(ends))
 
-    def __init__(self, source, encode):
+
+class _Window:
+    """Stretches of source of an exact number of tokens.
+
+    Args:
+        source (Source): the code.
+        encode (callable): from a text to its tokens.
+        ends (list of float): about as many tokens as there are up to each line.
+    """
+
+    def __init__(self, source, encode, ends):
         self._lines, self._encode = source.lines, encode
-        # Tokens of the lines up to each one, by their characters and what those of its file take.
-        self._ends, start = [0.0], 0
-        for stop in source.files:
-            lines = source.lines[start:stop]
-            share = len(encode("\n".join(lines))) / sum(len(line) + 1 for line in lines)
-            self._ends += [(len(line) + 1) * share for line in lines]
-            start = stop
-        self._ends = list(itertools.accumulate(self._ends))
+        self._ends = ends
 
     def choose(self, rng, length, enough):
         """Return the first line and the one after the last of about `length` tokens, at random.
