@@ -167,7 +167,10 @@ def test_a_text_is_read_once_for_all_its_questions(subject, name, monkeypatch):
         assert reply == next(r["reply"] for r in together["items"] if r["item"] == item.key)
 
 
-READERS = ["full", "retention", "index", "window", "digits", {"policy": "tiered", "cold_bits": 16}, "kept"]
+READERS = [
+    *("full", "retention", "index", "window", "digits", "keydiff", "snapkv", "kept"),
+    {"policy": "tiered", "cold_bits": 16},
+]
 
 
 @pytest.mark.parametrize("setting, turns", [("before-question", 1), ("before-question", 2), ("in-prompt", 1)])
