@@ -1,6 +1,7 @@
 """The suites of the real models: they run, on a small model of the family, and say what they must."""
 
 import json
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,10 +13,13 @@ from mlx.utils import tree_flatten
 
 from mlx_dsa.cli import main
 from mlx_dsa.evals import read_result, read_suite
-from mlx_dsa.evals.tables import overview, table
+from mlx_dsa.evals.tables import table
+from mlx_dsa.presets import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"real": "qwen2", "real-small": "llama"}
+LONGER = ("-4k", "-16k", "-32k")
+cli_suite = sys.modules["mlx_dsa.cli.eval.suite"]  # the package has a command of that name
 
 
 def write_family(folder, family):
@@ -34,15 +38,18 @@ def write_family(folder, family):
 
 @pytest.fixture(scope="module", params=MODELS)
 def made(request, tmp_path_factory):
-    """Return a suite and the folder in which its quick runs are."""
+    """Return a suite and the folder in which its quick runs are: of each kind, the shortest length."""
     folder = tmp_path_factory.mktemp(request.param)
     write_family(folder, MODELS[request.param])
-    file = ROOT / "eval" / f"{request.param}.json"
-    out = folder / "out"
-    options = ["--model", folder / "model", "--indexer", folder / "indexers", "--out", out]
+    suite = read_suite(ROOT / "eval" / f"{request.param}.json")
+    runs = [r for r in suite["runs"] if not any(n in r["name"] for n in LONGER)]
+    suite = {k: v for k, v in suite.items() if k not in ("tables", "pictures")} | {"runs": runs}
+    file = folder / "suite.json"
+    file.write_text(json.dumps(suite))
+    options = ["--model", folder / "model", "--indexer", folder / "indexers", "--out", folder / "out"]
     done = CliRunner().invoke(main, ["eval", "suite", *map(str, (file, "--quick", *options))])
     assert done.exit_code == 0, done.output
-    return read_suite(file), out
+    return suite, folder / "out"
 
 
 def test_each_run_is_made_and_reported(made):
@@ -57,22 +64,33 @@ def test_each_run_is_made_and_reported(made):
             assert all(row["n"] for row in result["rows"])
 
 
-def test_what_the_tables_show_is_run(made):
-    """With the results of the quick runs under the labels of the whole ones."""
-    suite, out = made
-    results, labels = {}, {}
+@pytest.mark.parametrize("name", MODELS)
+def test_what_the_tables_show_is_run(name):
+    suite, labels = read_suite(ROOT / "eval" / f"{name}.json"), {}
     for run in suite["runs"]:
-        results[run["name"]] = read_result(out / f"{run['name']}.json")
+        labels[run["name"]] = set(run["top_k"]) if run["kind"] == "retrieval" else set()
         for spec in run.get("policies", ()):
             own = {} if spec == "dense" else spec
             label = own.get("label") or (f"{own['policy']}@{own['top_k']}" if own else "dense")
-            labels.setdefault(run["name"], set()).add(label)
-        if run["kind"] == "retrieval":
-            labels[run["name"]] = set(run["top_k"])
+            labels[run["name"]].add(label)
+    assert suite["tables"]
     for shown in suite["tables"]:
         for cells in shown["rows"].values():
-            for run, label in cells:
-                assert label in labels[run]
+            assert all(label in labels[run] for run, label in cells)
+
+
+def test_a_copy_of_the_model_in_ones_own_folder_has_the_suites_indexers(tmp_path, monkeypatch):
+    write_family(tmp_path, "qwen2")
+    asked = []
+    monkeypatch.setattr(cli_suite, "load_settings", lambda settings: asked.append(settings) or 1 / 0)
+    file = ROOT / "eval" / "real.json"
+    for options in ([], ["--indexer", str(tmp_path / "indexers")]):
+        model = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+        CliRunner().invoke(main, ["eval", "suite", str(file), *model, *options])
+    own, given = asked
+    assert own.model == given.model == str(tmp_path / "model")
+    assert own == resolve("qwen2.5-coder-0.5b", model=own.model)
+    assert given.indexer == str(tmp_path / "indexers")
 
 
 def test_every_cell_has_a_hundred_cases_and_the_policies_one_budget():

@@ -4,13 +4,12 @@ Constants are planted as a programmer would write them, between statements and a
 definitions and functions are those that stand there anyway.
 """
 
-import bisect
-import functools
 import itertools
 import random
 import re
 from dataclasses import dataclass
 
+from .code_window import Mark, Window, line_ends
 from .facts import PARTS, is_correct, make_value
 from .needle_items import NeedleItem, Turn, locate, tokens_of
 from .prompts import frame
@@ -64,7 +63,7 @@ _KEYS = {
     "digits": "limit timeout size count port retries offset threshold capacity budget".split(),
     "word": "label mode prefix alias theme channel tag region profile title".split(),
 }
-_TRIES = 400  # windows that are looked at for one that holds enough to ask for
+_DRAWS = 2000  # of constants: their words are few, and all differ in a text
 
 
 @dataclass(frozen=True)
@@ -126,15 +125,6 @@ class _Question:
     others: tuple = ()
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """What is asked about: new lines before line `start`, or the lines `start` to `stop`."""
-
-    start: int
-    stop: int
-    lines: tuple = ()
-
-
 def make_code_items(spec, source, tokenizer, lengths, depths, n):
     """Return the cases of a grid.
 
@@ -155,13 +145,13 @@ def make_code_items(spec, source, tokenizer, lengths, depths, n):
     def encode(text):
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False)) if text else []
 
-    window = _Window(source, encode, _line_ends(source, tokenizer))
+    window = Window(source, encode, line_ends(source, tokenizer))
     head, drafts = encode(around.head), []
     for length, d, i in itertools.product(lengths, range(len(depths)), range(n)):
         key = f"{spec.task}/{spec.setting}/{length}/{depths[d]:.2f}/{i}"
         rng = random.Random(f"{spec.seed}/{spec.value}/{spec.phrasing}/{key}")
         places = [depths[(d + j) % len(depths)] for j in range(spec.per_document)]
-        lines = window.choose(rng, length, lambda *lines: _enough(spec, source, lines))
+        lines = window.choose(rng, length, lambda lines: _enough(spec, source, window, lines, places))
         marks, questions = _ask(spec, source, window, rng, lines, places)
         drafts.append((key, length, places, lines, marks, questions))
     talks = [[question] for *_, questions in drafts for question in questions]
@@ -185,39 +175,42 @@ def make_code_items(spec, source, tokenizer, lengths, depths, n):
     return items
 
 
-def inner(start, stop):
-    """Return the first of some lines that will surely be in the text: the question takes room."""
-    return start + (stop - start) // 10
-
-
-def _enough(spec, source, lines):
+def _enough(spec, source, window, lines, places):
     """Whether lines hold enough to ask for."""
-    return spec.task == "constants" or len(_candidates(spec, source, lines)) >= spec.per_document
+    if spec.task == "constants":
+        return len(source.within("gaps", lines.sure, lines.stop)) >= 2 * spec.per_document
+    return _chosen(spec, source, window, lines, places) is not None
 
 
 def _candidates(spec, source, lines):
     """Return what can be asked about lines and has one answer in them."""
-    found = source.within(spec.task, inner(*lines), lines[1])
+    found = source.within(spec.task, lines.sure, lines.stop)
     if len(found) < spec.per_document:
         return []
-    text = "\n".join(source.lines[lines[0] : lines[1]])
+    text = "\n".join(source.lines[lines.start : lines.stop])
     return [x for x in found if len(re.findall(x.pattern, text)) == 1]
 
 
-def _ask(spec, source, window, rng, lines, places):
-    """Return the marks in some lines, and the questions about them, nearest to their places."""
-    if spec.task == "constants":
-        return _plant(spec, source, window, rng, lines, places)
+def _chosen(spec, source, window, lines, places):
+    """Return what is asked about, nearest to its places; ``None`` if there is too little."""
     candidates, chosen = _candidates(spec, source, lines), []
     for place in places:
         wanted = window.line_at(lines, place)
-        # Neither the same lines nor the same answer twice, where there is another.
-        apart = [x for x in candidates if all(_apart(x, y) for y in chosen)]
-        left = apart or [x for x in candidates if all(x.stop <= y.start or x.start >= y.stop for y in chosen)]
+        # Neither the same lines nor, where there is another, the same answer twice.
+        left = [x for x in candidates if all(_apart(x, y) for y in chosen)]
+        left = left or [x for x in candidates if all(x.stop <= y.start or x.start >= y.stop for y in chosen)]
         if not left:
-            raise ValueError("[make_code_items] what can be asked about lies in the same lines.")
+            return None
         chosen.append(min(left, key=lambda x: abs(x.start - wanted)))
-    marks = [_Mark(x.start, x.stop) for x in chosen]
+    return chosen
+
+
+def _ask(spec, source, window, rng, lines, places):
+    """Return the marks in some lines, and the questions about them."""
+    if spec.task == "constants":
+        return _plant(spec, source, window, rng, lines, places)
+    chosen = _chosen(spec, source, window, lines, places)
+    marks = [Mark(x.start, x.stop) for x in chosen]
     if spec.task == "functions":
         ask = "Write the function `{}` as it stands in the code above."
         return marks, [_Question(ask.format(x.name), x.body) for x in chosen]
@@ -240,8 +233,10 @@ def _others(values, own):
 def _plant(spec, source, window, rng, lines, places):
     """Return constants as lines between statements, and the questions about them."""
     marks, made, used = [], [], set()
-    gaps = source.within("gaps", inner(*lines), lines[1])
-    while len(made) < len(places):
+    gaps = source.within("gaps", lines.sure, lines.stop)
+    for _ in range(_DRAWS):
+        if len(made) == len(places):
+            break
         kind = rng.choice(("digits", "word")) if spec.value == "mixed" else spec.value
         scope, text, what = rng.choice(FORMS[spec.phrasing])
         words = [rng.choice(PARTS["heldout"][part]) for part in ("adj", "object")]
@@ -265,105 +260,10 @@ def _plant(spec, source, window, rng, lines, places):
             "v": value if kind == "digits" else f'"{value}"',
         }
         planted = [gap.indent + line for line in text.format(**fields).split("\n")]
-        marks.append(_Mark(gap.line, gap.line, (*planted, *[""] * gap.blank)))
+        marks.append(Mark(gap.line, gap.line, (*planted, *[""] * gap.blank)))
         ask = rng.choice(_QUESTIONS[spec.phrasing])
         made.append((ask.format(what=what.format(**fields)), value))
+    else:
+        raise ValueError(f"[make_code_items] there is no room for {len(places)} constants in a text.")
     values = [value for _, value in made]
     return marks, [_Question(ask, (value,), _others(values, value)) for ask, value in made]
-
-
-@functools.lru_cache(maxsize=1)
-def _line_ends(source, tokenizer):
-    """Return tokens up to each line of a source, by its characters and what its file takes."""
-    ends, start = [0.0], 0
-    for stop in source.files:
-        lines = source.lines[start:stop]
-        n = len(tokenizer.encode(_joined(lines), add_special_tokens=False, verbose=False))
-        share = n / sum(len(line) + 1 for line in lines)
-        ends += [(len(line) + 1) * share for line in lines]
-        start = stop
-    return list(itertools.accumulate(ends))
-
-
-class _Window:
-    """Stretches of source of an exact number of tokens.
-
-    Args:
-        source (Source): the code.
-        encode (callable): from a text to its tokens.
-        ends (list of float): about as many tokens as there are up to each line.
-    """
-
-    def __init__(self, source, encode, ends):
-        self._lines, self._encode = source.lines, encode
-        self._ends = ends
-
-    def choose(self, rng, length, enough):
-        """Return the first line and the one after the last of about `length` tokens, at random.
-
-        Args:
-            rng (random.Random): chooses.
-            length (int): tokens.
-            enough (callable): whether lines hold enough; told those that it returns.
-
-        Raises:
-            ValueError: if the source is too short, or no such lines are found.
-        """
-        first = bisect.bisect_left(self._ends, 1.2 * length)
-        if first >= len(self._lines):
-            raise ValueError(
-                f"[make_code_items] a source of {self._ends[-1]:,.0f} tokens is too short for a context of "
-                f"{length:,}."
-            )
-        for _ in range(_TRIES):
-            stop = rng.randrange(first, len(self._lines))
-            start = bisect.bisect_left(self._ends, self._ends[stop] - length)
-            inside = self._lines[inner(start, stop) : stop]
-            if enough(start, stop) and len(self._encode("\n".join(inside))) < 0.97 * length - 256:
-                return start, stop
-        raise ValueError(f"[make_code_items] no {length:,} tokens of the source hold enough to ask for.")
-
-    def line_at(self, lines, depth):
-        """Return the line in which a share of the tokens of some lines has been read."""
-        start, stop = self._ends[lines[0]], self._ends[lines[1]]
-        return bisect.bisect_left(self._ends, start + depth * (stop - start))
-
-    def cut(self, lines, marks, room):
-        """Return `room` tokens that end with the last of some lines, and where the marks stand in them.
-
-        The text begins wherever it must, as a window on a file does.
-        """
-        order = sorted(range(len(marks)), key=lambda i: marks[i].start)
-        parts, at = [], lines[0]
-        for i in order:
-            start, stop = marks[i].start, marks[i].stop
-            while stop < lines[1] and start < stop and not self._lines[stop]:
-                stop += 1
-            parts.append((None, self._lines[at:start]))
-            parts.append((i, marks[i].lines or self._lines[start:stop]))
-            at = stop
-        parts.append((None, self._lines[at : lines[1]]))
-        # A part ends with line ends, its last empty lines' too: where most tokenizers split.
-        texts = [_joined(part) for _, part in parts]
-        texts[-1] += "\n"
-        encoded = [self._encode(text) for text in texts]
-        need, start = room - sum(map(len, encoded[1:])), lines[0]
-        while len(encoded[0]) < need and start > 0:
-            start = max(0, start - 8)
-            front = self._lines[start : marks[order[0]].start]
-            encoded[0] = self._encode(_joined(front))
-        if not 0 < need <= len(encoded[0]):
-            raise ValueError(
-                f"[make_code_items] 'length' must leave room for code, but {room} tokens are too few."
-            )
-        encoded[0] = encoded[0][-need:]
-        spans, ids = [None] * len(marks), []
-        for (i, _), tokens in zip(parts, encoded):
-            if i is not None:
-                spans[i] = (len(ids), len(ids) + len(tokens))
-            ids += tokens
-        return ids, spans
-
-
-def _joined(lines):
-    return "".join(line + "\n" for line in lines)

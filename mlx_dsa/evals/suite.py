@@ -12,12 +12,13 @@ from .code import code
 from .gsm8k import gsm8k
 from .memory import memory
 from .needle import needle
+from .overview import overview
 from .plots import plot, plot_retention
 from .policies import make_policies
 from .ppl import ppl
 from .results import write_text
 from .retrieval import retrieval
-from .tables import caption, markdown, overview, pairs_table, table
+from .tables import caption, markdown, pairs_table, table
 
 EVALUATORS = {
     "needle": needle,

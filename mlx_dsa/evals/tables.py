@@ -97,7 +97,7 @@ def _needle(result):
                 str(row["n"]),
                 *([percent(row["first_turn"])] if turns else []),
                 percent(row["value"], row["low"], row["high"]),
-                *([_of_dense(shares.get((row["policy"], row["length"])))] if shares else []),
+                *([of_dense(shares.get((row["policy"], row["length"])))] if shares else []),
                 f"{row['read_s']:.2f}",
                 "-" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}",
                 lost or ("-" if row["value"] == 1 else f"{round(row['n'] * (1 - row['value']))}"),
@@ -106,37 +106,11 @@ def _needle(result):
     return header, rows
 
 
-def _of_dense(pair):
+def of_dense(pair):
     """Return the share of what the dense model answers right that a policy does too."""
     if pair is None or pair["retained"] is None:
         return "-"
     return percent(pair["retained"], pair["retained_low"], pair["retained_high"])
-
-
-def overview(spec, results):
-    """Return a table of several runs, a cell for each run and policy, as a header and rows.
-
-    Args:
-        spec (dict): a suite's "table": "columns", their names, and "rows", from a name to a cell for
-            each column: a run and the label of a policy in it.
-        results (dict): from runs to their results.
-    """
-    rows = [[name, *(_cell(results[run], label) for run, label in cells)] for name, cells in spec["rows"].items()]
-    return ["", *spec["columns"]], rows
-
-
-def _cell(result, label):
-    """Return what a policy reaches of what the dense model does, in a word or two."""
-    pairs = [p for p in result["pairs"] if p["policy"] == label]
-    if result["kind"] == "ppl":
-        pair = next(p for p in pairs if p["against"] == "dense")
-        ends = (f"{100 * (pair[k] - 1):+.1f}" for k in ("ratio_low", "ratio_high") if pair[k] is not None)
-        return f"{100 * (pair['ratio'] - 1):+.1f}% [{', '.join(ends) or 'one text'}]"
-    rows = {r["policy"]: r for r in result["rows"] if r.get("depth") is None}
-    if label == "dense":
-        return percent(rows["dense"]["value"], rows["dense"]["low"], rows["dense"]["high"])
-    pair = next((p for p in pairs if p["against"] == "dense"), None)
-    return f"{_of_dense(pair)}; {percent(rows[label]['value'])} of all"
 
 
 def _ppl(result):
@@ -210,27 +184,30 @@ def _retrieval(result):
         "over the attention's own",
         "worst layer",
     ]
-    mass = {(r["policy"], r["top_k"], r["layer"]): r["mass_value"] for r in result["rows"]}
-    layers = sorted({r["layer"] for r in result["rows"]} - {None})
     rows = []
     for row in (r for r in result["rows"] if r["layer"] is None):
-        method, k = row["policy"], row["top_k"]
-        over = {i: mass[method, k, i] / mass["attention", k, i] for i in layers}
-        worst = min(over, key=over.get)
         rows.append(
             [
-                selection_name(method),
-                str(k),
+                selection_name(row["policy"]),
+                str(row["top_k"]),
                 str(row["n"]),
                 _share(row["value"], row["low"], row["high"]),
                 percent(row["worst"]),
                 _share(row["mass_value"], row["mass_low"], row["mass_high"]),
                 percent(row["mass_worst"]),
-                f"{sum(over.values()) / len(over):.3f}",
-                f"{over[worst]:.3f} (layer {worst})",
+                *over_attention(result, row["policy"], row["top_k"]),
             ]
         )
     return header, rows
+
+
+def over_attention(result, method, k):
+    """Return a selection's mass over that of the attention's own: mean of layers, worst layer."""
+    mass = {(r["policy"], r["layer"]): r["mass_value"] for r in result["rows"] if r["top_k"] == k}
+    layers = sorted({layer for _, layer in mass} - {None})
+    over = {i: mass[method, i] / mass["attention", i] for i in layers}
+    worst = min(over, key=over.get)
+    return f"{sum(over.values()) / len(over):.3f}", f"{over[worst]:.3f} (layer {worst})"
 
 
 def _memory(result):
