@@ -25,7 +25,7 @@ cli_suite = sys.modules["mlx_dsa.cli.eval.suite"]  # the package has a command o
 def write_family(folder, family):
     """Write a small random model of a family, with the bundled tokenizer and with indexers."""
     write_model(folder / "model")
-    config = dict(vocab_size=4096, max_position_embeddings=32768)
+    config = dict(vocab_size=4096, max_position_embeddings=32768, rope_scaling=None)
     model = family_model(family, **config)
     config = {k: v for k, v in vars(model.args).items() if v is not None}
     (folder / "model" / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, 0]}))
