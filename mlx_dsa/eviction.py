@@ -18,7 +18,7 @@ from .selectors import (
 )
 
 # Positions beside a token that are kept with it.
-_POOL_RADIUS = 4
+POOL_RADIUS = 4
 # Steps for which evictions are planned at once, and for how few it does not pay.
 _PLANNED, _PLANNED_FROM = 256, 4
 
@@ -117,15 +117,7 @@ class Eviction:
         if cache.size() <= cache.budget:
             cache.window = None
             return
-        scores = worth = None
-        if self.rule == "index":
-            scores = self._window_scores(cache)
-        elif self.rule == "keydiff":
-            scores = _keydiff(cache)
-        elif self.rule == "retention":
-            scores = worth = pool_neighbours(
-                cache.retention, cache.positions, _POOL_RADIUS
-            )
+        scores, worth = self._prompt_scores(cache)
         backend = self._config.backend
         slots = select_kept(scores, cache.size(), cache.budget, *self._forced, backend)
         n_planned = 0
@@ -135,6 +127,18 @@ class Eviction:
             order, n_planned = self._plan(kept, cache.budget)
             slots = mx.take_along_axis(slots, order, axis=1)
         cache.prune(slots, worth, n_planned)
+
+    def _prompt_scores(self, cache) -> tuple[mx.array | None, mx.array | None]:
+        """Return what orders the entries ``[B, size]`` at the end of a prompt, and where it
+        stands for later evictions too, the same again."""
+        if self.rule == "index":
+            return self._window_scores(cache), None
+        if self.rule == "keydiff":
+            return _keydiff(cache), None
+        if self.rule == "retention":
+            scores = pool_neighbours(cache.retention, cache.positions, POOL_RADIUS)
+            return scores, scores
+        return None, None
 
     def _window_scores(self, cache) -> mx.array:
         """Average each entry's scores over the observed queries that see it."""
@@ -150,4 +154,4 @@ class Eviction:
 
 def _keydiff(cache: BudgetKVCache) -> mx.array:
     scores = keydiff_scores(cache.keys)
-    return pool_neighbours(scores, cache.positions, _POOL_RADIUS)
+    return pool_neighbours(scores, cache.positions, POOL_RADIUS)

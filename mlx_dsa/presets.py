@@ -209,8 +209,9 @@ def load_preset(name: str | None = "tiny", **overrides: Any) -> Preset:
 
     Args:
         name (str, optional): A preset: ``"tiny"`` (bundled, works offline),
-          ``"qwen3-0.6b"``, ``"qwen3-4b"`` or ``"qwen3-8b"``; ``None`` for a
-          model of your own, with its preset's settings if it has one.
+          ``"qwen2.5-coder-0.5b"``, ``"smollm2-135m"`` (their indexers are bundled),
+          ``"qwen3-0.6b"``, ``"qwen3-4b"`` or ``"qwen3-8b"``; ``None`` for a model of
+          your own, with its preset's settings if it has one.
           Default: ``"tiny"``.
         overrides: ``model`` and ``indexer`` (folders or hub repositories) and
           fields of :class:`SparseConfig`, over those of the preset.

@@ -7,7 +7,8 @@ from evals_subject import make_subject
 
 from mlx_dsa import SparseConfig
 from mlx_dsa.cli import main
-from mlx_dsa.evals import compare, make_policies, make_policy, plot, plots, ppl, retrieval
+from mlx_dsa.evals import asking, compare, make_policies, make_policy, needle, plot, plots, ppl, retrieval
+from mlx_dsa.evals.overview import overview
 from mlx_dsa.evals.results import write_result
 from mlx_dsa.evals.stats import bootstrap
 from mlx_dsa.evals.subject import policies_config
@@ -174,6 +175,41 @@ def test_an_order_of_eviction_and_a_selection_have_different_names(texts, plt):
     legend = plots._retrieval(recall, plt).axes[-1].get_legend()
     assert "indexer" in [text.get_text() for text in legend.get_texts()]
     assert column(table(needle_result("index")), "policy") == ["dense", "index@128"]
+
+
+def test_a_table_says_how_much_of_what_dense_answers_a_policy_does():
+    subject = make_subject(tied=False)
+    policies = make_policies(["dense", "full", "window"], subject.config, [64])
+    result = needle(subject, policies, lengths=[300], depths=[0.5], limit=2, max_tokens=2)
+    # As if the dense model and one policy had answered.
+    right = {"dense": [True, True], "full@64": [True, True], "window@64": [True, False]}
+    for label, outcomes in right.items():
+        own = [r for r in result["items"] if r["policy"] == label]
+        for record, correct in zip(own, outcomes):
+            record["correct"] = correct
+    pairs = asking._pairs(result["items"], policies, "dense")
+    result = {**result, "pairs": pairs, "rows": asking._rows(result["items"], policies)}
+    of_dense = column(table(result), "of dense [95%]")
+    assert of_dense[0] == "-" and of_dense[1].startswith("100.0% [34.2, 100.0]")
+    assert of_dense[2].startswith("50.0% [9.5, 90.5]")
+    spec = {"columns": ["a", "b"], "rows": {"x": [["n", "dense"], ["n", "window@64"]]}}
+    header, ((name, first, second),) = overview(spec, {"n": result})
+    assert header == ["", "a", "b"] and name == "x" and first.startswith("100.0%")
+    assert second == "50.0% [9.5, 90.5]; 50.0% of all"
+
+
+def test_an_overview_has_perplexity_and_mass(texts):
+    n, perplexity, recall = texts
+    spec = {"columns": ["a", "b"], "rows": {"x": [["p", "full@40"], ["r", 32]]}}
+    ((_, first, second),) = overview(spec, {"p": perplexity, "r": recall})[1]
+    pair = next(p for p in perplexity["pairs"] if p["policy"] == "full@40")
+    assert first.startswith(f"{100 * (pair['ratio'] - 1):+.1f}% [")
+    assert ("one text" in first) == (n == 1)
+    mean, worst = (column(table(recall), name) for name in ("over the attention's own", "worst layer"))
+    at = column(table(recall), "selection").index("indexer")
+    assert second == f"{mean[at]}; worst {worst[at]}"
+    assert mean[column(table(recall), "selection").index("attention")] == "1.000"
+    assert float(mean[at]) < 1
 
 
 # Pictures.

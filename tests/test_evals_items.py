@@ -151,6 +151,43 @@ def test_frames_come_from_the_chat_template(tokenizer):
     assert around.again == "<|im_end|>\n<|im_start|>user\n"
 
 
+# A template with a system prompt of its own where none is given, as Qwen2.5's and SmolLM2's, which
+# say it before the loop and inside it.
+BEFORE = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+INSIDE = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+    "{{ '<|im_start|>system\nHelp, and be brief.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize("template", [BEFORE, INSIDE], ids=["before", "inside"])
+def test_a_conversation_has_the_tokens_that_the_chat_template_gives(haystack, template, even):
+    tokenizer = make_subject().tokenizer
+    tokenizer._tokenizer.chat_template = template
+    spec = NeedleSpec(setting="before-question", per_document=2, turns=2, even=even)
+    for item in make_items(spec, haystack, tokenizer, [400], [0.4], 3):
+        reply = list(tokenizer.encode("It is 4711.", add_special_tokens=False))
+        text, first, second = (turn.ids for turn in item.turns)
+        around = frame(tokenizer)
+        said = tokenizer.decode(text + first).removeprefix(around.head).removesuffix(around.tail)
+        last = tokenizer.decode(second).removeprefix(around.again).removesuffix(around.tail)
+        messages = [
+            {"role": "user", "content": said},
+            {"role": "assistant", "content": "It is 4711."},
+            {"role": "user", "content": last},
+        ]
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert "Help" in whole and last.startswith(item.question)
+        assert text + first + reply + second == tokenizer.encode(whole, add_special_tokens=False)
+
+
 def test_hub_data_sets_by_name(monkeypatch):
     import datasets
 

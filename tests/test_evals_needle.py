@@ -167,12 +167,15 @@ def test_a_text_is_read_once_for_all_its_questions(subject, name, monkeypatch):
         assert reply == next(r["reply"] for r in together["items"] if r["item"] == item.key)
 
 
-READERS = ["full", "retention", "index", "window", "digits", {"policy": "tiered", "cold_bits": 16}, "kept"]
+READERS = [
+    *("full", "retention", "index", "window", "digits", "keydiff", "snapkv", "kept"),
+    {"policy": "tiered", "cold_bits": 16},
+]
 
 
 @pytest.mark.parametrize("setting, turns", [("before-question", 1), ("before-question", 2), ("in-prompt", 1)])
 def test_policies_that_read_densely_share_one_reading(setting, turns, monkeypatch):
-    module = sys.modules["mlx_dsa.evals.needle"]  # the package has a function of that name
+    module = sys.modules["mlx_dsa.evals.asking"]
 
     subject = make_subject(tied=False)
     subject = subject._replace(indexers=make_indexers(subject.model, retention_dim=4))

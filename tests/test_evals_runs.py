@@ -207,6 +207,17 @@ def test_the_needle_command_asks_in_turns(model, tmp_path):
     assert all(0 <= row["first_turn"] <= 1 for row in result["rows"])
 
 
+def test_the_code_command_asks(model, tmp_path):
+    out = tmp_path / "code.json"
+    options = ["--lengths", "1024", "--max-tokens", "3", "--batch", "2"]
+    done = _run(model, "code", "--quick", *options, "--out", out, "--plot", tmp_path / "code.png")
+    assert done.exit_code == 0, done.output
+    result = read_result(out)
+    assert result["kind"] == "code" and "of dense" in done.output
+    assert {row["n"] for row in result["rows"]} == {4, 8} and (tmp_path / "code.png").exists()
+    assert compare(result, result)[0]["difference"] == 0
+
+
 SUITE = {
     "name": "small",
     "runs": [
@@ -285,6 +296,8 @@ def test_parts_that_are_not_there(model, tmp_path, arguments, message, code):
     [
         ({"runs": []}, 'a list of "runs"'),
         ({"pictures": [{"name": "a", "runs": ["q"]}]}, "no run 'q'"),
+        ({"tables": [{"title": "a", "columns": ["b"], "rows": {"c": [["q", "dense"]]}}]}, "no run 'q'"),
+        ({"tables": [{"title": "a", "columns": [], "rows": {"c": [["n", "dense"]]}}]}, "a cell for each"),
         ({"runs": [{"name": "a", "kind": "needles"}]}, "'kind' must be one of needle"),
         ({"runs": [{"kind": "needle"}]}, "needs a name of its own"),
         ({"runs": [{"name": "a", "kind": "ppl", "lengths": [1]}]}, "unknown key 'lengths'"),
@@ -303,6 +316,8 @@ def test_bad_suites(model, tmp_path, change, message):
     [
         (["needle", "--lengths", "9000"], "8,192 positions: it would answer wrongly. Lower --lengths", 1),
         (["needle", "--lengths", "8150"], "Lower --lengths or --max-tokens.", 1),
+        (["code", "--lengths", "9000"], "8,192 positions: it would answer wrongly. Lower --lengths", 1),
+        (["code", "--lengths", "120"], "no 120 tokens of the source", 1),
         (["ppl", "--path", "decode", "--lengths", "8000"], "Lower --lengths or --decode-tokens.", 1),
         (["memory", "--lengths", "8190"], "a text of 8,198 tokens", 1),
         (["retrieval", "--lengths", "8193"], "a text of 8,193 tokens", 1),

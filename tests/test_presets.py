@@ -35,7 +35,9 @@ def no_hub(monkeypatch, tmp_path):
 
 
 def test_names():
-    assert preset_names() == ["tiny", "qwen3-0.6b", "qwen3-4b", "qwen3-8b"]
+    assert preset_names() == [
+        *("tiny", "qwen2.5-coder-0.5b", "qwen3-0.6b", "qwen3-4b", "qwen3-8b", "smollm2-135m")
+    ]
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -46,9 +48,18 @@ def test_each_preset_is_valid(name):
 
 
 def test_big_presets_name_the_hub():
-    models = [resolve(n).model for n in preset_names()[1:]]
+    models = [resolve(n).model for n in preset_names() if n.startswith("qwen3")]
     assert models == [f"mlx-community/Qwen3-{s}-4bit" for s in ("0.6B", "4B", "8B")]
     assert "/" in resolve("qwen3-8b").indexer
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-coder-0.5b", "smollm2-135m"])
+def test_indexers_of_a_hub_model_that_are_shipped(name, folders):
+    settings = resolve(name)
+    assert settings.model.startswith("mlx-community/")
+    assert settings.indexer.endswith(f"weights{os.sep}{name}{os.sep}indexers.safetensors")
+    # A copy of the model in a folder of one's own has them too.
+    assert resolve(name, model=folders[0]) == settings._replace(model=folders[0])
 
 
 def test_paths_of_the_bundled_model_hold_from_any_folder(monkeypatch, tmp_path):

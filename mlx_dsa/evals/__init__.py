@@ -1,5 +1,6 @@
 """Evaluators: dense and sparse on the very same items, compared in pairs."""
 
+from .code import code
 from .compare import compare
 from .gsm8k import gsm8k
 from .memory import memory
@@ -14,6 +15,7 @@ from .suite import read_suite, run_suite
 
 __all__ = [
     "Policy",
+    "code",
     "compare",
     "connect",
     "gsm8k",

@@ -2,7 +2,7 @@
 
 from .stats import bootstrap, paired_proportions
 
-_METRICS = {"needle": ("correct",), "gsm8k": ("strict", "flexible")}
+_METRICS = {"needle": ("correct",), "code": ("correct",), "gsm8k": ("strict", "flexible")}
 
 
 def compare(first, second):
@@ -25,7 +25,7 @@ def compare(first, second):
         raise ValueError(
             f"[compare] the results are of different kinds: {kind} and {second['kind']}."
         )
-    if kind not in ("needle", "gsm8k", "ppl"):
+    if kind not in (*_METRICS, "ppl"):
         raise ValueError(f"[compare] results of kind {kind} have no items to pair.")
     pairs = []
     for name, other in _policies(first, second):

@@ -4,6 +4,7 @@ import random
 import re
 from dataclasses import dataclass
 
+from .documents import load_documents
 from .problems import make_problems
 
 # White space after the end of a sentence; a line break stays with the sentence before it and a
@@ -128,3 +129,21 @@ class Haystack:
         assert abs(more) <= _SLACK
         ids = self.ids[start - more : start] + ids if more >= 0 else ids[-more:]
         return Placed(ids, [(a + more, b + more) for a, b in spans])
+
+
+_LAST = None  # what was read, with what, and the haystack that it made
+
+
+def read_haystack(source, tokenizer, numbers=False, seed=0):
+    """Return a haystack of texts; the same again is the one that was made last.
+
+    Args:
+        source (str): as `load_documents` takes it.
+        tokenizer, numbers, seed: as in `Haystack`.
+    """
+    global _LAST
+    wanted = (source, tokenizer, numbers, numbers and seed)
+    if source is not None or _LAST is None or _LAST[0] != wanted:
+        texts = [d.text for d in load_documents(source)]
+        _LAST = (wanted, Haystack(texts, tokenizer, numbers, seed))
+    return _LAST[1]

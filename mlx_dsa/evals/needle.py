@@ -1,22 +1,9 @@
 """Needles in a haystack: is a fact in a long text still found, by length and depth?"""
 
-import statistics
-from collections import Counter
-from dataclasses import asdict
-
-import mlx.core as mx
-import numpy as np
-
-from .documents import load_documents
-from .generation import converse
-from .haystack import Haystack
-from .needle_items import NeedleSpec, make_items
-from .reading import DenseReading
-from .policies import pairings
-from .runner import Unit, evaluate
-from .stats import paired_proportions, wilson
-from .subject import check_lengths, describe, fingerprint, policies_config
-from .watch import STATES, Watch, verdict
+from .asking import ask
+from .haystack import read_haystack
+from .needle_items import NeedleSpec, fields_of, make_items
+from .subject import check_lengths
 
 
 def needle(
@@ -33,6 +20,7 @@ def needle(
     distractors=3,
     per_document=1,
     turns=1,
+    even=False,
     haystack=None,
     numbers=False,
     max_tokens=48,
@@ -52,7 +40,7 @@ def needle(
         lengths (list of int): tokens of the whole prompt, as in `make_items`.
         depths (list of float): where the fact stands: 0 the start of the text, 1 its end.
         limit (int): texts for each length and depth. Default: ``4``.
-        task, setting, value, phrasing, distractors, per_document, turns, seed: as in `NeedleSpec`.
+        task, setting, value, phrasing, distractors, per_document, turns, even, seed: as in `NeedleSpec`.
         haystack (str): the prose, as `load_documents` takes it. Default: ``None``, bundled books.
         numbers (bool): whether half of the haystack is word problems. Default: ``False``.
         max_tokens (int): tokens an answer may have. Default: ``48``.
@@ -66,209 +54,28 @@ def needle(
         dict: the result; see docs/evaluation.md.
     """
     check_lengths("needle", subject, lengths)
-    spec = NeedleSpec(task, setting, value, phrasing, distractors, per_document, seed, turns)
-    texts = [d.text for d in load_documents(haystack)]
-    prose = Haystack(texts, subject.tokenizer, numbers, seed)
+    spec = NeedleSpec(task, setting, value, phrasing, distractors, per_document, seed, turns, even)
+    prose = read_haystack(haystack, subject.tokenizer, numbers, seed)
     items = make_items(spec, prose, subject.tokenizer, lengths, depths, limit)
-    if not items:
-        raise ValueError("[needle] there are no cases: 'limit' and 'depths' must not be empty.")
-    totals = [sum(len(t.ids) + bool(t.values) * max_tokens for t in item.turns) for item in items]
-    check_lengths("needle", subject, totals, "--lengths or --max-tokens")
-    config = {
-        **describe(subject, name),
-        **_fields(spec),
+    about = {
+        **fields_of(spec),
         "lengths": list(lengths),
         "depths": list(depths),
         "limit": limit,
         "haystack": haystack or "bundled books",
         "numbers": numbers,
-        "max_tokens": max_tokens,
-        "batch_size": batch_size,
-        "policies": policies_config(policies),
-        "compare": compare,
-        "cases": fingerprint([[t.ids for t in item.turns] for item in items]),
     }
-    # All policies of a batch in a row, so that one dense reading of its texts serves them.
-    units = [
-        Unit(f"{policy.label}/{i}", (policy, batch))
-        for i, batch in enumerate(_batches(items, batch_size))
-        for policy in policies
-    ]
-    readings = _Readings(subject.model, policies)
-
-    def work(payload):
-        return _run(subject, *payload, max_tokens, readings)
-
-    def summarise(records):
-        return _rows(records, policies), _pairs(records, policies, compare), records
-
-    return evaluate(
-        "needle", config, units, work, summarise, out=out, world=world, progress=progress
+    return ask(
+        "needle",
+        subject,
+        policies,
+        items,
+        about,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        compare=compare,
+        name=name,
+        out=out,
+        world=world,
+        progress=progress,
     )
-
-
-def _fields(spec):
-    """Return what a spec says; what it leaves as it always was stays out of the results' identity."""
-    return {k: v for k, v in asdict(spec).items() if (k, v) != ("turns", 1)}
-
-
-def _batches(items, size):
-    """Group cases whose first turns are equally long, those of one text together."""
-    groups = {}
-    for item in items:
-        first = item.turns[0].ids
-        texts = groups.setdefault((item.length, len(first)), {})
-        texts.setdefault(tuple(first), []).append(item)
-    for texts in groups.values():
-        texts = list(texts.values())
-        for i in range(0, len(texts), size):
-            yield [item for text in texts[i : i + size] for item in text]
-
-
-class _Readings:
-    """The dense reading of the batch at hand, for the policies that read densely.
-
-    Only texts that no question is part of are read so, and only where it serves two policies.
-    """
-
-    def __init__(self, model, policies):
-        self._model = model
-        self._pays = sum(map(self._dense, policies)) > 1
-        self._of = self._reading = None
-
-    @staticmethod
-    def _dense(policy):
-        return policy.config is None or policy.config.prefill == "dense"
-
-    def read(self, policy, batch):
-        """Return the reading that a policy can start from, or ``None``; the model is unpatched."""
-        first = batch[0].turns[0]
-        if first.values or not (self._pays and self._dense(policy)):
-            return None
-        # The last token of a prompt is fed by itself, under the policy.
-        stop = None if first.opening else -1
-        texts = list(dict.fromkeys(tuple(item.turns[0].ids[:stop]) for item in batch))
-        if texts != self._of:
-            self._of, self._reading = texts, None  # the old one goes first
-            self._reading = DenseReading(self._model, mx.array(texts))
-        return self._reading
-
-
-def _run(subject, policy, batch, max_tokens, readings):
-    tokenizer = subject.tokenizer
-    reading = readings.read(policy, batch)
-    conversations = [[(turn.ids, bool(turn.values)) for turn in item.turns] for item in batch]
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    with policy.apply(subject, _token_marks(policy, batch, tokenizer)) as patch:
-        watch = Watch(patch, [item.values for item in batch])
-        heard = converse(
-            subject.model,
-            conversations,
-            max_tokens=max_tokens,
-            stop_ids=set(tokenizer.eos_token_ids),
-            begin=watch.begin,
-            finished=watch.finished,
-            taken=reading and (reading.caches(subject.model, patch), reading.seconds),
-            opening=batch[0].turns[0].opening,
-        )
-    # A shared reading is in memory beside what the policy needs.
-    peak = None if reading else round(mx.get_peak_memory() / 1e9, 4)
-    return [_record(policy, *of, tokenizer, peak) for of in zip(batch, heard, watch.lost)]
-
-
-def _record(policy, item, heard, lost, tokenizer, peak):
-    asked = [turn for turn in item.turns if turn.values]
-    replies = [tokenizer.decode(reply.ids).strip() for reply in heard.replies]
-    correct = [turn.correct(reply) for turn, reply in zip(asked, replies)]
-    record = {
-        "item": item.key,
-        "hash": fingerprint([turn.ids for turn in item.turns]),
-        "policy": policy.label,
-        "length": item.length,
-        "depth": item.depth,
-        "correct": correct[-1],
-        "expected": item.expected,
-        "reply": replies[-1][:200],
-        "read_s": round(heard.read_s, 4),
-        "peak_gb": peak,
-    }
-    if len(correct) > 1:
-        record["first_correct"] = correct[0]
-    if not correct[-1] and lost:
-        record["lost"] = {state: [n for n, s in lost.items() if s == state] for state in STATES}
-        record["verdict"] = verdict(lost)
-    return record
-
-
-def _token_marks(policy, batch, tokenizer):
-    """Return the marks that a policy wants of the first turns' tokens, a row for each text."""
-    if policy.wants_marks is None:
-        return None
-    rows = {}
-    for item in batch:
-        ids = item.turns[0].ids
-        row = rows.setdefault(tuple(ids), np.zeros(len(ids), dtype=np.float32))
-        if policy.wants_marks == "needle":
-            for start, stop in item.spans:
-                row[start:stop] = 1
-            continue
-        for i, token in enumerate(ids):
-            if any(c.isdigit() for c in tokenizer.decode([token])):
-                row[max(0, i - 20) : i + 2] = 1
-    return mx.array(np.stack(list(rows.values())))
-
-
-def _rows(records, policies):
-    rows = []
-    for policy in policies:
-        of_policy = [r for r in records if r["policy"] == policy.label]
-        for length in sorted({r["length"] for r in of_policy}):
-            of_length = [r for r in of_policy if r["length"] == length]
-            for depth in (None, *sorted({r["depth"] for r in of_length})):
-                cell = [r for r in of_length if depth is None or r["depth"] == depth]
-                rows.append(_row(policy, length, depth, cell))
-    return rows
-
-
-def _row(policy, length, depth, cell):
-    correct = sum(r["correct"] for r in cell)
-    low, high = wilson(correct, len(cell))
-    row = {
-        "policy": policy.label,
-        "top_k": policy.top_k,
-        "length": length,
-        "depth": depth,
-        "n": len(cell),
-        "value": correct / len(cell),
-        "low": low,
-        "high": high,
-        "read_s": statistics.median(r["read_s"] for r in cell),
-        "peak_gb": max((r["peak_gb"] for r in cell if r["peak_gb"]), default=None),
-    }
-    if "first_correct" in cell[0]:
-        row["first_turn"] = sum(r["first_correct"] for r in cell) / len(cell)
-    wrong = [r for r in cell if "lost" in r]
-    if wrong:
-        row["verdicts"] = dict(Counter(r["verdict"] for r in wrong))
-        row["lost_by_layer"] = {
-            state: dict(sorted(Counter(n for r in wrong for n in r["lost"][state]).items()))
-            for state in STATES
-        }
-    return row
-
-
-def _pairs(records, policies, compare):
-    outcomes = {}
-    for r in records:
-        outcomes.setdefault((r["policy"], r["length"]), []).append(r["correct"])
-    return [
-        {
-            "policy": policy,
-            "against": against,
-            "length": length,
-            **paired_proportions(outcomes[policy, length], outcomes[against, length]),
-        }
-        for policy, against in pairings(policies, compare)
-        for length in dict.fromkeys(r["length"] for r in records)
-    ]

@@ -9,11 +9,11 @@ several questions at once, and a list of keys with values.
 import itertools
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from .facts import is_correct, make_facts, make_key_value, make_multi_query, make_multi_value
-from .prompts import frame
+from .prompts import evened, frame
 
 TASKS = ("single", "multi-key", "multi-value", "multi-query", "key-value")
 SETTINGS = ("in-prompt", "before-question", "two-turns")
@@ -77,6 +77,8 @@ class NeedleSpec:
         seed (int): of everything random.
         turns (int): questions one after the other in each conversation, each about another fact;
             the last is judged, the first reported too; only in setting "before-question".
+        even (bool): whether questions are made equally long, as `evened` does, which answers many
+            at once.
     """
 
     task: str = "single"
@@ -87,6 +89,7 @@ class NeedleSpec:
     per_document: int = 1
     seed: int = 0
     turns: int = 1
+    even: bool = False
 
     def __post_init__(self):
         for name, allowed in (("task", TASKS), ("setting", SETTINGS)):
@@ -114,6 +117,12 @@ class NeedleSpec:
     def reads_first(self):
         """Whether a text is read before its questions, in a turn of its own."""
         return self.setting == "before-question" or self.per_document > 1
+
+
+def fields_of(spec):
+    """Return what a spec says; what it leaves as it always was stays out of the results' identity."""
+    before = {"turns": 1, "even": False}
+    return {k: v for k, v in asdict(spec).items() if k not in before or v != before[k]}
 
 
 @dataclass(frozen=True)
@@ -186,14 +195,16 @@ def make_items(spec, haystack, tokenizer, lengths, depths, n):
         key = f"{spec.task}/{spec.setting}/{length}/{depths[d]:.2f}/{i}"
         rng = random.Random(f"{spec.seed}/{spec.value}/{spec.phrasing}/{key}")
         sentences, talks = _case(rng, spec)
-        tails = [encode(talk[0].text + around.tail) for talk in talks]
-        drafts.append(_Draft(key, rng, length, d, sentences, talks, tails))
-    longest = max((len(tail) for draft in drafts for tail in draft.tails), default=0)
+        drafts.append(_Draft(key, rng, length, d, sentences, talks))
+    tokens = tokens_of([talk for draft in drafts for talk in draft.talks], spec.even, encode, around)
+    tokens = iter(tokens)
+    drafts = [draft._replace(tails=[next(tokens) for _ in draft.talks]) for draft in drafts]
+    longest = max((len(tail[0]) for draft in drafts for tail in draft.tails), default=0)
     head, items = encode(around.head), []
     for draft in drafts:
-        reserved = longest if spec.reads_first else len(draft.tails[0])
+        reserved = longest if spec.reads_first else len(draft.tails[0][0])
         room = draft.length - len(head) - reserved
-        items += _items(spec, draft, haystack, tokenizer, encode, around, head, room, depths)
+        items += _items(spec, draft, haystack, tokenizer, head, room, depths)
     return items
 
 
@@ -206,10 +217,30 @@ class _Draft(NamedTuple):
     d: int
     sentences: list
     talks: list
-    tails: list
+    tails: list = ()
 
 
-def _items(spec, draft, haystack, tokenizer, encode, around, head, room, depths):
+def tokens_of(talks, even, encode, around):
+    """Return the tokens of each question with what the chat format puts around it, a list a talk.
+
+    Args:
+        talks (list): of lists of questions, equally many in each.
+        even (bool): whether those of a turn are made equally long.
+        encode (callable): from a text to its tokens.
+        around (Frame): the chat format.
+    """
+    turns = []
+    for number, questions in enumerate(zip(*talks)):
+        before = around.again if number else ""
+        texts = [question.text for question in questions]
+        if even:
+            turns.append(evened(texts, encode, before, around.tail))
+        else:
+            turns.append([encode(before + text + around.tail) for text in texts])
+    return [list(tokens) for tokens in zip(*turns)]
+
+
+def _items(spec, draft, haystack, tokenizer, head, room, depths):
     """Return the cases of one text: one, or `per_document`."""
     key, rng, length, d, sentences, talks, tails = draft
     # The facts that are asked for take turns at the depths; where the others stand is chance.
@@ -222,21 +253,19 @@ def _items(spec, draft, haystack, tokenizer, encode, around, head, room, depths)
         first, last = talk[0], talk[-1]
         if spec.reads_first:
             opening = Turn(document, opening=spec.setting == "in-prompt")
-            turns = [opening, Turn(tail, first.values, first.others)]
+            turns = [opening, Turn(tail[0], first.values, first.others)]
         else:
-            turns = [Turn(document + tail, first.values, first.others)]
-        for later in talk[1:]:
-            ids = encode(around.again + later.text + around.tail)
-            turns.append(Turn(ids, later.values, later.others))
+            turns = [Turn(document + tail[0], first.values, first.others)]
+        turns += [Turn(ids, q.values, q.others) for q, ids in zip(talk[1:], tail[1:])]
         spans = [tuple(p + len(head) for p in placed.spans[k]) for k in last.held_by]
-        values = [v for span in spans for v in _locate(tokenizer, document, span, last.values)]
+        values = [v for span in spans for v in locate(tokenizer, document, span, last.values)]
         name = key if spec.per_document == 1 else f"{key}/{j}"
         asked = (last.text, ", ".join(last.values), length, places[j])
         items.append(NeedleItem(name, tuple(turns), spans, values, *asked))
     return items
 
 
-def _locate(tokenizer, ids, span, values):
+def locate(tokenizer, ids, span, values):
     """Return the token spans, inside a sentence's, in which the values stand."""
     start, stop = span
     ends = [len(tokenizer.decode(ids[start : i + 1])) for i in range(start, stop)]

@@ -269,6 +269,7 @@ def _gsm8k(result, plt):
 
 _PLOTS = {
     "needle": _needle,
+    "code": _needle,
     "ppl": _ppl,
     "gsm8k": _gsm8k,
     "retrieval": _retrieval,

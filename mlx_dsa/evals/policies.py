@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from ..config import SparseConfig, override
 from ..patch import patch_sparse_generate
+from .snapkv import SnapEviction, SnapIndexer
 
 # Far above any index score, and small enough to leave scores their order.
 _FORCE = 1e4
@@ -124,6 +125,7 @@ _INDEXERS = {
     "digits": lambda indexer, layer, marks: MarkedIndexer(layer, marks),
     "kept": lambda indexer, layer, marks: ForcedIndexer(indexer, marks, 1),
     "evicted": lambda indexer, layer, marks: ForcedIndexer(indexer, marks, -1),
+    "snapkv": lambda indexer, layer, marks: SnapIndexer(),
 }
 
 # name -> (what scores the tokens, what the config must be). A policy not named here is an error.
@@ -136,6 +138,8 @@ _NAMED = {
     "tiered": ("index", {"cache": "tiered"}),
     "retention": ("index", {"evict": "retention"}),
     "index": ("index", {"evict": "index"}),
+    "keydiff": ("index", {"evict": "keydiff"}),
+    "snapkv": ("snapkv", {"evict": "index", "prefill": "dense"}),
     # What stands in for the indexer must also be what orders eviction.
     "window": ("window", {"evict": "index"}),
     "random": ("random", {"evict": "index"}),
@@ -145,7 +149,7 @@ _NAMED = {
 }
 NAMES = tuple(_NAMED)
 # Orders of eviction: where nothing is evicted, what they name is not there.
-_ORDERS = ("retention", "index")
+_ORDERS = ("retention", "index", "keydiff", "snapkv")
 
 
 @dataclass(frozen=True)
@@ -156,8 +160,8 @@ class Policy:
         label (str): what it is called in results, such as "sparse@128".
         config (SparseConfig): its settings. Default: ``None``, the dense model.
         scorer (str): what scores the tokens: the trained "index", the baselines "window" (sinks and
-            the newest), "random" and "digits" (digits, the 20 tokens before each and the one after, an untrained
-            rule), or the controls "kept" and "evicted" (the needle's tokens above, or below, all
+            the newest), "random", "digits" (digits, the 20 tokens before each and the one after, an untrained
+            rule) and "snapkv" (the attention of the prompt's last queries), or the controls "kept" and "evicted" (the needle's tokens above, or below, all
             others). Default: ``"index"``.
     """
 
@@ -195,6 +199,9 @@ class Policy:
             for layer, indexer in subject.indexers.items()
         }
         with patch_sparse_generate(subject.model, indexers, **vars(self.config)) as patch:
+            if self.scorer == "snapkv":
+                for layer in patch.layers.values():
+                    layer.eviction = SnapEviction(layer.indexer, self.config)
             yield patch
 
 

@@ -153,10 +153,12 @@ def _score(subject, policies, batch, hidden, length, first, buckets):
             states = hidden(model, ids, length)
         # The state at index i belongs to position `begin + i` and predicts the token after it.
         begin = ids.shape[1] - 1 - states.shape[1]
-        scored = _compare(model, dense, states, ids[:, begin + 1 :])
         # Position p sees p + 1 keys: more than top_k of them, or nothing was dropped. The decode
         # path drops from the prompt's end on.
         low = max(first - 1, policy.top_k)
+        skip = min(max(0, low - begin), states.shape[1] - 1)  # what doesn't count
+        begin += skip
+        scored = _compare(model, dense[:, skip:], states[:, skip:], ids[:, begin + 1 :])
         records += [_record(policy, *of, begin, low, buckets) for of in zip(batch, scored)]
     return records
 

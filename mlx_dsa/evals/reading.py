@@ -31,7 +31,11 @@ class DenseReading:
             for start, stop in spans(n):
                 model(ids[:, start:stop], cache=caches)
                 mx.eval([c.state for c in caches], [heard[-1] for heard in inputs.values()])
-        self._inputs = {i: mx.concatenate(heard, axis=1) for i, heard in inputs.items()}
+        self._inputs = {}
+        for i, heard in inputs.items():  # a layer at a time: all twice may be too much
+            self._inputs[i] = mx.concatenate(heard, axis=1)
+            mx.eval(self._inputs[i])
+            heard.clear()
         # mlx-lm's state differs by version.
         self._entries = {
             i: (caches[i].keys[..., :n, :], caches[i].values[..., :n, :]) for i in layers

@@ -138,7 +138,8 @@ class _Recorder(nn.Module):
             for method, (worth, kept) in chosen.items():
                 mask = selection_mask(worth[take], k, positions[take], *kept)
                 recall, mass = coverage(mask, logits[:, take], probabilities[:, take], k)
-                self.found.append((k, method, np.array(recall), np.array(mass)))
+                self.found.append((k, method, recall, mass))
+        mx.eval(self.found)  # all at once: each wait for a GPU costs
 
 
 def _measure(subject, window, positions, forced, seed):
@@ -160,8 +161,7 @@ def _measure(subject, window, positions, forced, seed):
         for k in forced:
             for method in METHODS:
                 found = [f[2:] for f in recorder.found if f[:2] == (k, method)]
-                recall = np.concatenate([f[0] for f in found], axis=1)
-                mass = np.concatenate([f[1] for f in found], axis=1)
+                recall, mass = (np.concatenate([np.array(x) for x in part], axis=1) for part in zip(*found))
                 records.append(
                     {
                         "item": f"{window['document']}@{window['start']}",

@@ -8,9 +8,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..config import SparseConfig, override
+from .code import code
 from .gsm8k import gsm8k
 from .memory import memory
 from .needle import needle
+from .overview import overview
 from .plots import plot, plot_retention
 from .policies import make_policies
 from .ppl import ppl
@@ -20,6 +22,7 @@ from .tables import caption, markdown, pairs_table, table
 
 EVALUATORS = {
     "needle": needle,
+    "code": code,
     "ppl": ppl,
     "gsm8k": gsm8k,
     "retrieval": retrieval,
@@ -35,8 +38,9 @@ def read_suite(path):
 
     Returns:
         dict: with "runs", and where given "name", "title", "preset", "config" (fields of
-        SparseConfig for all runs), "dtype", in which the model then computes, and "pictures": each
-        with a "name", a "title" and the needle "runs" whose accuracy by retention it shows.
+        SparseConfig for all runs), "dtype", in which the model then computes, "pictures": each
+        with a "name", a "title" and the needle "runs" whose accuracy by retention it shows, and
+        "tables": each with a "title", "columns" and "rows", as `overview` takes them.
 
     Raises:
         ValueError: if it is not there, no JSON, or a run in it is not valid.
@@ -58,6 +62,13 @@ def read_suite(path):
         )
     for picture in suite.get("pictures", []):
         select_runs(suite, picture["runs"])
+    for shown in suite.get("tables", []):
+        for name, cells in shown["rows"].items():
+            select_runs(suite, [run for run, _ in cells])
+            if len(cells) != len(shown["columns"]):
+                raise ValueError(
+                    f"[suite] table '{shown['title']}': row {name!r} must have a cell for each column."
+                )
     return suite
 
 
@@ -171,6 +182,8 @@ def report(suite, results, quick=False):
     ]
     for picture in suite.get("pictures", []):
         lines += [f"![{picture['name']}]({picture['name']}.png)", ""]
+    for shown in suite.get("tables", []) if not quick else ():
+        lines += [f"## {shown['title']}", "", markdown(*overview(shown, results)), ""]
     for run in suite["runs"]:
         result = results[run["name"]]
         lines += [f"## {run.get('title', run['name'])}", ""]

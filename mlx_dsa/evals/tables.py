@@ -82,6 +82,9 @@ def _needle(result):
     turns = "first_turn" in result["rows"][0]
     if turns:
         header.insert(5, "first turn")
+    shares = {(p["policy"], p["length"]): p for p in result["pairs"] if p["against"] == "dense"}
+    if shares:
+        header.insert(header.index("read, s"), "of dense [95%]")
     configs = {p["label"]: p["config"] for p in result["config"]["policies"]}
     rows = []
     for row in (r for r in result["rows"] if r["depth"] is None):
@@ -94,12 +97,20 @@ def _needle(result):
                 str(row["n"]),
                 *([percent(row["first_turn"])] if turns else []),
                 percent(row["value"], row["low"], row["high"]),
+                *([of_dense(shares.get((row["policy"], row["length"])))] if shares else []),
                 f"{row['read_s']:.2f}",
                 "-" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}",
                 lost or ("-" if row["value"] == 1 else f"{round(row['n'] * (1 - row['value']))}"),
             ]
         )
     return header, rows
+
+
+def of_dense(pair):
+    """Return the share of what the dense model answers right that a policy does too."""
+    if pair is None or pair["retained"] is None:
+        return "-"
+    return percent(pair["retained"], pair["retained_low"], pair["retained_high"])
 
 
 def _ppl(result):
@@ -170,21 +181,33 @@ def _retrieval(result):
         "worst head",
         "mass@K [95%]",
         "worst head",
+        "over the attention's own",
+        "worst layer",
     ]
-    rows = [
-        [
-            selection_name(row["policy"]),
-            str(row["top_k"]),
-            str(row["n"]),
-            _share(row["value"], row["low"], row["high"]),
-            percent(row["worst"]),
-            _share(row["mass_value"], row["mass_low"], row["mass_high"]),
-            percent(row["mass_worst"]),
-        ]
-        for row in result["rows"]
-        if row["layer"] is None
-    ]
+    rows = []
+    for row in (r for r in result["rows"] if r["layer"] is None):
+        rows.append(
+            [
+                selection_name(row["policy"]),
+                str(row["top_k"]),
+                str(row["n"]),
+                _share(row["value"], row["low"], row["high"]),
+                percent(row["worst"]),
+                _share(row["mass_value"], row["mass_low"], row["mass_high"]),
+                percent(row["mass_worst"]),
+                *over_attention(result, row["policy"], row["top_k"]),
+            ]
+        )
     return header, rows
+
+
+def over_attention(result, method, k):
+    """Return a selection's mass over that of the attention's own: mean of layers, worst layer."""
+    mass = {(r["policy"], r["layer"]): r["mass_value"] for r in result["rows"] if r["top_k"] == k}
+    layers = sorted({layer for _, layer in mass} - {None})
+    over = {i: mass[method, i] / mass["attention", i] for i in layers}
+    worst = min(over, key=over.get)
+    return f"{sum(over.values()) / len(over):.3f}", f"{over[worst]:.3f} (layer {worst})"
 
 
 def _memory(result):
@@ -289,6 +312,7 @@ def _memory_pairs(pairs):
 
 _TABLES = {
     "needle": _needle,
+    "code": _needle,
     "ppl": _ppl,
     "gsm8k": _gsm8k,
     "retrieval": _retrieval,
@@ -296,6 +320,7 @@ _TABLES = {
 }
 _PAIRS = {
     "needle": _proportions(["length"]),
+    "code": _proportions(["length"]),
     "ppl": _ppl_pairs,
     "gsm8k": _proportions(["reading"]),
     "retrieval": _retrieval_pairs,

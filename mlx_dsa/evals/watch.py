@@ -52,26 +52,32 @@ class Watch:
 
     def finished(self, members, caches, rows):
         """Note what became of the values when the answers of some conversations are complete."""
-        kept = {number: caches[number].positions for number in self.layers}
-        mx.eval(kept, self._hits)  # all at once: each wait for a GPU costs
-        states = {n: self._states(n, members, caches[n], kept[n], rows) for n in kept}
+        wanted, rows = mx.array(self._wanted[members]), mx.array(rows)
+        found = {}
+        for number in self.layers:
+            cache, hits = caches[number], self._hits.get(number)
+            # A cache that evicts nothing holds them all.
+            kept = cache.positions[rows] if getattr(cache, "evicted", False) else None
+            there = None if kept is None else (wanted[:, :, None] == kept[:, None]).any(axis=-1)
+            # Where something was evicted, every entry of the cache is attended to.
+            seen = None if hits is None or there is not None else hits[rows]
+            found[number] = there, seen
+        mx.eval(found)  # all at once: each wait for a GPU costs
+        for number, pair in found.items():
+            found[number] = [None if x is None else np.array(x) for x in pair]
         for i, member in enumerate(members):
-            self.lost[member] = {number: states[number][i] for number in states}
+            n = len(self.values[member])
+            self.lost[member] = {
+                number: _state(*(None if x is None else x[i, :n] for x in pair))
+                for number, pair in found.items()
+            }
 
-    def _states(self, number, members, cache, kept, rows):
-        kept = np.array(kept)
-        hits = self._hits.get(number)
-        hits = None if hits is None else np.array(hits)
-        found = []
-        for member, row in zip(members, rows):
-            value = self.values[member]
-            if not set(value) <= set(kept[row].tolist()):
-                found.append("evicted")
-            elif hits is None or getattr(cache, "evicted", False) or hits[row, : len(value)].all():
-                found.append("read")  # every entry of the cache is attended to
-            else:
-                found.append("not selected")
-        return found
+
+def _state(there, seen):
+    """Return what became of a value's tokens `[n]`: are they in the cache, were they selected?"""
+    if there is not None and not there.all():
+        return "evicted"
+    return "read" if seen is None or seen.all() else "not selected"
 
 
 def verdict(lost):

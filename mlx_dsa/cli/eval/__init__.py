@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .code import code
 from .compare import compare
 from .gsm8k import gsm8k
 from .memory import memory
@@ -23,5 +24,5 @@ def evaluate():
     """
 
 
-for _command in (needle, ppl, gsm8k, retrieval, memory, suite, compare):
+for _command in (needle, code, ppl, gsm8k, retrieval, memory, suite, compare):
     evaluate.add_command(_command)

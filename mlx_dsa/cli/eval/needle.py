@@ -79,6 +79,11 @@ from .show import run_and_show
     help="Questions one after the other in a conversation, with --setting before-question; the last is judged.",
 )
 @click.option(
+    "--even",
+    is_flag=True,
+    help="Make the questions of a run equally long, by words of no weight: they are answered at once.",
+)
+@click.option(
     "--haystack",
     "--data",
     "haystack",

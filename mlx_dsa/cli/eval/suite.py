@@ -69,7 +69,11 @@ def suite(
     select_runs(plan, only)
     if preset is None and model is None:
         preset = plan.get("preset")
-    settings = settings_from(preset=preset, model=model, indexer=indexer, config=config)
+    named = {"model": model, "indexer": indexer, "config": config}
+    settings = settings_from(preset=preset, **named)
+    if settings.indexer is None and preset is None:
+        # A copy of the suite's model in a folder of one's own: its indexers fit it.
+        settings = settings_from(preset=plan.get("preset"), **named)
     title = plan.get("name", Path(file).stem) + ("-quick" if quick else "")
     folder = Path(out) if out else Path(file).parent / "results" / title
     check_output(folder, folder=True)

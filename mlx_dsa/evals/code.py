@@ -1,0 +1,72 @@
+"""Long Python source: are constants found, definitions looked up, functions written as they stand?"""
+
+import platform
+
+from .asking import ask
+from .code_items import CodeSpec, make_code_items
+from .source import read_source
+from .subject import check_lengths, fingerprint
+
+
+def code(
+    subject,
+    policies,
+    *,
+    lengths,
+    depths=(0.1, 0.3, 0.5, 0.7, 0.9),
+    limit=4,
+    task="constants",
+    setting="before-question",
+    value="mixed",
+    phrasing="train",
+    per_document=4,
+    max_tokens=48,
+    batch_size=1,
+    seed=0,
+    compare="dense",
+    name=None,
+    out=None,
+    world=None,
+    progress=None,
+):
+    """Ask about files of Python's standard library, under every policy on the very same cases.
+
+    Args:
+        subject (Preset): the model with its tokenizer and indexers.
+        policies (list of Policy): what to run.
+        lengths (list of int): tokens of the code with its question, as in `make_code_items`.
+        depths (list of float): where what is asked for stands. Default: from 0.1 to 0.9.
+        limit (int): texts for each length and depth. Default: ``4``.
+        task, setting, value, phrasing, per_document, seed: as in `CodeSpec`.
+        max_tokens, batch_size, compare, name, out, world, progress: as in `needle`.
+
+    Returns:
+        dict: the result, whose rows are as those of `needle`. The code is that of the running
+        Python: the result has its version and a hash of it.
+    """
+    check_lengths("code", subject, lengths)
+    spec = CodeSpec(task, setting, value, phrasing, per_document, seed)
+    source = read_source()
+    items = make_code_items(spec, source, subject.tokenizer, lengths, depths, limit)
+    about = {
+        **vars(spec),
+        "lengths": list(lengths),
+        "depths": list(depths),
+        "limit": limit,
+        "python": platform.python_version(),
+        "source": fingerprint(source.lines),
+    }
+    return ask(
+        "code",
+        subject,
+        policies,
+        items,
+        about,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        compare=compare,
+        name=name,
+        out=out,
+        world=world,
+        progress=progress,
+    )

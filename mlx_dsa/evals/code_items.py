@@ -1,0 +1,269 @@
+"""The items of the code evaluator: questions about long stretches of real Python source.
+
+Constants are planted as a programmer would write them, between statements and at their indentation;
+definitions and functions are those that stand there anyway.
+"""
+
+import itertools
+import random
+import re
+from dataclasses import dataclass
+
+from .code_window import Mark, Window, line_ends
+from .facts import PARTS, is_correct, make_value
+from .needle_items import NeedleItem, Turn, locate, tokens_of
+from .prompts import frame
+
+TASKS = ("constants", "definitions", "functions")
+SETTINGS = ("in-prompt", "before-question")
+
+# (scope, text, how a question calls it). In the recipes' training rows are forms like those of "train".
+FORMS = {
+    "train": (
+        ("module", "{NAME} = {v}", "`{NAME}`"),
+        ("class", "{name} = {v}", "the class attribute `{name}`"),
+        ("function", "{name} = {v}", "the variable `{name}`"),
+        ("module", '{NAME} = {{"{key}": {v}}}', 'the entry "{key}" of `{NAME}`'),
+        (
+            "module",
+            "def {name}({key}={v}):\n    return {key}",
+            "the default of `{key}` in `{name}`",
+        ),
+        ("module", "class {Name}(Enum):\n    {KEY} = {v}", "the member `{KEY}` of `{Name}`"),
+        ("function", "# the {words} is {v}", "the {words}"),
+    ),
+    "heldout": (
+        ("function", "{name}, {key} = {v}, None", "the variable `{name}`"),
+        ("module", 'parser.add_argument("--{dashed}", default={v})', "the default of `--{dashed}`"),
+        ("function", 'options.setdefault("{name}", {v})', 'the option "{name}"'),
+        (
+            "module",
+            "{name} = functools.partial(connect, {key}={v})",
+            "the argument `{key}` of `{name}`",
+        ),
+        ("function", 'log.debug("{words}: %s", {v})', "the {words} that is logged"),
+        ("class", "{name}: Final = {v}", "the class attribute `{name}`"),
+    ),
+}
+_QUESTIONS = {
+    "train": (
+        "What is the value of {what}?",
+        "What is {what} in the code above?",
+        "Which value does {what} have?",
+        "Look up {what} and tell me its value.",
+    ),
+    "heldout": (
+        "To what is {what} set?",
+        "I am debugging. What does the code give for {what}?",
+        "Remind me of {what}.",
+        "Somewhere in these files stands {what}. What is it?",
+    ),
+}
+_KEYS = {
+    "digits": "limit timeout size count port retries offset threshold capacity budget".split(),
+    "word": "label mode prefix alias theme channel tag region profile title".split(),
+}
+_DRAWS = 2000  # of constants: their words are few, and all differ in a text
+
+
+@dataclass(frozen=True)
+class CodeSpec:
+    """What the cases of a run are like.
+
+    Args:
+        task (str): "constants" (planted), "definitions" (what the files themselves define) or
+            "functions" (to be written as they stand).
+        setting (str): the question stands in the prompt, or the prompt is pruned before it arrives.
+        value (str): of planted constants: "digits", "word" or "mixed".
+        phrasing (str): "train" or "heldout": forms of constants, and wordings of questions.
+        per_document (int): questions about a text, each in a conversation of its own; so many
+            constants are planted.
+        seed (int): of everything random.
+    """
+
+    task: str = "constants"
+    setting: str = "before-question"
+    value: str = "mixed"
+    phrasing: str = "train"
+    per_document: int = 4
+    seed: int = 0
+
+    def __post_init__(self):
+        allowed = {
+            "task": TASKS,
+            "setting": SETTINGS,
+            "value": ("digits", "word", "mixed"),
+            "phrasing": tuple(FORMS),
+        }
+        for name, names in allowed.items():
+            if getattr(self, name) not in names:
+                raise ValueError(
+                    f"[CodeSpec] '{name}' must be one of {', '.join(names)} but got {getattr(self, name)!r}."
+                )
+        if self.per_document < 1:
+            raise ValueError(
+                f"[CodeSpec] 'per_document' must be at least 1 but got {self.per_document}."
+            )
+
+
+@dataclass(frozen=True)
+class FunctionTurn(Turn):
+    """A turn that asks for a function: right if its first two body lines stand in the reply."""
+
+    def correct(self, reply):
+        """Whether the lines follow one another in the reply, leading and trailing blanks aside."""
+        said = [line.strip() for line in reply.splitlines() if line.strip()]
+        return tuple(self.values) in zip(said, said[1:])
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A question, the values of its answer, and those of other answers."""
+
+    text: str
+    values: tuple
+    others: tuple = ()
+
+
+def make_code_items(spec, source, tokenizer, lengths, depths, n):
+    """Return the cases of a grid.
+
+    Args:
+        spec (CodeSpec): what they are like.
+        source (Source): the code.
+        tokenizer: of the model.
+        lengths (list of int): tokens of the text and the longest question about any, at most.
+        depths (list of float): where what is asked for stands, as nearly as the code allows: 0 is
+            the start of the text, 1 its end. They take turns.
+        n (int): texts for each length and depth.
+
+    Raises:
+        ValueError: if the source is too short, or holds too little to ask for.
+    """
+    around = frame(tokenizer)
+
+    def encode(text):
+        return list(tokenizer.encode(text, add_special_tokens=False, verbose=False)) if text else []
+
+    window = Window(source, encode, line_ends(source, tokenizer))
+    head, drafts = encode(around.head), []
+    for length, d, i in itertools.product(lengths, range(len(depths)), range(n)):
+        key = f"{spec.task}/{spec.setting}/{length}/{depths[d]:.2f}/{i}"
+        rng = random.Random(f"{spec.seed}/{spec.value}/{spec.phrasing}/{key}")
+        places = [depths[(d + j) % len(depths)] for j in range(spec.per_document)]
+        lines = window.choose(rng, length, lambda lines: _enough(spec, source, window, lines, places))
+        marks, questions = _ask(spec, source, window, rng, lines, places)
+        drafts.append((key, length, places, lines, marks, questions))
+    talks = [[question] for *_, questions in drafts for question in questions]
+    tails = iter(tokens_of(talks, True, encode, around))
+    tails = [[next(tails)[0] for _ in questions] for *_, questions in drafts]
+    longest = max((len(tail) for some in tails for tail in some), default=0)
+    items = []
+    for (key, length, places, lines, marks, questions), some in zip(drafts, tails):
+        room = length - len(head) - longest
+        ids, spans = window.cut(lines, marks, room)
+        document, spans = head + ids, [(a + len(head), b + len(head)) for a, b in spans]
+        kind = FunctionTurn if spec.task == "functions" else Turn
+        for j, (question, tail) in enumerate(zip(questions, some)):
+            opening = Turn(document, opening=spec.setting == "in-prompt")
+            turn = kind(tail, question.values, question.others)
+            values = [spans[j]]
+            if spec.task != "functions":
+                values = locate(tokenizer, document, spans[j], question.values)
+            about = (question.text, "\n".join(question.values), length, places[j])
+            items.append(NeedleItem(f"{key}/{j}", (opening, turn), [spans[j]], values, *about))
+    return items
+
+
+def _enough(spec, source, window, lines, places):
+    """Whether lines hold enough to ask for."""
+    if spec.task == "constants":
+        return len(source.within("gaps", lines.sure, lines.stop)) >= 2 * spec.per_document
+    return _chosen(spec, source, window, lines, places) is not None
+
+
+def _candidates(spec, source, lines):
+    """Return what can be asked about lines and has one answer in them."""
+    found = source.within(spec.task, lines.sure, lines.stop)
+    if len(found) < spec.per_document:
+        return []
+    text = "\n".join(source.lines[lines.start : lines.stop])
+    return [x for x in found if len(re.findall(x.pattern, text)) == 1]
+
+
+def _chosen(spec, source, window, lines, places):
+    """Return what is asked about, nearest to its places; ``None`` if there is too little."""
+    candidates, chosen = _candidates(spec, source, lines), []
+    for place in places:
+        wanted = window.line_at(lines, place)
+        # Neither the same lines nor, where there is another, the same answer twice.
+        left = [x for x in candidates if all(_apart(x, y) for y in chosen)]
+        left = left or [x for x in candidates if all(x.stop <= y.start or x.start >= y.stop for y in chosen)]
+        if not left:
+            return None
+        chosen.append(min(left, key=lambda x: abs(x.start - wanted)))
+    return chosen
+
+
+def _ask(spec, source, window, rng, lines, places):
+    """Return the marks in some lines, and the questions about them."""
+    if spec.task == "constants":
+        return _plant(spec, source, window, rng, lines, places)
+    chosen = _chosen(spec, source, window, lines, places)
+    marks = [Mark(x.start, x.stop) for x in chosen]
+    if spec.task == "functions":
+        ask = "Write the function `{}` as it stands in the code above."
+        return marks, [_Question(ask.format(x.name), x.body) for x in chosen]
+    values = [x.value for x in chosen]
+    asks = [rng.choice(_QUESTIONS[spec.phrasing]).format(what=x.what) for x in chosen]
+    return marks, [_Question(a, (v,), _others(values, v)) for a, v in zip(asks, values)]
+
+
+def _apart(first, second):
+    """Whether two definitions or functions are some lines apart, with different answers."""
+    near = first.start < second.stop + 4 and second.start < first.stop + 4
+    return not near and getattr(first, "value", 1) != getattr(second, "value", 2)
+
+
+def _others(values, own):
+    """Return the other values, for a reply to name none of, where they aren't part of the own."""
+    return tuple(v for v in values if not is_correct(own, v))
+
+
+def _plant(spec, source, window, rng, lines, places):
+    """Return constants as lines between statements, and the questions about them."""
+    marks, made, used = [], [], set()
+    gaps = source.within("gaps", lines.sure, lines.stop)
+    for _ in range(_DRAWS):
+        if len(made) == len(places):
+            break
+        kind = rng.choice(("digits", "word")) if spec.value == "mixed" else spec.value
+        scope, text, what = rng.choice(FORMS[spec.phrasing])
+        words = [rng.choice(PARTS["heldout"][part]) for part in ("adj", "object")]
+        key, value = rng.choice(_KEYS[kind]), make_value(rng, kind, "heldout")
+        wanted = window.line_at(lines, places[len(made)])
+        some = [g for g in gaps if g.scope == scope and g.line not in used]
+        if used & {*words, value} or not some:
+            continue
+        used |= {*words, value}
+        gap = min(some, key=lambda g: abs(g.line - wanted))
+        used.add(gap.line)
+        name = "_".join([*words, key])
+        fields = {
+            "name": name,
+            "NAME": name.upper(),
+            "Name": "".join(word.title() for word in words),
+            "dashed": name.replace("_", "-"),
+            "words": " ".join([*words, key]),
+            "key": key,
+            "KEY": key.upper(),
+            "v": value if kind == "digits" else f'"{value}"',
+        }
+        planted = [gap.indent + line for line in text.format(**fields).split("\n")]
+        marks.append(Mark(gap.line, gap.line, (*planted, *[""] * gap.blank)))
+        ask = rng.choice(_QUESTIONS[spec.phrasing])
+        made.append((ask.format(what=what.format(**fields)), value))
+    else:
+        raise ValueError(f"[make_code_items] there is no room for {len(places)} constants in a text.")
+    values = [value for _, value in made]
+    return marks, [_Question(ask, (value,), _others(values, value)) for ask, value in made]
