@@ -83,8 +83,8 @@ def train_indexers(
         data, tokenizer, config.sequence_length, config.top_k, wanted, report=report
     )
     identity = run_identity(model, fingerprint(sequences), config)
-    state = TrainState(_new_indexers(model, config), config, LayerScore)
-    run = _IndexerRun(model, config, state, *split(sequences, config))
+    state = TrainState(new_indexers(model, config), config, LayerScore)
+    run = IndexerRun(model, config, state, *split(sequences, config))
     run.finish(out, identity, resume, progress)
     return _assemble(out, model, config, state)._replace(left_out=str(report))
 
@@ -92,7 +92,7 @@ def train_indexers(
 class TrainRun:
     """One process's part of a run: steps, evaluations and checkpoints.
 
-    What is learnt is up to :meth:`prepare`, :meth:`learn` and :meth:`score`.
+    What is learnt is up to :meth:`prepare`, :meth:`target`, :meth:`learn` and :meth:`score`.
 
     Args:
         model: The frozen model.
@@ -110,6 +110,10 @@ class TrainRun:
 
     def prepare(self, batch: list, stream: int, number: int) -> Any:
         """Return what the layers share of a batch, given a stream of chance."""
+        raise NotImplementedError
+
+    def target(self, view: LayerView, prepared: Any) -> mx.array:
+        """Return what the modules of one layer are to learn."""
         raise NotImplementedError
 
     def learn(self, module: nn.Module, view: LayerView, prepared: Any) -> tuple:
@@ -142,7 +146,7 @@ class TrainRun:
         batch = _batch(self.train, state.step, config)
         prepared = self.prepare(batch, _TRAIN, state.step)
         gradients, losses = [], []
-        for module, view in self._views(batch):
+        for module, view in self.views(batch):
             loss, gradient = self.learn(module, view, prepared)
             gradient, _ = optim.clip_grad_norm(gradient, config.max_grad_norm)
             mx.eval(loss, gradient)
@@ -184,14 +188,14 @@ class TrainRun:
         scores = []
         for number, sequence in enumerate(self.held_out):
             prepared = self.prepare([sequence], _HELD_OUT, number)
-            views = self._views([sequence])
+            views = self.views([sequence])
             scores.append([self.score(module, view, prepared) for module, view in views])
         return {
             layer: self.state.score_type(*(sum(v) / len(v) for v in zip(*of_layer)))
             for layer, of_layer in zip(self.state.modules, zip(*scores))
         }
 
-    def _views(self, batch: list) -> Iterator[tuple[nn.Module, LayerView]]:
+    def views(self, batch: list) -> Iterator[tuple[nn.Module, LayerView]]:
         """Run the model over a batch; yield the modules with what they learn from."""
         modules = self.state.modules
         tokens = mx.array(pad_batch(batch))
@@ -201,7 +205,7 @@ class TrainRun:
                 yield modules[layer], view
 
 
-class _IndexerRun(TrainRun):
+class IndexerRun(TrainRun):
     """Indexers learn the attention of sampled query rows."""
 
     def prepare(self, batch: list[Sequence], stream: int, number: int) -> mx.array:
@@ -214,20 +218,24 @@ class _IndexerRun(TrainRun):
         ]
         return mx.array(np.stack(rows))
 
+    def target(self, view: LayerView, prepared: mx.array) -> mx.array:
+        """Return the attention of the query rows."""
+        return attention_target(view, prepared)
+
     def learn(self, module: Indexer, view: LayerView, prepared: mx.array) -> tuple:
         """Return loss and gradient of one layer's indexer."""
-        target = attention_target(view, prepared)
+        target = self.target(view, prepared)
         return _loss_and_gradient(module, view.x, prepared, target, self.config)
 
     def score(self, module: Indexer, view: LayerView, prepared: mx.array) -> LayerScore:
         """Return the held-out score of one layer's indexer."""
         scores = row_scores(module, view.x, prepared)
-        target = attention_target(view, prepared)
+        target = self.target(view, prepared)
         is_open = open_keys(prepared, view.x.shape[1], self.config)
         return layer_score(scores, target, is_open, self.config)
 
 
-def _new_indexers(model: Any, config: TrainConfig) -> dict[int, Indexer]:
+def new_indexers(model: Any, config: TrainConfig) -> dict[int, Indexer]:
     """Make the indexers of all layers; the seed alone decides their weights."""
     layers = family_of(model).layers(model)
     args = IndexerArgs(

@@ -94,9 +94,9 @@ def train_retention(
         **run_identity(model, fingerprint(sequences), config),
         "indexers": hash_parameters(beside),
     }
-    state = TrainState(_new_heads(beside, config), config, RetentionScore)
+    state = TrainState(new_heads(beside, config), config, RetentionScore)
     lessons = split(make_lessons(sequences, config), config)
-    _RetentionRun(model, config, state, *lessons).finish(out, identity, resume, progress)
+    RetentionRun(model, config, state, *lessons).finish(out, identity, resume, progress)
     return _assemble(model, out, source, beside, config, state)._replace(left_out=str(report))
 
 
@@ -107,7 +107,7 @@ class _Prepared(NamedTuple):
     learnt: mx.array
 
 
-class _RetentionRun(TrainRun):
+class RetentionRun(TrainRun):
     """Retention heads learn the largest attention of later queries."""
 
     def prepare(self, batch: list[Lesson], stream: int, number: int) -> _Prepared:
@@ -118,7 +118,7 @@ class _RetentionRun(TrainRun):
 
     def learn(self, module: RetentionHead, view: LayerView, prepared: _Prepared) -> tuple:
         """Return loss and gradient of one layer's head."""
-        target = self._target(view, prepared)
+        target = self.target(view, prepared)
 
         def loss():
             return retention_loss(module(view.x), target, prepared.learnt)
@@ -129,10 +129,11 @@ class _RetentionRun(TrainRun):
         self, module: RetentionHead, view: LayerView, prepared: _Prepared
     ) -> RetentionScore:
         """Return the held-out score of one layer's head."""
-        target = self._target(view, prepared)
+        target = self.target(view, prepared)
         return retention_score(module(view.x), target, prepared.learnt)
 
-    def _target(self, view: LayerView, prepared: _Prepared) -> mx.array:
+    def target(self, view: LayerView, prepared: _Prepared) -> mx.array:
+        """Return the largest attention that the keys will get."""
         return future_attention(view, prepared.queries, self.config.min_distance)
 
 
@@ -178,7 +179,7 @@ def retention_score(
     return RetentionScore(retention_loss(scores, target, learnt).item(), *agreement)
 
 
-def _new_heads(
+def new_heads(
     indexers: Mapping[int, Indexer], config: RetentionConfig
 ) -> dict[int, RetentionHead]:
     """Make a head beside each indexer; the seed alone decides their weights."""
