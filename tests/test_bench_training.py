@@ -10,14 +10,16 @@ from mlx.utils import tree_flatten
 
 from mlx_dsa.bench import BENCH_SHAPES, bench_training, random_model
 from mlx_dsa.bench.models import BenchShape
-from mlx_dsa.bench.training import PARTS
+from mlx_dsa.bench.training import PARTS, TRAINED
 from mlx_dsa.cli import main
 from mlx_dsa.families import family_of
 from mlx_dsa.train import RetentionConfig, TrainConfig
 from mlx_dsa.train.loop import TrainRun
 
-SMALL = BenchShape(64, 2, 128, 4, 2, 32, 101, True, (2, 12, 8), 16)
-CONFIG = TrainConfig(sequence_length=64, top_k=40, n_sink=1, n_recent=2, query_rows=8)
+SMALL = BenchShape(384, 2, 128, 4, 2, 32, 101, True, (2, 12, 8), 16)
+CONFIG = TrainConfig(
+    sequence_length=64, top_k=40, n_sink=1, n_recent=2, query_rows=8, index_n_heads=8
+)
 RETENTION = RetentionConfig(sequence_length=64, retention_dim=4, min_distance=2)
 
 
@@ -73,13 +75,19 @@ def test_parts_and_medians_on_a_fake_clock(model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind, name", [("indexers", "attention_target"), ("retention", "future_attention")]
+    "kind, name",
+    [
+        ("indexers", "attention_target"),
+        ("retention", "future_attention"),
+        ("both", "attention_target"),
+        ("both", "future_attention"),
+    ],
 )
 def test_targets_are_a_part_of_their_own(model, monkeypatch, kind, name):
     from mlx_dsa.train import loop, retention
 
     clock = Clock(monkeypatch, 0, [0, 0])
-    module = loop if kind == "indexers" else retention
+    module = loop if name == "attention_target" else retention
     original = getattr(module, name)
 
     def slow(*arguments):
@@ -93,11 +101,11 @@ def test_targets_are_a_part_of_their_own(model, monkeypatch, kind, name):
 
 def test_every_context_and_kind_has_a_row(model):
     told = []
-    rows = rows_of(model, [40, 64], steps=1, progress=lambda *now: told.append(now))
-    kinds = [(40, "indexers"), (40, "retention"), (64, "indexers"), (64, "retention")]
+    rows = rows_of(model, [40, 64], of=TRAINED, steps=1, progress=lambda *now: told.append(now))
+    kinds = [(context, kind) for context in (40, 64) for kind in TRAINED]
     assert [(row["context"], row["of"]) for row in rows] == kinds
-    assert [now[0] for now in told] == list(range(9))  # a step that warms up, and one
-    assert {now[1] for now in told} == {8}
+    assert [now[0] for now in told] == list(range(13))  # a step that warms up, and one
+    assert {now[1] for now in told} == {12}
     for row in rows:
         assert set(row["parts_s"]) == set(PARTS) and min(row["parts_s"].values()) > 0
         assert row["step_s"] > 0 and row["peak_memory_gb"] > 0
@@ -158,17 +166,17 @@ def test_the_command_writes_what_it_measured(small_shape, tmp_path):
     assert result.exit_code == 0, result.output
     last = json.loads(out.read_text())
     assert set(last) == {"rows", "training", "config", "device", "versions"}
-    assert [row["of"] for row in last["rows"]] == ["indexers", "retention"]
+    assert [row["of"] for row in last["rows"]] == ["both"]
     assert last["config"]["steps"] == 1 and last["training"]["chunk_size"] == 64
     assert not out.with_suffix(".jsonl").exists()
     assert "10M tokens" in result.stdout and " h" in result.stdout
 
 
-def test_one_kind_alone(small_shape):
-    result = run("--contexts", "300", "--steps", 1, "--of", "retention")
+def test_kinds_apart(small_shape):
+    result = run("--contexts", "300", "--steps", 1, "--of", "retention", "--of", "indexers")
     assert result.exit_code == 0, result.output
     last = json.loads(result.stdout.splitlines()[-1])
-    assert [row["of"] for row in last["rows"]] == ["retention"]
+    assert [row["of"] for row in last["rows"]] == ["retention", "indexers"]
 
 
 @pytest.mark.parametrize(

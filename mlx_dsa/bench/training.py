@@ -21,8 +21,9 @@ from ..train.loop import IndexerRun, TrainRun, new_indexers
 from ..train.retention import RetentionRun, new_heads
 from ..train.retention_config import RetentionConfig, RetentionScore
 from ..train.state import TrainState
+from ..train.together import BothRun, BothScore, new_modules
 
-TRAINED = ("indexers", "retention")
+TRAINED = ("both", "indexers", "retention")
 PARTS = ("teacher", "targets", "learning")
 # The sizes that docs/training.md trains.
 RECIPE = {
@@ -40,15 +41,15 @@ def bench_training(
     config: TrainConfig,
     retention: RetentionConfig,
     *,
-    of: Iterable[str] = TRAINED,
+    of: Iterable[str] = TRAINED[:1],
     steps: int = 3,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> Iterator[dict[str, Any]]:
     """Time steps of training on random tokens, after one step that does not count.
 
-    The steps are those of :func:`~mlx_dsa.train.train_indexers` and
-    :func:`~mlx_dsa.train.train_retention`. Heads learn from running text read once,
+    The steps are those of :func:`~mlx_dsa.train.train_together`,
+    :func:`~mlx_dsa.train.train_indexers` and :func:`~mlx_dsa.train.train_retention`. Heads learn from running text read once,
     where every query counts: no other row of so many tokens takes as long.
 
     Args:
@@ -58,7 +59,8 @@ def bench_training(
           of a context) and ``steps`` are set here.
         retention (RetentionConfig): Of the retention heads; batch and seed are those
           of the indexers.
-        of (iterable of str): What is trained, of ``TRAINED``. Default: all.
+        of (iterable of str): What is trained, of ``TRAINED``, in runs of their own.
+          Default: ``("both",)``.
         steps (int): Steps that count. Default: ``3``.
         clock (callable): Seconds. Default: ``time.perf_counter``.
         progress (callable): Takes steps done, their number, and what runs.
@@ -125,14 +127,18 @@ def _make_run(
         Sequence(rng.integers(0, vocab, context, dtype=np.int32), nowhere)
         for _ in range(config.batch_size)
     ]
-    indexers = new_indexers(model, config)
-    if kind == "indexers":
-        return IndexerRun(model, config, TrainState(indexers, config, LayerScore), texts, [])
     retention = replace(
         retention, **size, repeat_share=0.0, batch_size=config.batch_size, seed=config.seed
     )
+    lessons = make_lessons(texts, retention)
+    if kind == "both":
+        state = TrainState(new_modules(model, config, retention), config, BothScore)
+        return BothRun(model, config, retention, state, lessons, [])
+    indexers = new_indexers(model, config)
+    if kind == "indexers":
+        return IndexerRun(model, config, TrainState(indexers, config, LayerScore), texts, [])
     state = TrainState(new_heads(indexers, retention), retention, RetentionScore)
-    return RetentionRun(model, retention, state, make_lessons(texts, retention), [])
+    return RetentionRun(model, retention, state, lessons, [])
 
 
 class _Times:

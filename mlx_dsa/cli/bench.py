@@ -44,8 +44,9 @@ from .subject import Subject, open_subject, subject_options
 )
 @click.option(
     "--of",
-    type=click.Choice([*TRAINED, "both"]),
-    help="With --train: what is trained.  [default: both]",
+    type=click.Choice(TRAINED),
+    multiple=True,
+    help="With --train: what is trained. More than once to compare.  [default: both]",
 )
 @click.option(
     "--repeats",
@@ -75,7 +76,7 @@ def bench(
     contexts: list[int],
     ops: bool,
     train: bool,
-    of: str | None,
+    of: tuple[str, ...],
     repeats: int | None,
     steps: int | None,
     chunk: int | None,
@@ -91,7 +92,7 @@ def bench(
     if train:
         _refuse("train", ops=ops, repeats=repeats, plot=plot)
         check_options(given)
-    elif of is not None:
+    elif of:
         raise click.UsageError("--of goes with --train.")
     if ops:
         _refuse("ops", steps=steps, plot=plot)
@@ -101,7 +102,7 @@ def bench(
     with _journal(out) as write:
         if train:
             config["steps"] = steps = steps or 3
-            result = run_training(subject, contexts, of or "both", steps, chunk, write)
+            result = run_training(subject, contexts, of or TRAINED[:1], steps, chunk, write)
         else:
             repeats, chunk = repeats or 3, chunk or 2048
             config |= {"repeats": repeats, "chunk": chunk}

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from ..bench import TRAINED, bench_training
+from ..bench import bench_training
 from ..bench.training import PARTS, RECIPE
 from ..train import RetentionConfig, TrainConfig
 from .eval.show import print_table
@@ -30,7 +30,7 @@ def check_options(given: dict[str, Any]):
 def run_training(
     subject: Subject,
     contexts: list[int],
-    of: str,
+    of: tuple[str, ...],
     steps: int,
     chunk: int | None,
     write: Callable[[dict[str, Any]], None],
@@ -40,7 +40,7 @@ def run_training(
     Args:
         subject (Subject): Whose model to train for.
         contexts (list of int): Tokens of a sequence.
-        of (str): ``"indexers"``, ``"retention"`` or ``"both"``.
+        of (tuple of str): What to train, each in runs of its own.
         steps (int): Steps that count.
         chunk (int, optional): Tokens a chunk of the teacher's pass; ``None`` for what
           train takes.
@@ -61,7 +61,7 @@ def run_training(
             contexts,
             config,
             retention,
-            of=TRAINED if of == "both" else [of],
+            of=of,
             steps=steps,
             progress=progress,
         )

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -21,7 +20,7 @@ from ..indexer import Indexer, RetentionHead
 from .config import TrainProgress, TrainResult
 from .data import fingerprint, load_sequences
 from .lessons import Lesson, make_lessons, stack_queries
-from .loop import TrainRun, split
+from .loop import TrainRun, of_best, split
 from .report import Report
 from .retention_config import RetentionConfig, RetentionScore
 from .state import CHECKPOINT, TrainState, check_out, hash_parameters, run_identity
@@ -79,7 +78,7 @@ def train_retention(
     check_model(model)
     check_out(out, resume)
     beside = load_indexers(source)
-    _check_sizes(model, beside, config)
+    check_sizes(model, beside, config)
     report = Report()
     sequences = load_sequences(
         data,
@@ -116,14 +115,11 @@ class RetentionRun(TrainRun):
         n_keys = mx.array([lesson.n_keys for lesson in batch])[:, None]
         return _Prepared(stack_queries(batch), mx.arange(length) < n_keys)
 
-    def learn(self, module: RetentionHead, view: LayerView, prepared: _Prepared) -> tuple:
-        """Return loss and gradient of one layer's head."""
-        target = self.target(view, prepared)
-
-        def loss():
-            return retention_loss(module(view.x), target, prepared.learnt)
-
-        return nn.value_and_grad(module, loss)()
+    def loss(
+        self, module: RetentionHead, view: LayerView, prepared: _Prepared, target: mx.array
+    ) -> mx.array:
+        """Return the loss of one layer's head."""
+        return retention_loss(module(view.x), target, prepared.learnt)
 
     def score(
         self, module: RetentionHead, view: LayerView, prepared: _Prepared
@@ -191,7 +187,7 @@ def new_heads(
     return heads
 
 
-def _check_sizes(model: Any, indexers: Mapping[int, Indexer], config: RetentionConfig):
+def check_sizes(model: Any, indexers: Mapping[int, Indexer], config: RetentionConfig):
     layers = family_of(model).layers(model)
     width = next(iter(layers.values())).hidden_size
     for layer, indexer in indexers.items():
@@ -229,11 +225,7 @@ def _assemble(
         together[layer] = Indexer(args)
         parameters = {**indexer.parameters(), "retention": head.parameters()}
         together[layer].update(parameters)
-    scores = {
-        layer: {"best_step": state.best_steps[layer], **score._asdict()}
-        for layer, score in state.best_scores.items()
-    }
-    retention = {"train": dataclasses.asdict(config), "held_out": scores}
+    retention = {"train": dataclasses.asdict(config), "held_out": of_best(state)}
     metadata = {**_metadata(source), "retention_dim": config.retention_dim}
     path = save_indexers(out, together, {**metadata, "retention": retention})
     (out / CHECKPOINT).unlink()
