@@ -460,6 +460,16 @@ def interrupted(tmp_path, **changed):
     return data, out
 
 
+def test_an_interruption_between_steps_is_saved(tmp_path):
+    """Of steps that take a minute, those since the last checkpoint would be lost."""
+    data, out = interrupted(tmp_path)  # after 3 steps; a checkpoint is written every 2
+    config, seen = TrainConfig(**SMALL), []
+    train_indexers(
+        make_model(), make_tokenizer(), data, out, config, resume=True, progress=seen.append
+    )
+    assert seen[0].step == 3
+
+
 def test_resume_refuses_another_run(tmp_path):
     data, out = interrupted(tmp_path)
     before = (out / "checkpoint.safetensors").read_bytes()

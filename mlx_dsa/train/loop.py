@@ -148,7 +148,11 @@ class TrainRun:
         self.report(progress, None)
         while state.step < config.steps:
             loss = self.take_step()
-            self.report(progress, loss)
+            try:
+                self.report(progress, loss)
+            except KeyboardInterrupt:
+                state.save(out, identity)  # a step is whole here: nothing of it is lost
+                raise
             if state.step % config.checkpoint_every == 0 or state.step == config.steps:
                 state.save(out, identity)
 
