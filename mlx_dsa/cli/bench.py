@@ -87,7 +87,8 @@ def bench(
     """Time dense mlx-lm and sparse attention on the same prompts, in turns.
 
     Both read prompts of random tokens and then decode. Without --out the last line
-    of standard output is the result as one JSON.
+    of standard output is the result as one JSON. With --train no sparse attention is
+    timed but the training of what it needs.
     """
     if train:
         _refuse("train", ops=ops, repeats=repeats, plot=plot)
