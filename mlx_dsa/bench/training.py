@@ -49,8 +49,9 @@ def bench_training(
     """Time steps of training on random tokens, after one step that does not count.
 
     The steps are those of :func:`~mlx_dsa.train.train_together`,
-    :func:`~mlx_dsa.train.train_indexers` and :func:`~mlx_dsa.train.train_retention`. Heads learn from running text read once,
-    where every query counts: no other row of so many tokens takes as long.
+    :func:`~mlx_dsa.train.train_indexers` and :func:`~mlx_dsa.train.train_retention`.
+    Heads learn from running text read once, where every query counts: no other row of
+    so many tokens takes as long.
 
     Args:
         model (nn.Module): An unpatched model of mlx-lm.
