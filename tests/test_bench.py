@@ -148,7 +148,8 @@ def test_packed_weights_use_all_their_bits(small_shape):
 
 
 def test_shapes_are_those_of_the_published_models():
-    assert set(BENCH_SHAPES) == {"qwen3-8b", "qwen3-4b", "qwen3-0.6b", "tiny"}
+    qwen3 = {"qwen3-8b", "qwen3-4b", "qwen3-0.6b", "tiny"}
+    assert set(BENCH_SHAPES) == {*qwen3, "qwen2.5-coder-0.5b", "smollm2-135m"}
     shape = BENCH_SHAPES["qwen3-8b"]
     # The published indexers: 2,003,427 parameters a layer.
     n_heads, dims, _ = shape.indexer

@@ -13,11 +13,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, layer_of, make_indexers, make_model
+from builders import SHAPES, layer_of, make_indexers, make_model, make_tokens
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_dsa import load_indexers, patch_sparse_generate
+from mlx_dsa.families.family import Family
 from mlx_dsa.train import TrainConfig, train_indexers
 from mlx_dsa.train import teacher as teacher_module
 from mlx_dsa.train.data import Sequence, load_sequences, sample_rows
@@ -88,6 +89,17 @@ def test_views_are_what_attention_receives(shape, monkeypatch):
         assert len(views) == len(seen) == len(model.layers)
         for view, x in zip(views, seen):
             assert mx.allclose(view.x, x.astype(mx.float32), atol=1e-4)
+
+
+def test_keys_and_values_of_earlier_layers_are_let_go(monkeypatch):
+    model, made = make_model(layers=3), []
+    make_caches = Family.make_caches
+    keep = lambda *a: made.append(make_caches(*a)) or made[-1]  # noqa: E731
+    monkeypatch.setattr(Family, "make_caches", keep)
+    held = []  # tokens of each layer's cache, None where it is gone
+    for _ in layer_views(model, make_tokens(40), 16):
+        held.append([cache and cache.offset for cache in made[0]])
+    assert held == [[0, 0, 0], [None, 0, 0], [None, None, 0]]
 
 
 @pytest.mark.parametrize("shape", ["gqa2", "mqa", "yarn", "moe"])
@@ -446,6 +458,16 @@ def interrupted(tmp_path, **changed):
             make_model(), make_tokenizer(), data, out, TrainConfig(**SMALL), progress=stop
         )
     return data, out
+
+
+def test_an_interruption_between_steps_is_saved(tmp_path):
+    """Of steps that take a minute, those since the last checkpoint would be lost."""
+    data, out = interrupted(tmp_path)  # after 3 steps; a checkpoint is written every 2
+    config, seen = TrainConfig(**SMALL), []
+    train_indexers(
+        make_model(), make_tokenizer(), data, out, config, resume=True, progress=seen.append
+    )
+    assert seen[0].step == 3
 
 
 def test_resume_refuses_another_run(tmp_path):

@@ -3,6 +3,7 @@
 from .end_to_end import Pass, bench, check_contexts
 from .models import BENCH_SHAPES, BenchShape, random_model
 from .ops import OpsShape, Rates, bench_ops, measure_ops, measure_rates
+from .training import TRAINED, bench_training
 from .tune import tune
 
 __all__ = [
@@ -11,8 +12,10 @@ __all__ = [
     "OpsShape",
     "Pass",
     "Rates",
+    "TRAINED",
     "bench",
     "bench_ops",
+    "bench_training",
     "check_contexts",
     "measure_ops",
     "measure_rates",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import qwen3
+from mlx_lm.models import llama, qwen2, qwen3
 
 from ..indexer import Indexer, IndexerArgs
 from ..presets import runs_float32
@@ -19,10 +19,11 @@ _POSITIONS = 1 << 20
 # The published indexers of Qwen3-8B: heads, dims of a head, dims that RoPE rotates.
 _INDEXER = (6, 69, 64)
 _RETENTION_DIM = 64
+_MODULES = {"qwen3": qwen3, "qwen2": qwen2, "llama": llama}
 
 
 class BenchShape(NamedTuple):
-    """What a Qwen3 model and its indexers are made of.
+    """What a model and its indexers are made of.
 
     Args:
         hidden_size (int): Width of the hidden state.
@@ -35,6 +36,8 @@ class BenchShape(NamedTuple):
         tied (bool): Whether input and output share one embedding.
         indexer (tuple of int): Index heads, dims of one, dims that RoPE rotates.
         retention_dim (int): Width of the retention head's hidden layer.
+        model_type (str): As in the model's config. Default: ``"qwen3"``.
+        rope_theta (float): Base of the model's RoPE. Default: ``1e6``.
     """
 
     hidden_size: int
@@ -47,12 +50,23 @@ class BenchShape(NamedTuple):
     tied: bool
     indexer: tuple[int, int, int] = _INDEXER
     retention_dim: int = _RETENTION_DIM
+    model_type: str = "qwen3"
+    rope_theta: float = 1e6
 
+
+# Indexers of models with small heads.
+_SMALL_INDEXER = (4, 64, 32)
 
 BENCH_SHAPES = {
     "qwen3-8b": BenchShape(4096, 36, 12288, 32, 8, 128, 151936, False),
     "qwen3-4b": BenchShape(2560, 36, 9728, 32, 8, 128, 151936, True),
     "qwen3-0.6b": BenchShape(1024, 28, 3072, 16, 8, 128, 151936, True),
+    "qwen2.5-coder-0.5b": BenchShape(
+        896, 24, 4864, 14, 2, 64, 151936, True, _SMALL_INDEXER, 64, "qwen2"
+    ),
+    "smollm2-135m": BenchShape(
+        576, 30, 1536, 9, 3, 64, 49152, True, _SMALL_INDEXER, 64, "llama", 1e5
+    ),
     # That of the bundled model.
     "tiny": BenchShape(256, 8, 768, 4, 2, 64, 4096, True, (4, 32, 16), 32),
 }
@@ -90,7 +104,8 @@ def random_model(
     shape = BENCH_SHAPES[name]
     dtype = mx.float32 if runs_float32() else mx.bfloat16
     mx.random.seed(seed)
-    model = qwen3.Model(_model_args(shape))
+    module = _MODULES[shape.model_type]
+    model = module.Model(module.ModelArgs.from_dict(_model_args(shape)))
     model.set_dtype(dtype)
     if bits < 16:
         nn.quantize(model, group_size=_GROUP, bits=bits)
@@ -107,9 +122,9 @@ def random_model(
     return model, indexers
 
 
-def _model_args(shape: BenchShape) -> qwen3.ModelArgs:
-    return qwen3.ModelArgs(
-        model_type="qwen3",
+def _model_args(shape: BenchShape) -> dict[str, Any]:
+    return dict(
+        model_type=shape.model_type,
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.n_layers,
         intermediate_size=shape.intermediate_size,
@@ -119,7 +134,7 @@ def _model_args(shape: BenchShape) -> qwen3.ModelArgs:
         vocab_size=shape.vocab_size,
         tie_word_embeddings=shape.tied,
         rms_norm_eps=1e-6,
-        rope_theta=1e6,
+        rope_theta=shape.rope_theta,
         max_position_embeddings=_POSITIONS,
     )
 
@@ -134,6 +149,8 @@ def _randomise(model: nn.Module, bits: int):
 
 
 def _random_like(name: str, old: mx.array, bits: int) -> mx.array:
+    if name == "bias":
+        return mx.zeros(old.shape, old.dtype)
     if old.ndim == 1:
         return mx.ones(old.shape, old.dtype)  # of a norm
     if old.dtype == mx.uint32:

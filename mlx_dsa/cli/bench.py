@@ -13,19 +13,20 @@ import click
 import mlx.core as mx
 from rich.console import Console
 
-from ..bench import OpsShape, bench_ops, check_contexts
+from ..bench import TRAINED, OpsShape, bench_ops, check_contexts
 from ..bench import bench as run_bench
 from ..bench.plot import plot as draw
 from ..evals.results import device, versions, write_text
 from ..families import family_of
 from ..presets import runs_float32
+from .bench_training import check_options, run_training
 from .command import Command
 from .eval.options import Numbers
 from .eval.show import print_table
 from .options import plot_option
 from .outputs import OutputPath
 from .progress import counting_bar
-from .subject import Subject, chunk_option, open_subject, subject_options
+from .subject import Subject, open_subject, subject_options
 
 
 @click.command(cls=Command)
@@ -39,18 +40,30 @@ from .subject import Subject, chunk_option, open_subject, subject_options
 )
 @click.option("--ops", is_flag=True, help="Time the operations of prefill one by one.")
 @click.option(
+    "--train", is_flag=True, help="Time steps of mlx-dsa train, which needs no indexers."
+)
+@click.option(
+    "--of",
+    type=click.Choice(TRAINED),
+    multiple=True,
+    help="With --train: what is trained. More than once to compare.  [default: both]",
+)
+@click.option(
     "--repeats",
     type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
-    help="Passes of each kind, taken in turns; their medians count.",
+    help="Passes of each kind, taken in turns; their medians count.  [default: 3]",
 )
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
-    help="Steps of decode that count, rounded up to blocks of 256.  [default: 256]",
+    help="Steps of decode that count, rounded up to blocks of 256; with --train steps of "
+    "training.  [default: 256; 3]",
 )
-@chunk_option
+@click.option(
+    "--chunk",
+    type=click.IntRange(min=1),
+    help="Tokens of the prompt that are read at once.  [default: 2048; with --train 512]",
+)
 @click.option(
     "--out",
     metavar="FILE.json",
@@ -62,9 +75,11 @@ from .subject import Subject, chunk_option, open_subject, subject_options
 def bench(
     contexts: list[int],
     ops: bool,
-    repeats: int,
+    train: bool,
+    of: tuple[str, ...],
+    repeats: int | None,
     steps: int | None,
-    chunk: int,
+    chunk: int | None,
     out: str | None,
     plot: str | None,
     **given: Any,
@@ -72,20 +87,31 @@ def bench(
     """Time dense mlx-lm and sparse attention on the same prompts, in turns.
 
     Both read prompts of random tokens and then decode. Without --out the last line
-    of standard output is the result as one JSON.
+    of standard output is the result as one JSON. With --train no sparse attention is
+    timed but the training of what it needs.
     """
-    if ops and (steps is not None or plot is not None):
-        option = "--steps" if steps is not None else "--plot"
-        raise click.UsageError(f"{option} has no effect with --ops. Leave one of them out.")
+    if train:
+        _refuse("train", ops=ops, repeats=repeats, plot=plot)
+        check_options(given)
+    elif of:
+        raise click.UsageError("--of goes with --train.")
+    if ops:
+        _refuse("ops", steps=steps, plot=plot)
     subject = open_subject(**given)
-    config = {"model": subject.name, **asdict(subject.config)}
-    config |= {"contexts": contexts, "repeats": repeats, "chunk": chunk}
+    config = {"model": subject.name, **({} if train else asdict(subject.config))}
+    config["contexts"] = contexts
     with _journal(out) as write:
-        if ops:
-            result = _ops(subject, contexts, repeats, chunk, write)
+        if train:
+            config["steps"] = steps = steps or 3
+            result = run_training(subject, contexts, of or TRAINED[:1], steps, chunk, write)
         else:
-            config["steps"] = steps = steps or 256
-            result = _end_to_end(subject, contexts, repeats, steps, chunk, write)
+            repeats, chunk = repeats or 3, chunk or 2048
+            config |= {"repeats": repeats, "chunk": chunk}
+            if ops:
+                result = _ops(subject, contexts, repeats, chunk, write)
+            else:
+                config["steps"] = steps = steps or 256
+                result = _end_to_end(subject, contexts, repeats, steps, chunk, write)
         result |= {"config": config, "device": device(), "versions": versions()}
         if out:
             write_text(out, json.dumps(result, indent=1) + "\n")
@@ -96,6 +122,15 @@ def bench(
         click.echo(f"Wrote {path}")
     if not out:
         click.echo(json.dumps(result))
+
+
+def _refuse(kind: str, **given: Any):
+    """Raise a UsageError if an option has no effect with ``--kind``."""
+    for name, value in given.items():
+        if value:
+            raise click.UsageError(
+                f"--{name} has no effect with --{kind}. Leave one of them out."
+            )
 
 
 @contextmanager

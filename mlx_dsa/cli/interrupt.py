@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 
 
 class Interrupt:
@@ -12,9 +13,13 @@ class Interrupt:
     An exception in the middle of a step would leave layers that have seen
     different tokens; so the generation loop asks this object between steps.
     Calling it tells whether Ctrl-C was pressed.
+
+    Args:
+        pressed (callable, optional): Called at the first Ctrl-C. Default: ``None``.
     """
 
-    def __init__(self):
+    def __init__(self, pressed: Callable[[], None] | None = None):
+        self._tell = pressed
         self._pressed = False
         self._previous = None
 
@@ -37,3 +42,5 @@ class Interrupt:
         if self._pressed:
             raise KeyboardInterrupt
         self._pressed = True
+        if self._tell is not None:
+            self._tell()

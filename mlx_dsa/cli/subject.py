@@ -12,7 +12,7 @@ from ..bench import BENCH_SHAPES, BenchShape, random_model
 from ..config import SparseConfig
 from ..indexer import Indexer
 from ..ops import check_backend
-from ..presets import load_settings, resolve
+from ..presets import load_model, load_settings, preset_names, resolve
 from .options import add_options, model_options, settings_from, sparse_options, subject_name
 from .session import hint_at_blas
 
@@ -21,7 +21,7 @@ _OPTIONS = (
         "--model-shape",
         type=click.Choice(list(BENCH_SHAPES)),
         help="In place of a model: random weights of this shape, with random indexers "
-        "and the settings of the preset of that name.",
+        "and the settings of the preset of that name, if there is one.",
     ),
     click.option(
         "--bits",
@@ -56,12 +56,14 @@ class Subject(NamedTuple):
         name (str): As the user named it.
         config (SparseConfig): How it runs.
         load (callable): Returns the model, not patched, and its indexers.
+        load_model (callable): Returns the model alone, which may have no indexers.
         shape (BenchShape, optional): Of random weights.
     """
 
     name: str
     config: SparseConfig
     load: Callable[[], tuple[nn.Module, Mapping[int, Indexer]]]
+    load_model: Callable[[], nn.Module]
     shape: BenchShape | None = None
 
 
@@ -91,13 +93,15 @@ def open_subject(*, model_shape: str | None, bits: str | None, **given: Any) -> 
         if given.pop(name) is not None:
             raise click.UsageError(f"--{name} and --model-shape exclude each other.")
     overrides = {k: v for k, v in given.items() if v is not None}
-    config = resolve(model_shape, **overrides).config
+    preset = model_shape if model_shape in preset_names() else None
+    config = resolve(preset, **overrides, model=model_shape).config
     check_backend(config.backend)
     n_bits = int(bits or 4)
     return Subject(
         f"random {model_shape}, {n_bits} bits",
         config,
         lambda: random_model(model_shape, n_bits),
+        lambda: random_model(model_shape, n_bits)[0],
         BENCH_SHAPES[model_shape],
     )
 
@@ -111,4 +115,4 @@ def _named(given: dict[str, Any]) -> Subject:
         preset = load_settings(settings)
         return preset.model, preset.indexers
 
-    return Subject(name, settings.config, load)
+    return Subject(name, settings.config, load, lambda: load_model(settings.model)[0])

@@ -9,21 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeRemainingColumn
 
 from ..hub import INDEXER_FILES, fetch
 from ..presets import load_model, preset_names
 from ..train import (
-    LayerScore,
     RetentionConfig,
-    RetentionScore,
     TrainConfig,
-    TrainProgress,
     TrainResult,
     train_indexers,
     train_retention,
+    train_together,
 )
 from ..train.state import CHECKPOINT, FINISHED, check_out
 from .command import Command
@@ -31,6 +26,7 @@ from .fitting import fitting_chat
 from .options import SEED, settings_from
 from .outputs import OutputPath
 from .session import hint_at_blas
+from .training import Display, describe, worst_layer
 
 HELP = {
     "steps": "Optimizer steps.",
@@ -64,7 +60,7 @@ RETENTION_HELP = {
 
 def _training_options(command):
     options = {field.name: field for field in (*fields(TrainConfig), *fields(RetentionConfig))}
-    help_ = {**HELP, **{k: f"With --retention: {v}" for k, v in RETENTION_HELP.items()}}
+    help_ = {**HELP, **{k: f"Heads: {v}" for k, v in RETENTION_HELP.items()}}
     for name in reversed(help_):
         default = options[name].default
         text = f"{help_[name]}  [default: {default}]"
@@ -91,6 +87,7 @@ def _training_options(command):
     help="A new folder to write to.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--both", is_flag=True, help="Train retention heads with the indexers, in one run.")
 @click.option("--retention", is_flag=True, help="Add retention heads to indexers.")
 @click.option(
     "--indexer",
@@ -105,6 +102,7 @@ def train(
     data: str,
     out: str,
     resume: bool,
+    both: bool,
     retention: bool,
     indexer: str | None,
     config: str | None,
@@ -112,13 +110,16 @@ def train(
 ):
     """Train indexers for a model, which itself is not changed.
 
-    With --retention, train the heads beside them that say which entries of the
-    cache later questions will need. A run that was interrupted goes on with
-    --resume, to the same end.
+    With --both, train beside them the heads that say which entries of the cache later
+    questions will need; with --retention, add such heads to indexers that are there.
+    Ctrl-C stops a run after the step, and the same command with --resume goes on, to
+    the same end.
     """
     if preset and model:
         raise click.UsageError("--preset and --model exclude each other here.")
-    settings = _settings(RetentionConfig if retention else TrainConfig, config, given)
+    if both and retention:
+        raise click.UsageError("--both trains indexers and heads: leave --retention out.")
+    settings = _settings(both, retention, config, given)
     known = settings_from(preset=preset, model=model, indexer=indexer)
     name = known.model
     wanted: dict[str, Any] = {"resume": resume}
@@ -133,10 +134,10 @@ def train(
     check_out(Path(out), resume)
     hint_at_blas()
     base, tokenizer = load_model(name)
-    run = train_retention if retention else train_indexers
+    run = train_together if both else train_retention if retention else train_indexers
     try:
-        with _Display() as display:
-            result = run(base, tokenizer, data, out, settings, progress=display, **wanted)
+        with Display() as display:
+            result = run(base, tokenizer, data, out, *settings, progress=display, **wanted)
     except KeyboardInterrupt:
         begun = (Path(out) / CHECKPOINT).exists()
         again = " The same command with --resume goes on." if begun else ""
@@ -144,7 +145,7 @@ def train(
         sys.exit(130)
     _report(result)
     named = {"preset": preset, "model": model}
-    for line in fitting_chat(named, result.path, settings):
+    for line in fitting_chat(named, result.path, settings[0]):
         click.echo(line)
 
 
@@ -157,23 +158,39 @@ def _check_resume(out: Path):
 
 
 def _report(result: TrainResult):
-    best = ", ".join(f"{layer}: {step}" for layer, step in result.best_steps.items())
+    best = ", ".join(f"{layer}: {_step(step)}" for layer, step in result.best_steps.items())
     click.echo(f"Best step of each layer: {best}")
-    click.echo(f"Best steps together: {_describe(result.scores)}")
+    click.echo(f"Best steps together: {describe(result.scores)}")
+    if worst := worst_layer(result.scores):
+        click.echo(worst)
     click.echo(f"Wrote {result.path}")
     if result.left_out:
         click.echo(result.left_out, err=True)
 
 
-def _settings(kind: type, config: str | None, given: dict[str, Any]) -> Any:
-    """Build a config from a file and the command line, which goes over it."""
+def _step(step: int | list[int]) -> str:
+    return "/".join(map(str, step)) if isinstance(step, list) else str(step)
+
+
+def _settings(
+    both: bool, retention: bool, config: str | None, given: dict[str, Any]
+) -> list[TrainConfig | RetentionConfig]:
+    """Build the configs from a file and the command line, which goes over it."""
+    kinds = [RetentionConfig] if retention else [TrainConfig, RetentionConfig][: 1 + both]
+    fields_of = {kind: [field.name for field in fields(kind)] for kind in kinds}
+    known = set().union(*fields_of.values())
     given = {name: value for name, value in given.items() if value is not None}
-    known = [field.name for field in fields(kind)]
     for name in given:
         if name not in known:
-            with_it = "with" if kind is TrainConfig else "without"
-            raise click.UsageError(f"--{name.replace('_', '-')} goes {with_it} --retention.")
-    return kind.from_dict({**_read_config(config), **given})
+            where = "without --retention" if retention else "with --retention or --both"
+            raise click.UsageError(f"--{name.replace('_', '-')} goes {where}.")
+    values = {**_read_config(config), **given}
+    configs = []
+    for kind in kinds:
+        # A key that is in neither goes to the first, which refuses it.
+        others = known.difference(fields_of[kind])
+        configs.append(kind.from_dict({k: v for k, v in values.items() if k not in others}))
+    return configs
 
 
 def _read_config(file: str | None) -> dict[str, Any]:
@@ -186,44 +203,3 @@ def _read_config(file: str | None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"[train] {file} must hold a JSON object.")
     return values
-
-
-class _Display:
-    """Show a bar with the loss, and a line for each evaluation."""
-
-    def __init__(self):
-        self._bar = Progress(
-            TextColumn("Training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task = self._bar.add_task("")
-
-    def __call__(self, now: TrainProgress):
-        loss = "" if now.loss is None else f"loss {now.loss:.4f}"
-        self._bar.update(
-            self._task, completed=now.step, total=now.steps, description=loss
-        )
-        if now.held_out:
-            line = f"step {now.step:,}: held out {_describe(now.held_out)}"
-            self._bar.console.print(line, soft_wrap=True, highlight=False)
-
-    def __enter__(self) -> _Display:
-        if self._bar.console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exception):
-        self._bar.stop()
-
-
-def _describe(scores: dict[int, LayerScore] | dict[int, RetentionScore]) -> str:
-    means = [sum(s) / len(scores) for s in zip(*scores.values())]
-    if isinstance(next(iter(scores.values())), RetentionScore):
-        return "loss {:.4f}, rank agreement at 1/16 {:.3f}, at 1/8 {:.3f}".format(*means)
-    text = "loss {:.4f}, recall@K {:.3f}, mass@K {:.3f} (the teacher's own top-k: {:.3f})"
-    return text.format(*means)

@@ -4,8 +4,10 @@ from .config import LayerScore, TrainConfig, TrainProgress, TrainResult
 from .loop import train_indexers
 from .retention import train_retention
 from .retention_config import RetentionConfig, RetentionScore
+from .together import BothScore, train_together
 
 __all__ = [
+    "BothScore",
     "LayerScore",
     "RetentionConfig",
     "RetentionScore",
@@ -14,4 +16,5 @@ __all__ = [
     "TrainResult",
     "train_indexers",
     "train_retention",
+    "train_together",
 ]

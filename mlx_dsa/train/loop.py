@@ -83,16 +83,16 @@ def train_indexers(
         data, tokenizer, config.sequence_length, config.top_k, wanted, report=report
     )
     identity = run_identity(model, fingerprint(sequences), config)
-    state = TrainState(_new_indexers(model, config), config, LayerScore)
-    run = _IndexerRun(model, config, state, *split(sequences, config))
+    state = TrainState(new_indexers(model, config), config, LayerScore)
+    run = IndexerRun(model, config, state, *split(sequences, config))
     run.finish(out, identity, resume, progress)
-    return _assemble(out, model, config, state)._replace(left_out=str(report))
+    return assemble(out, model, config, state)._replace(left_out=str(report))
 
 
 class TrainRun:
     """One process's part of a run: steps, evaluations and checkpoints.
 
-    What is learnt is up to :meth:`prepare`, :meth:`learn` and :meth:`score`.
+    What is learnt is up to :meth:`prepare`, :meth:`target`, :meth:`loss` and :meth:`score`.
 
     Args:
         model: The frozen model.
@@ -112,9 +112,25 @@ class TrainRun:
         """Return what the layers share of a batch, given a stream of chance."""
         raise NotImplementedError
 
+    def target(self, view: LayerView, prepared: Any) -> mx.array:
+        """Return what the modules of one layer are to learn."""
+        raise NotImplementedError
+
+    def loss(self, module: nn.Module, view: LayerView, prepared: Any, target: Any) -> mx.array:
+        """Return the loss of one layer's module, a scalar."""
+        raise NotImplementedError
+
     def learn(self, module: nn.Module, view: LayerView, prepared: Any) -> tuple:
         """Return loss and gradient of one layer's module."""
-        raise NotImplementedError
+        target = self.target(view, prepared)
+        value_and_grad = nn.value_and_grad(
+            module, lambda: self.loss(module, view, prepared, target)
+        )
+        return value_and_grad()
+
+    def clip(self, gradient: dict) -> dict:
+        """Scale the gradient of one layer's module down to the norm that it may have."""
+        return optim.clip_grad_norm(gradient, self.config.max_grad_norm)[0]
 
     def score(self, module: nn.Module, view: LayerView, prepared: Any) -> tuple:
         """Return the held-out score of one layer's module."""
@@ -132,7 +148,11 @@ class TrainRun:
         self.report(progress, None)
         while state.step < config.steps:
             loss = self.take_step()
-            self.report(progress, loss)
+            try:
+                self.report(progress, loss)
+            except KeyboardInterrupt:
+                state.save(out, identity)  # a step is whole here: nothing of it is lost
+                raise
             if state.step % config.checkpoint_every == 0 or state.step == config.steps:
                 state.save(out, identity)
 
@@ -142,9 +162,9 @@ class TrainRun:
         batch = _batch(self.train, state.step, config)
         prepared = self.prepare(batch, _TRAIN, state.step)
         gradients, losses = [], []
-        for module, view in self._views(batch):
+        for module, view in self.views(batch):
             loss, gradient = self.learn(module, view, prepared)
-            gradient, _ = optim.clip_grad_norm(gradient, config.max_grad_norm)
+            gradient = self.clip(gradient)
             mx.eval(loss, gradient)
             gradients.append(gradient)
             losses.append(loss)
@@ -184,14 +204,14 @@ class TrainRun:
         scores = []
         for number, sequence in enumerate(self.held_out):
             prepared = self.prepare([sequence], _HELD_OUT, number)
-            views = self._views([sequence])
+            views = self.views([sequence])
             scores.append([self.score(module, view, prepared) for module, view in views])
         return {
             layer: self.state.score_type(*(sum(v) / len(v) for v in zip(*of_layer)))
             for layer, of_layer in zip(self.state.modules, zip(*scores))
         }
 
-    def _views(self, batch: list) -> Iterator[tuple[nn.Module, LayerView]]:
+    def views(self, batch: list) -> Iterator[tuple[nn.Module, LayerView]]:
         """Run the model over a batch; yield the modules with what they learn from."""
         modules = self.state.modules
         tokens = mx.array(pad_batch(batch))
@@ -201,7 +221,7 @@ class TrainRun:
                 yield modules[layer], view
 
 
-class _IndexerRun(TrainRun):
+class IndexerRun(TrainRun):
     """Indexers learn the attention of sampled query rows."""
 
     def prepare(self, batch: list[Sequence], stream: int, number: int) -> mx.array:
@@ -214,20 +234,27 @@ class _IndexerRun(TrainRun):
         ]
         return mx.array(np.stack(rows))
 
-    def learn(self, module: Indexer, view: LayerView, prepared: mx.array) -> tuple:
-        """Return loss and gradient of one layer's indexer."""
-        target = attention_target(view, prepared)
-        return _loss_and_gradient(module, view.x, prepared, target, self.config)
+    def target(self, view: LayerView, prepared: mx.array) -> mx.array:
+        """Return the attention of the query rows."""
+        return attention_target(view, prepared)
+
+    def loss(
+        self, module: Indexer, view: LayerView, prepared: mx.array, target: mx.array
+    ) -> mx.array:
+        """Return the divergence of one layer's indexer from its attention."""
+        scores = row_scores(module, view.x, prepared)
+        is_open = open_keys(prepared, view.x.shape[1], self.config)
+        return distillation_loss(scores, target, is_open, self.config)
 
     def score(self, module: Indexer, view: LayerView, prepared: mx.array) -> LayerScore:
         """Return the held-out score of one layer's indexer."""
         scores = row_scores(module, view.x, prepared)
-        target = attention_target(view, prepared)
+        target = self.target(view, prepared)
         is_open = open_keys(prepared, view.x.shape[1], self.config)
         return layer_score(scores, target, is_open, self.config)
 
 
-def _new_indexers(model: Any, config: TrainConfig) -> dict[int, Indexer]:
+def new_indexers(model: Any, config: TrainConfig) -> dict[int, Indexer]:
     """Make the indexers of all layers; the seed alone decides their weights."""
     layers = family_of(model).layers(model)
     args = IndexerArgs(
@@ -240,18 +267,6 @@ def _new_indexers(model: Any, config: TrainConfig) -> dict[int, Indexer]:
     return {
         i: Indexer(args).bind(layer, mx.float32, fused=False) for i, layer in layers.items()
     }
-
-
-def _loss_and_gradient(
-    indexer: nn.Module, x: mx.array, rows: mx.array, target: mx.array, config: TrainConfig
-) -> tuple[mx.array, dict]:
-    is_open = open_keys(rows, x.shape[1], config)
-
-    def loss():
-        scores = row_scores(indexer, x, rows)
-        return distillation_loss(scores, target, is_open, config)
-
-    return nn.value_and_grad(indexer, loss)()
 
 
 def split(sequences: list, config: Any) -> tuple[list, list]:
@@ -286,19 +301,24 @@ def _learning_rate(step: int, config: Any) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _assemble(
-    out: Path, model: Any, config: TrainConfig, state: TrainState
-) -> TrainResult:
-    """Save each layer's best step as one file; only then does the checkpoint go."""
-    layers = {
+def of_best(state: TrainState) -> dict[int, dict[str, Any]]:
+    """Return each layer's best step and its scores, for ``run_config.json``."""
+    return {
         layer: {"best_step": state.best_steps[layer], **score._asdict()}
         for layer, score in state.best_scores.items()
     }
+
+
+def assemble(
+    out: Path, model: Any, config: TrainConfig, state: TrainState, more: dict | None = None
+) -> TrainResult:
+    """Save each layer's best step as one file; only then does the checkpoint go."""
     metadata = {
         "model_type": model.model_type,
         "num_hidden_layers": len(model.layers),
         "train": dataclasses.asdict(config),
-        "held_out": layers,
+        "held_out": of_best(state),
+        **(more or {}),
     }
     of_model = family_of(model).layers(model)
     best = {i: module.unweighted(of_model[i]) for i, module in state.best_modules().items()}

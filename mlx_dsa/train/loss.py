@@ -22,10 +22,13 @@ def row_scores(indexer: Indexer, x: mx.array, rows: mx.array) -> mx.array:
     Returns:
         mx.array: Scores ``[B, R, L]``, float32; ``-1e30`` for unseen keys.
     """
+    B, R = rows.shape
     keys = indexer.project_keys(x)
-    queries, weights = indexer.project_queries(x)
-    queries = mx.take_along_axis(queries, rows[:, None, :, None], axis=2)
-    weights = mx.take_along_axis(weights, rows[..., None], axis=1)
+    # Each sampled row is a sequence of its own that begins at its position.
+    sampled = mx.take_along_axis(x, rows[..., None], axis=1).reshape(B * R, 1, -1)
+    queries, weights = indexer.project_queries(sampled, rows.reshape(-1))
+    queries = queries.reshape(B, R, queries.shape[1], -1).swapaxes(1, 2)
+    weights = weights.reshape(B, R, -1)
     scores = mx.maximum(queries @ keys.swapaxes(-1, -2), 0)
     scores = (scores * weights.swapaxes(-1, -2)[..., None]).sum(axis=1)
     return mx.where(visible_keys(rows, x.shape[1]), scores, _UNSEEN)

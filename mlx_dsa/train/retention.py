@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -21,7 +20,7 @@ from ..indexer import Indexer, RetentionHead
 from .config import TrainProgress, TrainResult
 from .data import fingerprint, load_sequences
 from .lessons import Lesson, make_lessons, stack_queries
-from .loop import TrainRun, split
+from .loop import TrainRun, of_best, split
 from .report import Report
 from .retention_config import RetentionConfig, RetentionScore
 from .state import CHECKPOINT, TrainState, check_out, hash_parameters, run_identity
@@ -79,7 +78,7 @@ def train_retention(
     check_model(model)
     check_out(out, resume)
     beside = load_indexers(source)
-    _check_sizes(model, beside, config)
+    check_sizes(model, beside, config)
     report = Report()
     sequences = load_sequences(
         data,
@@ -94,9 +93,9 @@ def train_retention(
         **run_identity(model, fingerprint(sequences), config),
         "indexers": hash_parameters(beside),
     }
-    state = TrainState(_new_heads(beside, config), config, RetentionScore)
+    state = TrainState(new_heads(beside, config), config, RetentionScore)
     lessons = split(make_lessons(sequences, config), config)
-    _RetentionRun(model, config, state, *lessons).finish(out, identity, resume, progress)
+    RetentionRun(model, config, state, *lessons).finish(out, identity, resume, progress)
     return _assemble(model, out, source, beside, config, state)._replace(left_out=str(report))
 
 
@@ -107,7 +106,7 @@ class _Prepared(NamedTuple):
     learnt: mx.array
 
 
-class _RetentionRun(TrainRun):
+class RetentionRun(TrainRun):
     """Retention heads learn the largest attention of later queries."""
 
     def prepare(self, batch: list[Lesson], stream: int, number: int) -> _Prepared:
@@ -116,23 +115,21 @@ class _RetentionRun(TrainRun):
         n_keys = mx.array([lesson.n_keys for lesson in batch])[:, None]
         return _Prepared(stack_queries(batch), mx.arange(length) < n_keys)
 
-    def learn(self, module: RetentionHead, view: LayerView, prepared: _Prepared) -> tuple:
-        """Return loss and gradient of one layer's head."""
-        target = self._target(view, prepared)
-
-        def loss():
-            return retention_loss(module(view.x), target, prepared.learnt)
-
-        return nn.value_and_grad(module, loss)()
+    def loss(
+        self, module: RetentionHead, view: LayerView, prepared: _Prepared, target: mx.array
+    ) -> mx.array:
+        """Return the loss of one layer's head."""
+        return retention_loss(module(view.x), target, prepared.learnt)
 
     def score(
         self, module: RetentionHead, view: LayerView, prepared: _Prepared
     ) -> RetentionScore:
         """Return the held-out score of one layer's head."""
-        target = self._target(view, prepared)
+        target = self.target(view, prepared)
         return retention_score(module(view.x), target, prepared.learnt)
 
-    def _target(self, view: LayerView, prepared: _Prepared) -> mx.array:
+    def target(self, view: LayerView, prepared: _Prepared) -> mx.array:
+        """Return the largest attention that the keys will get."""
         return future_attention(view, prepared.queries, self.config.min_distance)
 
 
@@ -178,7 +175,7 @@ def retention_score(
     return RetentionScore(retention_loss(scores, target, learnt).item(), *agreement)
 
 
-def _new_heads(
+def new_heads(
     indexers: Mapping[int, Indexer], config: RetentionConfig
 ) -> dict[int, RetentionHead]:
     """Make a head beside each indexer; the seed alone decides their weights."""
@@ -190,7 +187,7 @@ def _new_heads(
     return heads
 
 
-def _check_sizes(model: Any, indexers: Mapping[int, Indexer], config: RetentionConfig):
+def check_sizes(model: Any, indexers: Mapping[int, Indexer], config: RetentionConfig):
     layers = family_of(model).layers(model)
     width = next(iter(layers.values())).hidden_size
     for layer, indexer in indexers.items():
@@ -228,11 +225,7 @@ def _assemble(
         together[layer] = Indexer(args)
         parameters = {**indexer.parameters(), "retention": head.parameters()}
         together[layer].update(parameters)
-    scores = {
-        layer: {"best_step": state.best_steps[layer], **score._asdict()}
-        for layer, score in state.best_scores.items()
-    }
-    retention = {"train": dataclasses.asdict(config), "held_out": scores}
+    retention = {"train": dataclasses.asdict(config), "held_out": of_best(state)}
     metadata = {**_metadata(source), "retention_dim": config.retention_dim}
     path = save_indexers(out, together, {**metadata, "retention": retention})
     (out / CHECKPOINT).unlink()

@@ -161,7 +161,7 @@ def check_out(out: Path, resume: bool):
     if CHECKPOINT in found:
         if not resume:
             raise ValueError(
-                f"[train] {out} holds an unfinished run. Resume it, or choose "
+                f"[train] {out} holds an unfinished run. Go on with 'resume', or choose "
                 f"another folder."
             )
     elif FINISHED in found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -13,6 +13,8 @@ from ..families import Layer, family_of
 from ..patch import is_patched
 
 _BLOCK_BYTES = 256 << 20
+# Queries of a block see nearly the same keys where they are few beside the length.
+_BLOCKS = 8
 
 
 class LayerView(NamedTuple):
@@ -44,8 +46,8 @@ def check_model(model: Any):
 def layer_views(model: Any, tokens: mx.array, chunk_size: int) -> Iterator[tuple[int, LayerView]]:
     """Run the model densely, layer by layer, in chunks of queries.
 
-    Only one layer's view and the hidden state are held at a time, and no
-    intermediate is larger than a chunk of queries over all keys.
+    Only one layer's view, its keys and values and the hidden state are held at a
+    time, and no intermediate is larger than a chunk of queries over all keys.
 
     Args:
         model: A model of mlx-lm.
@@ -63,8 +65,10 @@ def layer_views(model: Any, tokens: mx.array, chunk_size: int) -> Iterator[tuple
             view = _view(layers[i], h)
             mx.eval(view)
             yield i, view
+            del view
         if i < max(layers):
             h = _forward(block, h, caches[i], chunk_size)
+            caches[i] = None  # its keys and values are of no more use
 
 
 def attention_target(view: LayerView, rows: mx.array) -> mx.array:
@@ -80,13 +84,9 @@ def attention_target(view: LayerView, rows: mx.array) -> mx.array:
         mx.array: Probabilities ``[B, R, L]`` over the keys, float32; 0 where the
         query does not see the key.
     """
-    B, n_heads, L, _ = view.queries.shape
-    block = max(1, _BLOCK_BYTES // (4 * B * n_heads * L))
-    keys = view.keys.astype(mx.float32)
-    targets = []
-    for start in range(0, rows.shape[1], block):
-        block_rows = rows[:, start : start + block]
-        targets.append(_probabilities(view, keys, block_rows).mean(axis=1))
+    L, targets = view.keys.shape[2], []
+    for mean, _ in _over_heads(view, np.array(rows), mx.mean):
+        targets.append(_up_to(L, mean))
         mx.eval(targets[-1])
     return mx.concatenate(targets, axis=1)
 
@@ -107,18 +107,12 @@ def future_attention(view: LayerView, rows: np.ndarray, min_distance: int) -> mx
         mx.array: The largest probability ``[B, L]`` over heads and queries,
         float32; 0 for a key that no query comes after.
     """
-    B, n_heads, L, _ = view.queries.shape
-    block = max(1, _BLOCK_BYTES // (4 * B * n_heads * L))
-    keys = view.keys.astype(mx.float32)
+    B, _, L, _ = view.keys.shape
     largest = mx.zeros((B, L))
-    for start in range(0, rows.shape[1], block):
-        part = rows[:, start : start + block]
-        end = int(part.max()) + 1  # no query of the block sees a key beyond
-        part = mx.array(part)
-        seen = _probabilities(view, keys[:, :, :end], part).max(axis=1)
-        counts = mx.arange(end) < part[..., None] - min_distance
+    for seen, part in _over_heads(view, rows, mx.max):
+        counts = mx.arange(seen.shape[-1]) < part[..., None] - min_distance
         seen = mx.where(counts, seen, 0).max(axis=1)
-        largest = mx.maximum(largest, mx.pad(seen, [(0, 0), (0, L - end)]))
+        largest = mx.maximum(largest, _up_to(L, seen))
         mx.eval(largest)
     return largest
 
@@ -128,17 +122,48 @@ def visible_keys(rows: mx.array, length: int) -> mx.array:
     return mx.arange(length) <= rows[..., None]
 
 
+def _over_heads(
+    view: LayerView, rows: np.ndarray, reduce: Callable[..., mx.array]
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """Yield the attention of blocks of queries, reduced over heads, and their positions.
+
+    Args:
+        view (LayerView): The layer.
+        rows (np.ndarray): Query positions ``[B, R]``, int32. Where they ascend, a block
+          has few keys that its first query does not see.
+        reduce (callable): As ``mx.max``.
+
+    Yields:
+        tuple: ``[B, r, T]``, float32, over the keys up to the last that a query of the
+        block sees, and positions ``[B, r]``. To be evaluated before the next.
+    """
+    B, n_heads, L, _ = view.queries.shape
+    block = min(_BLOCK_BYTES // (4 * B * n_heads * L), -(-rows.shape[1] // _BLOCKS))
+    block = max(1, block)
+    keys = view.keys.astype(mx.float32)
+    for start in range(0, rows.shape[1], block):
+        part = rows[:, start : start + block]
+        end = int(part.max()) + 1
+        part = mx.array(part)
+        yield reduce(_probabilities(view, keys[:, :, :end], part), axis=1), part
+
+
+def _up_to(length: int, a: mx.array) -> mx.array:
+    """Pad the last axis with zeros."""
+    return mx.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, length - a.shape[-1])])
+
+
 def _probabilities(view: LayerView, keys: mx.array, rows: mx.array) -> mx.array:
     """Return the attention ``[B, Hq, R, T]`` of the queries at ``rows`` to ``keys``."""
     B, n_heads, _, D = view.queries.shape
     n_kv_heads, T, R = keys.shape[1], keys.shape[2], rows.shape[1]
     queries = mx.take_along_axis(view.queries, rows[:, None, :, None], axis=2)
     queries = queries.astype(mx.float32) * view.scale
-    # The query heads of one KV head become rows of one product.
-    queries = queries.reshape(B, n_kv_heads, n_heads // n_kv_heads * R, D)
-    logits = (queries @ keys.swapaxes(-1, -2)).reshape(B, n_heads, R, T)
-    logits = mx.where(visible_keys(rows, T)[:, None], logits, -mx.inf)
-    return mx.softmax(logits, axis=-1)
+    queries = queries.reshape(B, n_kv_heads, n_heads // n_kv_heads, R, D)
+    unseen = mx.where(visible_keys(rows, T), 0, -mx.inf)[:, None, None]
+    # The mask is added inside the product: a pass over the logits less.
+    logits = mx.addmm(unseen, queries, keys.swapaxes(-1, -2)[:, :, None])
+    return mx.softmax(logits.reshape(B, n_heads, R, T), axis=-1)
 
 
 def _view(layer: Layer, h: mx.array) -> LayerView:
@@ -154,5 +179,7 @@ def _forward(block: Any, h: mx.array, cache: Any, chunk_size: int) -> mx.array:
         # A layer without attention keeps a state, and needs no mask.
         mask = create_attention_mask(chunk, cache) if "self_attn" in block else None
         outputs.append(block(chunk, mask, cache))
-        mx.eval(outputs[-1])
+        # One chunk ahead: the device never waits, and holds what two chunks need.
+        mx.async_eval(outputs[-1])
+        mx.eval(outputs[-2:-1])
     return mx.concatenate(outputs, axis=1)

@@ -1,0 +1,101 @@
+"""What a training run shows while it goes on, and says of its scores."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import TimeRemainingColumn
+
+from ..train import BothScore, LayerScore, RetentionScore, TrainProgress
+from .interrupt import Interrupt
+
+_Scores = dict[int, LayerScore] | dict[int, RetentionScore] | dict[int, BothScore]
+# Seconds over which the speed is estimated: a step of a large model takes a minute.
+_SPEED_PERIOD = 3600
+
+
+class Display:
+    """Show a bar with loss and speed, and a line for each evaluation.
+
+    From the first call on, Ctrl-C ends the run after the step, when it is saved; a
+    second Ctrl-C ends it at once.
+    """
+
+    def __init__(self):
+        self._bar = Progress(
+            TextColumn("Training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            speed_estimate_period=_SPEED_PERIOD,
+        )
+        self._task = self._bar.add_task("reading the data, first evaluation", total=None)
+        self._interrupt = Interrupt(self._say_that_it_stops)
+        self._first: TrainProgress | None = None
+
+    def __call__(self, now: TrainProgress):
+        if self._first is None:
+            self._first = now
+            self._interrupt.__enter__()
+        loss = "" if now.loss is None else f"loss {now.loss:.4f}{self._speed(now)}"
+        self._bar.update(
+            self._task, completed=now.step, total=now.steps, description=loss
+        )
+        if now.held_out:
+            line = f"step {now.step:,}: held out {describe(now.held_out)}{self._speed(now)}"
+            self._bar.console.print(line, soft_wrap=True, highlight=False)
+        if self._interrupt() and now.step < now.steps:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Display:
+        if self._bar.console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._interrupt.__exit__()
+        if self._bar.console.is_terminal:
+            self._bar.stop()
+
+    def _speed(self, now: TrainProgress) -> str:
+        """Tell the tokens a second of this process, evaluations and all."""
+        tokens, seconds = now.tokens - self._first.tokens, now.seconds - self._first.seconds
+        return f", {tokens / seconds:,.0f} tokens/s" if tokens and seconds > 0 else ""
+
+    def _say_that_it_stops(self):
+        self._bar.console.print("Stopping after this step. Ctrl-C again stops at once.")
+
+
+def describe(scores: _Scores) -> str:
+    """Return the mean scores of the layers as one line."""
+    first = next(iter(scores.values()))
+    if isinstance(first, BothScore):
+        parts = (
+            {layer: score.indexer for layer, score in scores.items()},
+            {layer: score.head for layer, score in scores.items()},
+        )
+        return "; heads: ".join(map(describe, parts))
+    means = [sum(s) / len(scores) for s in zip(*scores.values())]
+    if isinstance(first, RetentionScore):
+        return "loss {:.4f}, rank agreement at 1/16 {:.3f}, at 1/8 {:.3f}".format(*means)
+    text = "loss {:.4f}, recall@K {:.3f}, mass@K {:.3f}, {:.3f} of the teacher's own top-k"
+    return text.format(*means[:3], _mean_share(scores))
+
+
+def worst_layer(scores: _Scores) -> str | None:
+    """Return a line about the indexer whose selection misses most, if there are any."""
+    if isinstance(next(iter(scores.values())), RetentionScore):
+        return None
+    share, layer = min((_share(score), layer) for layer, score in scores.items())
+    return f"Worst layer: {layer}, mass@K {share:.3f} of the teacher's own top-k"
+
+
+def _share(score: LayerScore | BothScore) -> float:
+    return score.mass / score.best_mass
+
+
+def _mean_share(scores: _Scores) -> float:
+    return sum(map(_share, scores.values())) / len(scores)
