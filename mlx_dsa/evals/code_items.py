@@ -243,7 +243,7 @@ def _plant(spec, source, window, rng, lines, places):
         key, value = rng.choice(_KEYS[kind]), make_value(rng, kind, "heldout")
         wanted = window.line_at(lines, places[len(made)])
         some = [g for g in gaps if g.scope == scope and g.line not in used]
-        if used & {*words, value} or not some:
+        if used & {*words, value} or is_correct(" ".join([*words, key]), value) or not some:
             continue
         used |= {*words, value}
         gap = min(some, key=lambda g: abs(g.line - wanted))
