@@ -21,6 +21,7 @@ NAMES = {"first": "walnut", "second": 12}
 
 class Box:
     colour = "crimson"
+    shape = "SHAPE"
 
     def open(self, key, tries=31):
         if key is None:
@@ -104,6 +105,7 @@ def test_texts_have_their_length_and_hold_each_answer(subject, source, task, phr
             assert tuple(body[-2:]) == asked.values and asked.correct(held)
             continue
         (value,) = asked.values
+        assert not asked.correct(item.question)  # what is repeated is no answer
         assert value in held and held in text
         assert asked.correct(f"It is {value}.") and not asked.correct("It is 77777.")
         if task == "constants":

@@ -146,13 +146,13 @@ def make_code_items(spec, source, tokenizer, lengths, depths, n):
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False)) if text else []
 
     window = Window(source, encode, line_ends(source, tokenizer))
-    head, drafts = encode(around.head), []
+    head, drafts, before = encode(around.head), [], {length: set() for length in lengths}
     for length, d, i in itertools.product(lengths, range(len(depths)), range(n)):
         key = f"{spec.task}/{spec.setting}/{length}/{depths[d]:.2f}/{i}"
         rng = random.Random(f"{spec.seed}/{spec.value}/{spec.phrasing}/{key}")
         places = [depths[(d + j) % len(depths)] for j in range(spec.per_document)]
         lines = window.choose(rng, length, lambda lines: _enough(spec, source, window, lines, places))
-        marks, questions = _ask(spec, source, window, rng, lines, places)
+        marks, questions = _ask(spec, source, window, rng, lines, places, before[length])
         drafts.append((key, length, places, lines, marks, questions))
     talks = [[question] for *_, questions in drafts for question in questions]
     tails = iter(tokens_of(talks, True, encode, around))
@@ -191,8 +191,11 @@ def _candidates(spec, source, lines):
     return [x for x in found if len(re.findall(x.pattern, text)) == 1]
 
 
-def _chosen(spec, source, window, lines, places):
-    """Return what is asked about, nearest to its places; ``None`` if there is too little."""
+def _chosen(spec, source, window, lines, places, before=()):
+    """Return what is asked about; ``None`` if there is too little.
+
+    It is what was not asked about before, of a length, and nearest to its place.
+    """
     candidates, chosen = _candidates(spec, source, lines), []
     for place in places:
         wanted = window.line_at(lines, place)
@@ -201,15 +204,16 @@ def _chosen(spec, source, window, lines, places):
         left = left or [x for x in candidates if all(x.stop <= y.start or x.start >= y.stop for y in chosen)]
         if not left:
             return None
-        chosen.append(min(left, key=lambda x: abs(x.start - wanted)))
+        chosen.append(min(left, key=lambda x: (x in before, abs(x.start - wanted))))
     return chosen
 
 
-def _ask(spec, source, window, rng, lines, places):
+def _ask(spec, source, window, rng, lines, places, before):
     """Return the marks in some lines, and the questions about them."""
     if spec.task == "constants":
         return _plant(spec, source, window, rng, lines, places)
-    chosen = _chosen(spec, source, window, lines, places)
+    chosen = _chosen(spec, source, window, lines, places, before)
+    before.update(chosen)
     marks = [Mark(x.start, x.stop) for x in chosen]
     if spec.task == "functions":
         ask = "Write the function `{}` as it stands in the code above."
@@ -243,7 +247,7 @@ def _plant(spec, source, window, rng, lines, places):
         key, value = rng.choice(_KEYS[kind]), make_value(rng, kind, "heldout")
         wanted = window.line_at(lines, places[len(made)])
         some = [g for g in gaps if g.scope == scope and g.line not in used]
-        if used & {*words, value} or not some:
+        if used & {*words, value} or is_correct(" ".join([*words, key]), value) or not some:
             continue
         used |= {*words, value}
         gap = min(some, key=lambda g: abs(g.line - wanted))
