@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from .families import family_of
 from .files import replacing
 from .indexer import Indexer
 from .ops import crossover
+from .versions import package_version
 
 # What may be faster than dense from some length on.
 CROSSING = ("tile", "exact", "decode")
@@ -97,7 +97,7 @@ def describe_run(config: SparseConfig) -> dict[str, Any]:
         "backend": config.backend,
         "device": str(mx.device_info().get("device_name", mx.default_device())),
         "default_device": str(mx.default_device()),
-        "mlx": version("mlx"),
+        "mlx": package_version("mlx"),
         "mlx-dsa": mlx_dsa.__version__,
     }
 

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "mlx_dsa"
 # Imports run from right to left only (docs/design.md, layout).
 LAYERS = [
     {"arrays", "blas", "config", "files", "fingerprint", "hub", "pictures", "positions", "sealed",
-     "texts"},
+     "texts", "versions"},
     {"startup"},
     {"ops"},
     {"families", "indexer", "indexer_args", "selectors", "cache", "checkpoint", "chunks", "crossovers", "projections"},
@@ -246,3 +246,21 @@ def test_the_ci_script_runs_make_test():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert "make test" in script.read_text(encoding="utf-8")
+
+
+def test_a_package_without_its_metadata_says_its_version_itself(monkeypatch):
+    # As a folder that was copied to a machine: what was measured there must not be lost for it.
+    from importlib.metadata import PackageNotFoundError
+
+    from mlx_dsa import versions
+    from mlx_dsa.evals import results
+
+    known = results.versions()
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(versions, "version", missing)
+    found = results.versions()
+    assert found["numpy"] == known["numpy"] and found["mlx-lm"] == known["mlx-lm"]
+    assert found.keys() == known.keys() and all(found.values())

@@ -6,7 +6,6 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from ..hub import INDEXER_FILES, MODEL_FILES, fetch, is_repository
 from ..indexer import Indexer
 from ..ops import check_backend
 from ..presets import Settings, preset_names, read_indexers, resource, runs_float32
+from ..versions import package_version
 from .command import Command
 from .options import dense_option, describe_config, model_options
 from .options import settings_from, sparse_options
@@ -51,7 +51,7 @@ def info(dense: bool, **given: Any):
 
 
 def _versions() -> str:
-    packages = ", ".join(f"{p} {version(p)}" for p in ("mlx", "mlx-lm"))
+    packages = ", ".join(f"{p} {package_version(p)}" for p in ("mlx", "mlx-lm"))
     return f"mlx-dsa {__version__}, {packages}, Python {platform.python_version()}"
 
 

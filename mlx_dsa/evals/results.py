@@ -1,6 +1,5 @@
 """Result files: a journal of JSON lines while a run goes on, one JSON when it is done."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -9,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..files import replacing
+from ..versions import package_version
 
 
 class Journal:
@@ -113,7 +113,7 @@ def versions():
     import mlx_dsa  # here: the package imports the evaluators
 
     found = {"python": platform.python_version(), "mlx-dsa": mlx_dsa.__version__}
-    return found | {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "numpy")}
+    return found | {name: package_version(name) for name in ("mlx", "mlx-lm", "numpy")}
 
 
 def device():
