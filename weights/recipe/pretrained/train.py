@@ -292,8 +292,8 @@ def save(args, teacher, layers, step, seen, seconds):
     save_file(indexers, out / "indexers.safetensors")
     for kind, tensors in kinds.items():
         save_file({k: v.contiguous() for k, v in tensors.items()}, out / f"heads-{kind}.safetensors")
-    told = {"steps": step, "tokens": seen, "seconds": round(seconds, 1), "world": int(os.environ.get("WORLD_SIZE", 1))}
-    told |= {k: v for k, v in vars(args).items() if k not in ("model", "rows", "out", "dev")}
+    told = {k: v for k, v in vars(args).items() if k not in ("model", "rows", "out", "dev", "tell", "cpu", "layers")}
+    told |= {"steps": step, "tokens": seen, "seconds": round(seconds, 1), "world": int(os.environ.get("WORLD_SIZE", 1))}
     told["device"] = torch.cuda.get_device_name() if not args.cpu else "cpu"
     told["torch"] = torch.__version__
     (out / "run.json").write_text(json.dumps(told, indent=1))
