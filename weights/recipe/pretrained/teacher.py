@@ -135,13 +135,8 @@ def attend(queries, keys, values, scale):
     """Causal attention `[Hq, L, D]` and its log-sum-exp `[Hq, L]`."""
     groups = queries.shape[0] // keys.shape[0]
     keys, values = (a.repeat_interleave(groups, dim=0) for a in (keys, values))
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     if queries.is_cuda:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
-            queries[None], keys[None], values[None], 0.0, True, scale=scale
-        )[:2]
-        return out[0], lse[0]
-    logits = queries.float() @ keys.float().transpose(1, 2) * scale
-    unseen = torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device).triu(1)
-    logits = logits.masked_fill(unseen, -torch.inf)
-    lse = logits.logsumexp(-1)
-    return ((logits - lse[..., None]).exp() @ values.float()).to(queries.dtype), lse
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    out, lse = kernel(queries[None], keys[None], values[None], 0.0, True, scale=scale)[:2]
+    return out[0], lse[0]
