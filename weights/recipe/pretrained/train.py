@@ -1,6 +1,8 @@
 """Train the indexers and retention heads of a pretrained model on one or more GPUs, with PyTorch.
 
-    torchrun --nproc-per-node 2 train.py MODEL rows.npz OUT --seconds 300 [--dev dev.npz]
+    torchrun --nproc-per-node 12 train.py MODEL rows.npz OUT --seconds 300 [--dev dev.npz]
+
+Several processes share a GPU: one alone can't launch the many small operations as fast as they run.
 
 What is learnt is what `mlx-dsa train` learns (tests/test_recipe_losses.py); one pass of the frozen
 model serves the indexers and several kinds of heads, of which probe.py compares what they keep.
@@ -210,11 +212,14 @@ def summary(figures):
 def train(args):
     """Train as the command line says."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = "cpu" if args.cpu else f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+    gpus = 0 if args.cpu else torch.cuda.device_count()
+    device = "cpu" if args.cpu else f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}"
     if not args.cpu:
         torch.cuda.set_device(device)
+    # NCCL wants a GPU for each process.
+    shared = world > gpus
     if world > 1:
-        dist.init_process_group("nccl")
+        dist.init_process_group("gloo" if shared else "nccl")
     torch.backends.cuda.matmul.allow_tf32 = True
     dtype = torch.float32 if args.cpu else torch.bfloat16
     teacher = Teacher(args.model, device, dtype, args.layers)
@@ -228,7 +233,7 @@ def train(args):
     rng = np.random.default_rng([args.seed, 1, rank])
     step, seen, began, told, mean = 0, 0, time.time(), time.time(), None
     for epoch, batch in rows.batches(args.batch, world, args.seed):
-        spent = torch.tensor([(time.time() - began) / args.seconds], device=device)
+        spent = torch.tensor([(time.time() - began) / args.seconds], device="cpu" if shared else device)
         if world > 1:
             dist.broadcast(spent, 0)
         done = max(spent.item(), step / args.steps if args.steps else 0)
@@ -245,9 +250,10 @@ def train(args):
             seen += len(row[0]) * world
             mean = losses if mean is None else 0.98 * mean + 0.02 * losses
         if world > 1:
-            flat = torch.cat([p.grad.view(-1) for p in parameters])
-            dist.all_reduce(flat, dist.ReduceOp.AVG)
-            for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+            flat = torch.cat([p.grad.view(-1) for p in parameters]).div_(world)
+            total = flat.cpu() if shared else flat
+            dist.all_reduce(total)
+            for p, g in zip(parameters, total.to(device).split([p.numel() for p in parameters])):
                 p.grad.copy_(g.view_as(p))
         for layer in layers:
             nn.utils.clip_grad_norm_(layer.indexer.parameters(), 1.0)
