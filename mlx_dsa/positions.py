@@ -6,17 +6,17 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-# Models that mlx-lm builds without the scaling in their config.
-_UNSCALED = ("qwen3_moe",)
 # Scalings whose factor stretches the positions of the unscaled model.
 _STRETCHED_BY = ("original_max_position_embeddings", "factor")
 
 
-def max_positions(args: Any) -> int | None:
+def max_positions(args: Any, is_scaled: bool = True) -> int | None:
     """Return the tokens that a model can tell the places of.
 
     Args:
         args: The ``args`` of an mlx-lm model, or its ``config.json`` as a mapping.
+        is_scaled (bool): Whether the model is built with the RoPE scaling that they
+          state. Default: ``True``.
 
     Returns:
         int, optional: ``max_position_embeddings``, or more where RoPE is scaled to
@@ -27,23 +27,22 @@ def max_positions(args: Any) -> int | None:
     limit = values.get("max_position_embeddings")
     scaling = values.get("rope_scaling") or {}
     original, factor = (scaling.get(name) for name in _STRETCHED_BY)
-    if original and factor and values.get("model_type") not in _UNSCALED:
+    if original and factor and is_scaled:
         limit = max(limit or 0, int(original * factor))
     return limit or None
 
 
-def check_positions(where: str, args: Any, n_tokens: int) -> None:
+def check_positions(where: str, limit: int | None, n_tokens: int) -> None:
     """Refuse a text for which a model has no positions.
 
     Args:
         where (str): Who asks, for the message.
-        args: As in :func:`max_positions`.
+        limit (int, optional): The model's positions; ``None`` for no limit.
         n_tokens (int): Tokens from the beginning of the conversation to its end.
 
     Raises:
         ValueError: If they are more than the model's positions.
     """
-    limit = max_positions(args)
     if limit is not None and n_tokens > limit:
         raise ValueError(
             f"[{where}] {n_tokens:,} tokens are more than the model's {limit:,} positions: "

@@ -23,7 +23,7 @@ from mlx_dsa import (
 )
 from mlx_dsa.cli.stats import measure
 from mlx_dsa.evals.generation import take_rows
-from mlx_dsa.families import family_of, model_types
+from mlx_dsa.families import family_of, model_types, positions_of
 from mlx_dsa.train.teacher import layer_views
 
 RULES = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact")
@@ -290,3 +290,16 @@ def test_indexers_for_a_layer_without_attention_are_refused():
     indexers = indexers_for(model)
     with pytest.raises(ValueError, match="with attention, 1, 3, but got layer 0"):
         patch_sparse_generate(model, {**indexers, 0: indexers[1]}, **RULES)
+
+
+def test_positions_are_those_that_mlx_lm_builds():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+    sizes = dict(rope_scaling=scaling, max_position_embeddings=2048)
+    assert positions_of(family_model("qwen3", **sizes)) == 8192
+    # mlx-lm builds this one without the scaling of its config.
+    assert positions_of(family_model("qwen3_moe", **sizes)) == 2048
+    moe = family_model("qwen3_moe", **sizes)
+    assert family_of(moe).layers(moe)[0].rope.scaling is None
+    stranger = family_model("qwen3", **sizes)
+    stranger.model_type = "stranger"
+    assert positions_of(stranger) == 8192

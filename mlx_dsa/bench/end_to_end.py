@@ -15,10 +15,9 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..config import SparseConfig
-from ..families import family_of
+from ..families import family_of, positions_of
 from ..indexer import Indexer
 from ..patch import SparsePatch, patch_sparse_generate
-from ..positions import max_positions
 
 KINDS = ("dense", "sparse")
 # Steps of decode that are timed as one: all that a cache does for several at once is in it.
@@ -56,7 +55,7 @@ def check_contexts(contexts: Iterable[int], steps: int, model: nn.Module):
     Raises:
         ValueError: If a context is too short or too long.
     """
-    positions = max_positions(model.args)
+    positions = positions_of(model)
     after = _tokens_after(_in_blocks(steps))
     for context in contexts:
         if context < 2:

@@ -12,8 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..families import family_of
-from ..positions import max_positions
+from ..families import family_of, positions_of
 from ..train.config import LayerScore, TrainConfig
 from ..train.data import Sequence
 from ..train.lessons import make_lessons
@@ -100,7 +99,7 @@ def bench_training(
 
 
 def _check_context(context: int, model: nn.Module, retention: RetentionConfig):
-    least, most = retention.shortest + 1, max_positions(family_of(model).args(model))
+    least, most = retention.shortest + 1, positions_of(model)
     if context < least:
         raise ValueError(f"[bench] 'contexts' must be at least {least} but got {context}.")
     if most is not None and context > most:

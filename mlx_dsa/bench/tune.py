@@ -17,9 +17,8 @@ from ..attention import SparseAttention
 from ..cache import FullKVCache, make_cache
 from ..config import SparseConfig
 from ..crossovers import CROSSING, describe, plan_prefill, store
-from ..families import family_of
+from ..families import family_of, positions_of
 from ..indexer import Indexer
-from ..positions import max_positions
 
 # Layers that are timed together, so that what a call costs to start counts once.
 _LAYERS = 4
@@ -68,7 +67,7 @@ def tune(
     Raises:
         ValueError: If the model has no positions beyond ``top_k``.
     """
-    longest = min(_LONGEST * config.top_k, max_positions(family_of(model).args(model)) or math.inf)
+    longest = min(_LONGEST * config.top_k, positions_of(model) or math.inf)
     if longest < 2 * config.top_k:
         raise ValueError(
             f"[tune] 'top_k' must be at most half of the model's {longest:,} positions "

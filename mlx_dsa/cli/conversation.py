@@ -14,7 +14,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..chunks import chunk_size
-from ..positions import check_positions, max_positions
+from ..families import positions_of
+from ..positions import check_positions
 from .documents import check_text
 from .stats import Report, measure, tokens_seen
 from .template import ChatTemplate
@@ -213,10 +214,10 @@ class Conversation:
     def _check_positions(self, prompt: list[int]):
         # One more, for the answer to begin.
         n_tokens = tokens_seen(self.cache) + len(prompt) + 1
-        check_positions("prompt", self.model.args, n_tokens)
+        check_positions("prompt", positions_of(self.model), n_tokens)
 
     def _room(self, prompt: list[int]) -> int:
-        limit = max_positions(self.model.args)
+        limit = positions_of(self.model)
         if limit is None:
             return self.max_tokens
         return min(self.max_tokens, limit - tokens_seen(self.cache) - len(prompt))

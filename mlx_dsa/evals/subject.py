@@ -6,8 +6,7 @@ import json
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..positions import max_positions
-from ..families import family_of
+from ..families import family_of, positions_of
 from ..presets import Preset
 
 
@@ -62,7 +61,7 @@ def check_lengths(where, subject, lengths, options="--lengths"):
     Raises:
         ValueError: if a length is below 1 or above the model's positions, or there is none.
     """
-    limit = max_positions(family_of(subject.model).args(subject.model))
+    limit = positions_of(subject.model)
     if not lengths:
         raise ValueError(f"[{where}] 'lengths' must name at least one context length.")
     for length in lengths:

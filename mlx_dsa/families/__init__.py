@@ -2,7 +2,7 @@
 
 from .family import Family
 from .layer import GatedLayer, Layer, Projected, Rope
-from .registry import FAMILIES, family_of, model_types
+from .registry import FAMILIES, family_of, model_types, positions_of
 
 __all__ = [
     "FAMILIES",
@@ -13,4 +13,5 @@ __all__ = [
     "Rope",
     "family_of",
     "model_types",
+    "positions_of",
 ]

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
+from ..positions import max_positions
 from .layer import Layer, Rope
 
 
@@ -17,10 +18,12 @@ class Family:
     Attributes:
         model_types (tuple of str): ``model_type`` of their configs.
         layer_type (type): Of their attention layers.
+        is_scaled (bool): Whether mlx-lm builds them with the RoPE scaling of their config.
     """
 
     model_types: tuple[str, ...] = ()
     layer_type: type[Layer] = Layer
+    is_scaled = True
 
     def text_model(self, model: nn.Module) -> nn.Module:
         """Return the part that reads and writes tokens."""
@@ -36,7 +39,12 @@ class Family:
 
     def rope(self, args: Any) -> Rope:
         """Return the rotary positions of its attention."""
-        return Rope(args.rope_theta, args.rope_scaling, args.max_position_embeddings or 0)
+        scaling = args.rope_scaling if self.is_scaled else None
+        return Rope(args.rope_theta, scaling, args.max_position_embeddings or 0)
+
+    def max_positions(self, model: nn.Module) -> int | None:
+        """Return the tokens that a model can tell the places of; ``None`` for no limit."""
+        return max_positions(self.args(model), self.is_scaled)
 
     def refusal(self, model: nn.Module) -> str | None:
         """Return why sparse attention can't be right for a model of this family."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.nn as nn
 
+from ..positions import max_positions
 from .family import Family
 from .llama import Llama
 from .qwen2 import Qwen2
@@ -42,8 +43,7 @@ def family_of(model: nn.Module) -> Family:
         ValueError: If sparse attention does not know such models, or can't be right
           for them.
     """
-    kind = getattr(model, "model_type", type(model).__name__)
-    found = next((f for f in FAMILIES if kind in f.model_types), None)
+    kind, found = _kind(model), _find(model)
     reason = _REASONS.get(kind) if found is None else found.refusal(model)
     if reason is not None:
         raise ValueError(
@@ -55,6 +55,27 @@ def family_of(model: nn.Module) -> Family:
             f"Run it dense."
         )
     return found
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Return the tokens that a model can tell the places of, of a known family or not.
+
+    Args:
+        model (nn.Module): From mlx-lm, patched or not.
+
+    Returns:
+        int, optional: ``None`` for no limit.
+    """
+    found = _find(model)
+    return max_positions(model.args) if found is None else found.max_positions(model)
+
+
+def _kind(model: nn.Module) -> str:
+    return getattr(model, "model_type", type(model).__name__)
+
+
+def _find(model: nn.Module) -> Family | None:
+    return next((f for f in FAMILIES if _kind(model) in f.model_types), None)
 
 
 def model_types() -> list[str]:
