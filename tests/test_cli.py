@@ -391,8 +391,8 @@ def test_empty_standard_input_is_refused(sparse):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"\x89PNG\r\n\x1a\n\x00\xff", "is not UTF-8 text"),
-        (b"ab\x00cd", "is not text"),
+        (b"\x89PNG\r\n\x1a\n\x00\xff", "line 1 holds bytes that are not UTF-8"),
+        (b"ab\x00cd", "line 1 holds zero bytes"),
         (b" \n", "is empty"),
         (None, "No such file"),
     ],

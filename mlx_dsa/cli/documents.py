@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from pathlib import Path
+
+from ..texts import is_broken, read_blocks
 
 
 def read_text(file: str) -> str:
@@ -17,9 +18,9 @@ def read_text(file: str) -> str:
         str: The text.
 
     Raises:
-        ValueError: If it is empty, or not UTF-8 text.
+        ValueError: If it can't be read, is empty, or something in it is no text.
     """
-    text = decode(Path(file).read_bytes(), str(file))
+    text = "".join(read_blocks(file))
     if not text.strip():
         raise ValueError(f"{file} is empty.")
     return text
@@ -89,10 +90,9 @@ def check_text(text: str, name: str):
     Raises:
         ValueError: If it can't be encoded.
     """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
+    if is_broken(text):
+        at = next(i for i, character in enumerate(text, 1) if is_broken(character))
         raise ValueError(
-            f"{name} is not UTF-8 text: character {error.start + 1:,} is half of one, or a "
-            f"byte that is none. Leave it out."
-        ) from None
+            f"{name} is not UTF-8 text: character {at:,} is half of one, or a byte that is "
+            f"none. Leave it out."
+        )
