@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 MODEL_FILES = ("*.json", "*.jinja", "*.txt", "model*.safetensors", "tokenizer.model")
 INDEXER_FILES = ("*.json", "*.safetensors")
+# Those of a model's JSON files that hold an object.
+_OBJECTS = (
+    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+)  # fmt: skip
 
 
 def fetch(
@@ -59,3 +65,22 @@ def first_line(error: BaseException) -> str:
     """Return what an error says, without what follows its first line."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
+
+
+def flawed_json(folder: Path) -> str | None:
+    """Say which JSON file of a model's folder can't be what it should, and why.
+
+    Args:
+        folder (Path): With ``config.json`` and others.
+
+    Returns:
+        str, optional: ``"(FILE is not JSON: ...). What to do."``, or ``None`` if all hold an object.
+    """
+    for file in (folder / name for name in _OBJECTS if (folder / name).exists()):
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            return f"({file} is not JSON: {first_line(error)}). Download or copy it again."
+        if not isinstance(found, dict):
+            return f"({file} is not a JSON object). Download or copy it again."
+    return None

@@ -17,7 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .arrays import evaluate
 from .checkpoint import INDEXERS, load_indexers
 from .config import SparseConfig, override
-from .hub import INDEXER_FILES, fetch, first_line, is_repository
+from .hub import INDEXER_FILES, fetch, first_line, flawed_json, is_repository
 from .indexer import Indexer
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -270,9 +270,8 @@ def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
     try:
         model, tokenizer = load(str(folder))
     except Exception as error:  # of a broken tokenizer.json: no other class
-        raise ValueError(
-            f"[mlx-dsa] mlx-lm cannot load the model in {folder}: {first_line(error)}"
-        ) from error
+        flaw = flawed_json(folder) or f"in {folder}: {first_line(error)}"
+        raise ValueError(f"[mlx-dsa] mlx-lm cannot load the model {flaw}") from error
     if runs_float32():
         model.set_dtype(mx.float32)
     evaluate(model)

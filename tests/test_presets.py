@@ -199,6 +199,17 @@ def test_a_truncated_model_is_refused(tmp_path, kept):
         load_preset(None, model=str(folder), indexer=str(write_indexers(tmp_path / "i")))
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("broken, words", [("{", "is not JSON"), ("[1]", "is not a JSON object")])
+def test_the_file_that_is_broken_is_named(name, broken, words, tmp_path):
+    folder = write_model(tmp_path / "model")
+    (folder / "notes.json").write_text("[1]")  # nobody reads it
+    (folder / name).write_text(broken)
+    with pytest.raises(ValueError, match=f"{name} {words}") as told:
+        load_preset(None, model=str(folder), indexer=str(write_indexers(tmp_path / "i")))
+    assert "notes.json" not in str(told.value)
+
+
 def test_an_unknown_model_type_is_refused(tmp_path):
     folder = write_model(tmp_path / "model", model_type="nosuch")
     with pytest.raises(ValueError, match="nosuch"):
