@@ -2,13 +2,22 @@
 
 import ast
 import random
+import re
 import zlib
+from pathlib import Path
 
 import pytest
 from evals_subject import make_subject
 
 from mlx_dsa.evals import code, make_policies
-from mlx_dsa.evals.code_items import FORMS, TASKS, CodeSpec, FunctionTurn, make_code_items
+from mlx_dsa.evals.code_items import (
+    FORMS,
+    QUESTIONS,
+    TASKS,
+    CodeSpec,
+    FunctionTurn,
+    make_code_items,
+)
 from mlx_dsa.evals.prompts import evened, frame
 from mlx_dsa.evals.source import Source, read_source
 
@@ -126,6 +135,33 @@ def test_planted_code_parses(source):
         lines = [gap.indent + line for line in text.format(**fields).split("\n")]
         ast.parse("\n".join([*alone.lines[: gap.line], *lines, *alone.lines[gap.line :]]))
         assert what.format(**fields) != what
+
+
+def recipe_lists():
+    """Return the forms of constants and the questions about them in the recipe's code rows."""
+    file = Path(__file__).resolve().parents[1] / "weights" / "recipe" / "pretrained" / "code_rows.py"
+    lists = {n.targets[0].id: n.value for n in ast.parse(file.read_text()).body if isinstance(n, ast.Assign)}
+    forms, asks = (ast.literal_eval(lists[name]) for name in ("FORMS", "ASK"))
+    return [text for _, text, _ in forms], asks
+
+
+def means(text):
+    """Return what a form gives a value by: what it calls, and the walrus."""
+    return set(re.findall(r":=|\b[a-z]\w*(?=\()", re.sub(r"\{\w+\}", "X", text)))
+
+
+def plain(question):
+    return re.sub(r"\{\w+\}", "X", question)
+
+
+def test_what_is_held_out_stands_in_no_training_row():
+    trained, asked = recipe_lists()
+    known = set().union(*map(means, trained))
+    assert all(means(text) and not means(text) & known for _, text, _ in FORMS["heldout"])
+    assert {plain(q) for q in QUESTIONS["heldout"]}.isdisjoint(map(plain, asked))
+    # What training has is found out.
+    assert "add_argument" in known and "setdefault" in known
+    assert not {plain(q) for q in QUESTIONS["train"]}.isdisjoint(map(plain, asked))
 
 
 def test_a_function_is_right_if_its_first_lines_follow_one_another():

@@ -17,7 +17,8 @@ from .prompts import frame
 TASKS = ("constants", "definitions", "functions")
 SETTINGS = ("in-prompt", "before-question")
 
-# (scope, text, how a question calls it). In the recipes' training rows are forms like those of "train".
+# (scope, text, how a question calls it). In the recipes' training rows are forms like those of "train",
+# and neither a form nor a question of "heldout".
 FORMS = {
     "train": (
         ("module", "{NAME} = {v}", "`{NAME}`"),
@@ -33,19 +34,19 @@ FORMS = {
         ("function", "# the {words} is {v}", "the {words}"),
     ),
     "heldout": (
-        ("function", "{name}, {key} = {v}, None", "the variable `{name}`"),
-        ("module", 'parser.add_argument("--{dashed}", default={v})', "the default of `--{dashed}`"),
-        ("function", 'options.setdefault("{name}", {v})', 'the option "{name}"'),
+        ("function", "if ({name} := {v}) is None:\n    return", "the variable `{name}`"),
+        ("module", '{Name} = type("{Name}", (), {{"{key}": {v}}})', "the attribute `{key}` of `{Name}`"),
+        ("function", 'kwargs.pop("{name}", {v})', 'the argument "{name}" where it is not given'),
         (
             "module",
             "{name} = functools.partial(connect, {key}={v})",
             "the argument `{key}` of `{name}`",
         ),
         ("function", 'log.debug("{words}: %s", {v})', "the {words} that is logged"),
-        ("class", "{name}: Final = {v}", "the class attribute `{name}`"),
+        ("class", "{name} = property(lambda self: {v})", "the property `{name}`"),
     ),
 }
-_QUESTIONS = {
+QUESTIONS = {
     "train": (
         "What is the value of {what}?",
         "What is {what} in the code above?",
@@ -53,7 +54,7 @@ _QUESTIONS = {
         "Look up {what} and tell me its value.",
     ),
     "heldout": (
-        "To what is {what} set?",
+        "Can you check {what} for me?",
         "I am debugging. What does the code give for {what}?",
         "Remind me of {what}.",
         "Somewhere in these files stands {what}. What is it?",
@@ -219,7 +220,7 @@ def _ask(spec, source, window, rng, lines, places, before):
         ask = "Write the function `{}` as it stands in the code above."
         return marks, [_Question(ask.format(x.name), x.body) for x in chosen]
     values = [x.value for x in chosen]
-    asks = [rng.choice(_QUESTIONS[spec.phrasing]).format(what=x.what) for x in chosen]
+    asks = [rng.choice(QUESTIONS[spec.phrasing]).format(what=x.what) for x in chosen]
     return marks, [_Question(a, (v,), _others(values, v)) for a, v in zip(asks, values)]
 
 
@@ -265,7 +266,7 @@ def _plant(spec, source, window, rng, lines, places):
         }
         planted = [gap.indent + line for line in text.format(**fields).split("\n")]
         marks.append(Mark(gap.line, gap.line, (*planted, *[""] * gap.blank)))
-        ask = rng.choice(_QUESTIONS[spec.phrasing])
+        ask = rng.choice(QUESTIONS[spec.phrasing])
         made.append((ask.format(what=what.format(**fields)), value))
     else:
         raise ValueError(f"[make_code_items] there is no room for {len(places)} constants in a text.")
