@@ -18,6 +18,9 @@ from mlx_dsa.evals.code_items import (
     FunctionTurn,
     make_code_items,
 )
+from mlx_dsa.evals.code_items import _candidates as candidates
+from mlx_dsa.evals.code_items import _chosen as chosen
+from mlx_dsa.evals.code_window import Lines, Window
 from mlx_dsa.evals.prompts import evened, frame
 from mlx_dsa.evals.source import Source, read_source
 
@@ -199,6 +202,54 @@ def test_what_cannot_be(subject, options, message):
 def test_a_source_that_is_too_short(subject):
     with pytest.raises(ValueError, match="too short for a context of 4,096"):
         make_code_items(CodeSpec(), Source([("a.py", FILE)]), subject.tokenizer, [4096], [0.5], 1)
+
+
+NESTED = """def first():
+    {0} = 1
+    def second():
+        {0} = 2
+        def third():
+            {0} = 3
+            return {0}
+"""
+
+
+def lines_and_window(source):
+    """Return all lines of a source, and a window for which a line is a token."""
+    n = len(source.lines)
+    return Lines(0, 0, n), Window(source, None, range(n + 1))
+
+
+def test_what_was_asked_before_does_not_stand_in_the_way():
+    """The second function shares lines with both others: after it nothing is left."""
+    source = Source([("a.py", NESTED.format("a_name"))])
+    first, second, third = source.functions
+    spec = CodeSpec("functions", per_document=2)
+    where = (spec, source, lines_and_window(source)[1], lines_and_window(source)[0], [0.0, 1.0])
+    assert chosen(*where) == [first, third]
+    assert chosen(*where, {first, third}) == [first, third]
+    assert chosen(*where[:-1], [0.0], {first}) == [second]
+
+
+def test_what_may_stand_twice_is_not_asked_for():
+    """A text may begin some lines before its window."""
+    filler = "".join(f"name_{i} = {i}\n" for i in range(100, 140))
+    for between, n in (("", 1), (filler, 2)):
+        source = Source([("a.py", "PORT = 8080\n" + between + 'PORT = 9090\nHOST = "walnut"\n')])
+        stop = len(source.lines)
+        found = candidates(CodeSpec("definitions", per_document=1), source, Lines(stop - 2, stop - 2, stop))
+        assert [d.value for d in found] == ["9090", "walnut"][-n:]
+
+
+def test_a_depth_is_the_one_where_the_answer_stands(subject, source):
+    depths = [0.1, 0.5, 0.9]
+    items = make_code_items(CodeSpec("definitions"), source, subject.tokenizer, [8192], depths, 2)
+    moved = 0
+    for number, item in enumerate(items):
+        at = item.spans[0][0] / len(item.turns[0].ids)
+        assert item.depth == min(depths, key=lambda depth: abs(depth - at))
+        moved += item.depth != depths[(number // 8 + number % 4) % 3]
+    assert moved  # what the code defines does not stand where it is wanted
 
 
 def test_questions_are_made_equally_long(subject):

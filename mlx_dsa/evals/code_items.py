@@ -134,8 +134,8 @@ def make_code_items(spec, source, tokenizer, lengths, depths, n):
         source (Source): the code.
         tokenizer: of the model.
         lengths (list of int): tokens of the text and the longest question about any, at most.
-        depths (list of float): where what is asked for stands, as nearly as the code allows: 0 is
-            the start of the text, 1 its end. They take turns.
+        depths (list of float): where what is asked for is to stand: 0 is the start of the text, 1 its
+            end. They take turns. A case's depth is the one that is nearest to where it does stand.
         n (int): texts for each length and depth.
 
     Raises:
@@ -164,6 +164,7 @@ def make_code_items(spec, source, tokenizer, lengths, depths, n):
         room = length - len(head) - longest
         ids, spans = window.cut(lines, marks, room)
         document, spans = head + ids, [(a + len(head), b + len(head)) for a, b in spans]
+        stand = [min(depths, key=lambda d: abs(d - a / len(document))) for a, _ in spans]
         kind = FunctionTurn if spec.task == "functions" else Turn
         for j, (question, tail) in enumerate(zip(questions, some)):
             opening = Turn(document, opening=spec.setting == "in-prompt")
@@ -171,7 +172,7 @@ def make_code_items(spec, source, tokenizer, lengths, depths, n):
             values = [spans[j]]
             if spec.task != "functions":
                 values = locate(tokenizer, document, spans[j], question.values)
-            about = (question.text, "\n".join(question.values), length, places[j])
+            about = (question.text, "\n".join(question.values), length, stand[j])
             items.append(NeedleItem(f"{key}/{j}", (opening, turn), [spans[j]], values, *about))
     return items
 
@@ -188,7 +189,9 @@ def _candidates(spec, source, lines):
     found = source.within(spec.task, lines.sure, lines.stop)
     if len(found) < spec.per_document:
         return []
-    text = "\n".join(source.lines[lines.start : lines.stop])
+    # Where the lines are fewer tokens than they should be, the text begins some lines before them.
+    start = max(0, lines.start - (lines.stop - lines.start) // 8 - 16)
+    text = "\n".join(source.lines[start : lines.stop])
     return [x for x in found if len(re.findall(x.pattern, text)) == 1]
 
 
@@ -197,15 +200,22 @@ def _chosen(spec, source, window, lines, places, before=()):
 
     It is what was not asked about before, of a length, and nearest to its place.
     """
-    candidates, chosen = _candidates(spec, source, lines), []
-    for place in places:
-        wanted = window.line_at(lines, place)
+    candidates = _candidates(spec, source, lines)
+    wanted = [window.line_at(lines, place) for place in places]
+    # What is new may stand in the way of all else.
+    return _nearest(candidates, wanted, before) or _nearest(candidates, wanted)
+
+
+def _nearest(candidates, wanted, before=()):
+    """Return a candidate for each of some lines, those not asked about before first, or ``None``."""
+    chosen = []
+    for line in wanted:
         # Neither the same lines nor, where there is another, the same answer twice.
         left = [x for x in candidates if all(_apart(x, y) for y in chosen)]
         left = left or [x for x in candidates if all(x.stop <= y.start or x.start >= y.stop for y in chosen)]
         if not left:
             return None
-        chosen.append(min(left, key=lambda x: (x in before, abs(x.start - wanted))))
+        chosen.append(min(left, key=lambda x: (x in before, abs(x.start - line))))
     return chosen
 
 
