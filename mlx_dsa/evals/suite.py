@@ -32,6 +32,14 @@ EVALUATORS = {
 }
 DTYPES = ("float32", "float16", "bfloat16")
 _OWN = ("name", "kind", "title", "policies", "top_k", "config", "quick")
+# By key, or by the type of the evaluator's default: what a value is, and what the entries of a list are.
+_VALUES = {
+    **dict.fromkeys(("config", "quick"), (dict,)),
+    **dict.fromkeys(("policies", "top_k"), (list, str, int, dict)),
+    **{"lengths": (list, int), tuple: (list, int, float)},
+    **{kind: (kind,) for kind in (bool, int, str)},
+    "compare": ((str, list),),
+}
 _GIVEN = ("subject", "policies", "name", "out", "world", "progress")
 
 
@@ -109,13 +117,27 @@ def _check(run, names):
         raise ValueError(
             f"[suite] run '{name}': 'kind' must be one of {', '.join(EVALUATORS)} but got {kind!r}."
         )
-    options = [p for p in signature(EVALUATORS[kind]).parameters if p not in _GIVEN]
+    parameters = signature(EVALUATORS[kind]).parameters
+    options = [p for p in parameters if p not in _GIVEN]
     for options_of in (run, run.get("quick", {})):
+        _check_values(name, options_of, {k: p.default for k, p in parameters.items()})
         unknown = [k for k in options_of if k not in (*_OWN, *options)]
         if unknown:
             raise ValueError(
                 f"[suite] run '{name}': unknown key {unknown[0]!r}: the keys are {', '.join((*_OWN, *options))}."
             )
+
+
+def _check_values(name, options, defaults):
+    """Refuse what is no text, number, list or object where that is wanted."""
+    for key, value in options.items():
+        kinds = _VALUES.get(key) or _VALUES.get(type(defaults.get(key)))
+        if kinds is None:
+            continue
+        inner = value if kinds[0] is list and isinstance(value, list) else ()
+        fits = isinstance(value, kinds[0]) and all(isinstance(x, kinds[1:]) for x in inner)
+        if not fits or (isinstance(value, bool) and kinds[0] is not bool):
+            raise ValueError(f"[suite] run '{name}': {key!r} has a wrong value: {value!r}.")
 
 
 def run_suite(
