@@ -21,6 +21,7 @@ from mlx_dsa.evals.code_items import (
 from mlx_dsa.evals.code_items import _candidates as candidates
 from mlx_dsa.evals.code_items import _chosen as chosen
 from mlx_dsa.evals.code_window import Lines, Window
+from mlx_dsa.evals.needle_items import Turn
 from mlx_dsa.evals.prompts import evened, frame
 from mlx_dsa.evals.source import Source, read_source
 
@@ -28,6 +29,8 @@ FILE = '''"""A file."""
 import os
 
 PORT = 8080
+MODE = 0o666
+JOINED = "wal" "nut"
 NAMES = {"first": "walnut", "second": 12}
 
 
@@ -67,12 +70,19 @@ def test_what_stands_in_a_file_is_found():
         "the class attribute `colour`": "crimson",
         "the default of parameter `tries` of function `open`": "31",
     }
-    for definition in source.definitions:
-        assert definition.value in "\n".join(source.lines[definition.start : definition.stop])
     (function,) = source.functions  # the other has a docstring
     assert function.body == ("if key is None:", "raise ValueError(key)")
     assert source.lines[function.start].lstrip().startswith("def open")
     assert source.lines[function.stop - 1].strip() == function.body[1]
+
+
+def test_who_quotes_the_code_is_right(source):
+    """What is written in another way than its value, as MODE and JOINED above, is not asked for."""
+    for found in (source, Source([("a.py", FILE)])):
+        assert len(found.definitions) >= 5
+        for definition in found.definitions:
+            quoted = "\n".join(found.lines[definition.start : definition.stop])
+            assert Turn([1], (definition.value,)).correct(quoted)
 
 
 def test_a_gap_takes_a_statement():
