@@ -10,6 +10,18 @@ from typing import Any
 from .files import replacing
 
 
+def check_pictures():
+    """Refuse to begin what ends in a picture where none can be drawn.
+
+    Raises:
+        ValueError: If matplotlib is missing.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("[plot] drawing needs matplotlib: pip install matplotlib.") from None
+
+
 def save_picture(draw: Callable[[Any], Any], path: str | os.PathLike, font_size: int = 9):
     """Draw a figure and save it as a PNG.
 
@@ -21,10 +33,9 @@ def save_picture(draw: Callable[[Any], Any], path: str | os.PathLike, font_size:
     Raises:
         ValueError: If matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("[plot] drawing needs matplotlib: pip install matplotlib.") from None
+    check_pictures()
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

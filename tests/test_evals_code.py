@@ -2,13 +2,26 @@
 
 import ast
 import random
+import re
 import zlib
+from pathlib import Path
 
 import pytest
 from evals_subject import make_subject
 
 from mlx_dsa.evals import code, make_policies
-from mlx_dsa.evals.code_items import FORMS, TASKS, CodeSpec, FunctionTurn, make_code_items
+from mlx_dsa.evals.code_items import (
+    FORMS,
+    QUESTIONS,
+    TASKS,
+    CodeSpec,
+    FunctionTurn,
+    make_code_items,
+)
+from mlx_dsa.evals.code_items import _candidates as candidates
+from mlx_dsa.evals.code_items import _chosen as chosen
+from mlx_dsa.evals.code_window import Lines, Window
+from mlx_dsa.evals.needle_items import Turn
 from mlx_dsa.evals.prompts import evened, frame
 from mlx_dsa.evals.source import Source, read_source
 
@@ -16,6 +29,8 @@ FILE = '''"""A file."""
 import os
 
 PORT = 8080
+MODE = 0o666
+JOINED = "wal" "nut"
 NAMES = {"first": "walnut", "second": 12}
 
 
@@ -55,12 +70,19 @@ def test_what_stands_in_a_file_is_found():
         "the class attribute `colour`": "crimson",
         "the default of parameter `tries` of function `open`": "31",
     }
-    for definition in source.definitions:
-        assert definition.value in "\n".join(source.lines[definition.start : definition.stop])
     (function,) = source.functions  # the other has a docstring
     assert function.body == ("if key is None:", "raise ValueError(key)")
     assert source.lines[function.start].lstrip().startswith("def open")
     assert source.lines[function.stop - 1].strip() == function.body[1]
+
+
+def test_who_quotes_the_code_is_right(source):
+    """What is written in another way than its value, as MODE and JOINED above, is not asked for."""
+    for found in (source, Source([("a.py", FILE)])):
+        assert len(found.definitions) >= 5
+        for definition in found.definitions:
+            quoted = "\n".join(found.lines[definition.start : definition.stop])
+            assert Turn([1], (definition.value,)).correct(quoted)
 
 
 def test_a_gap_takes_a_statement():
@@ -128,6 +150,33 @@ def test_planted_code_parses(source):
         assert what.format(**fields) != what
 
 
+def recipe_lists():
+    """Return the forms of constants and the questions about them in the recipe's code rows."""
+    file = Path(__file__).resolve().parents[1] / "weights" / "recipe" / "pretrained" / "code_rows.py"
+    lists = {n.targets[0].id: n.value for n in ast.parse(file.read_text()).body if isinstance(n, ast.Assign)}
+    forms, asks = (ast.literal_eval(lists[name]) for name in ("FORMS", "ASK"))
+    return [text for _, text, _ in forms], asks
+
+
+def means(text):
+    """Return what a form gives a value by: what it calls, and the walrus."""
+    return set(re.findall(r":=|\b[a-z]\w*(?=\()", re.sub(r"\{\w+\}", "X", text)))
+
+
+def plain(question):
+    return re.sub(r"\{\w+\}", "X", question)
+
+
+def test_what_is_held_out_stands_in_no_training_row():
+    trained, asked = recipe_lists()
+    known = set().union(*map(means, trained))
+    assert all(means(text) and not means(text) & known for _, text, _ in FORMS["heldout"])
+    assert {plain(q) for q in QUESTIONS["heldout"]}.isdisjoint(map(plain, asked))
+    # What training has is found out.
+    assert "add_argument" in known and "setdefault" in known
+    assert not {plain(q) for q in QUESTIONS["train"]}.isdisjoint(map(plain, asked))
+
+
 def test_a_function_is_right_if_its_first_lines_follow_one_another():
     turn = FunctionTurn([1], ("if key is None:", "raise ValueError(key)"))
     reply = "```python\ndef open(self, key):\n    if key is None:\n\n        raise ValueError(key)\n```"
@@ -163,6 +212,54 @@ def test_what_cannot_be(subject, options, message):
 def test_a_source_that_is_too_short(subject):
     with pytest.raises(ValueError, match="too short for a context of 4,096"):
         make_code_items(CodeSpec(), Source([("a.py", FILE)]), subject.tokenizer, [4096], [0.5], 1)
+
+
+NESTED = """def first():
+    {0} = 1
+    def second():
+        {0} = 2
+        def third():
+            {0} = 3
+            return {0}
+"""
+
+
+def lines_and_window(source):
+    """Return all lines of a source, and a window for which a line is a token."""
+    n = len(source.lines)
+    return Lines(0, 0, n), Window(source, None, range(n + 1))
+
+
+def test_what_was_asked_before_does_not_stand_in_the_way():
+    """The second function shares lines with both others: after it nothing is left."""
+    source = Source([("a.py", NESTED.format("a_name"))])
+    first, second, third = source.functions
+    spec = CodeSpec("functions", per_document=2)
+    where = (spec, source, lines_and_window(source)[1], lines_and_window(source)[0], [0.0, 1.0])
+    assert chosen(*where) == [first, third]
+    assert chosen(*where, {first, third}) == [first, third]
+    assert chosen(*where[:-1], [0.0], {first}) == [second]
+
+
+def test_what_may_stand_twice_is_not_asked_for():
+    """A text may begin some lines before its window."""
+    filler = "".join(f"name_{i} = {i}\n" for i in range(100, 140))
+    for between, n in (("", 1), (filler, 2)):
+        source = Source([("a.py", "PORT = 8080\n" + between + 'PORT = 9090\nHOST = "walnut"\n')])
+        stop = len(source.lines)
+        found = candidates(CodeSpec("definitions", per_document=1), source, Lines(stop - 2, stop - 2, stop))
+        assert [d.value for d in found] == ["9090", "walnut"][-n:]
+
+
+def test_a_depth_is_the_one_where_the_answer_stands(subject, source):
+    depths = [0.1, 0.5, 0.9]
+    items = make_code_items(CodeSpec("definitions"), source, subject.tokenizer, [8192], depths, 2)
+    moved = 0
+    for number, item in enumerate(items):
+        at = item.spans[0][0] / len(item.turns[0].ids)
+        assert item.depth == min(depths, key=lambda depth: abs(depth - at))
+        moved += item.depth != depths[(number // 8 + number % 4) % 3]
+    assert moved  # what the code defines does not stand where it is wanted
 
 
 def test_questions_are_made_equally_long(subject):

@@ -215,6 +215,18 @@ def test_an_overview_has_perplexity_and_mass(texts):
 # Pictures.
 
 
+def test_a_depth_at_which_nothing_stands_is_left_blank(plt):
+    result = needle_result("retention")
+    cells = [{**row, "depth": depth, "n": n} for row in result["rows"] for depth, n in ((0.1, 3), (0.9, 5))]
+    config = {**result["config"], "task": "definitions", "setting": "before-question"}
+    other = {**cells[0], "length": 2048, "n": 4}  # at the first depth only
+    whole = plots._grid({**result, "kind": "code", "config": config, "rows": cells}, plt)
+    assert whole.get_suptitle().startswith("Code (definitions, before-question), n = 3 to 5 a cell")
+    cut = plots._grid({**result, "kind": "code", "config": config, "rows": [*cells[:3], other]}, plt)
+    drawn = [sum(len(axis.texts) for axis in figure.axes) // 2 for figure in (whole, cut)]
+    assert drawn == [4, 4]  # of the eight that two lengths would have
+
+
 def test_legends_cover_nothing(texts, plt):
     memory = [dict(policy="dense", length=n, value=n, peak_gb=n) for n in (8, 16)]
     figures = [

@@ -87,6 +87,26 @@ def test_a_dense_reading_serves_it_too():
     assert positions[0] == positions[1]
 
 
+@pytest.mark.parametrize("n_recent", [1, 3, 4])
+def test_steps_evict_in_the_same_order_with_few_recent_entries(n_recent):
+    """From 4 on evictions are planned; below each step finds its own."""
+    model = family_model("qwen2")
+    subject = make_subject()._replace(model=model, indexers=make_indexers(model))
+    config = SparseConfig(top_k=BUDGET, n_sink=SINK, n_recent=n_recent, observation_window=WINDOW)
+    ids = mx.random.randint(0, 101, (1, 120), key=mx.random.key(5))
+    with make_policy("snapkv", config).apply(subject):
+        caches = make_prompt_cache(model)
+        read(model, ids, caches)
+        before = [set(cache.positions[0].tolist()) for cache in caches]
+        for token in range(12):
+            model(mx.full((1, 1), token), cache=caches)
+        for cache, kept in zip(caches, before):
+            after = set(cache.positions[0].tolist())
+            assert len(after) == BUDGET and set(range(120, 132)) <= after
+            # What came in the prompt goes first, but for its sinks.
+            assert len(kept - after) == 12 and set(range(SINK)) <= after
+
+
 def test_it_needs_a_budget_and_a_dense_reading():
     with pytest.raises(ValueError, match="is an order of eviction"):
         make_policy({"policy": "snapkv", "cache": "full"}, CONFIG)

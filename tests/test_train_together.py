@@ -13,7 +13,7 @@ from test_train import SMALL as INDEXERS
 from test_train import make_tokenizer, write_text
 
 from mlx_dsa import load_indexers
-from mlx_dsa.train import RetentionConfig, TrainConfig, train_together
+from mlx_dsa.train import RetentionConfig, TrainConfig, train_indexers, train_together
 from mlx_dsa.train import loop as loop_module
 from mlx_dsa.train.config import LayerScore, RunConfig
 from mlx_dsa.train.data import Sequence
@@ -161,6 +161,25 @@ def test_resume_refuses_other_heads(tmp_path):
         run(tmp_path, progress=stops)
     with pytest.raises(ValueError, match="another retention: retention_dim is 2 there and 1 here"):
         run(tmp_path, resume=True, retention_dim=1)
+
+
+def test_neither_goes_on_as_the_other(tmp_path):
+    """Indexers alone and both may have the same config and the same data."""
+
+    def stops(progress):
+        raise KeyboardInterrupt
+
+    data, (config, _) = write_text(tmp_path), configs(top_k=40)
+    alone = make_model(), make_tokenizer(), data
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, data=data, progress=stops, top_k=40)
+    with pytest.raises(ValueError, match="another retention: set there and None here"):
+        train_indexers(*alone, tmp_path / "out", config, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        train_indexers(*alone, tmp_path / "alone", config, progress=stops)
+    with pytest.raises(ValueError, match="another retention: None there and set here"):
+        run(tmp_path, name="alone", data=data, resume=True, top_k=40)
+    train_indexers(*alone, tmp_path / "alone", config, resume=True)  # as itself it does
 
 
 def test_a_text_that_would_lose_its_last_key_is_not_read_twice(tmp_path):

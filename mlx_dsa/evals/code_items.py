@@ -17,7 +17,8 @@ from .prompts import frame
 TASKS = ("constants", "definitions", "functions")
 SETTINGS = ("in-prompt", "before-question")
 
-# (scope, text, how a question calls it). In the recipes' training rows are forms like those of "train".
+# (scope, text, how a question calls it). In the recipes' training rows are forms like those of "train",
+# and neither a form nor a question of "heldout".
 FORMS = {
     "train": (
         ("module", "{NAME} = {v}", "`{NAME}`"),
@@ -33,19 +34,19 @@ FORMS = {
         ("function", "# the {words} is {v}", "the {words}"),
     ),
     "heldout": (
-        ("function", "{name}, {key} = {v}, None", "the variable `{name}`"),
-        ("module", 'parser.add_argument("--{dashed}", default={v})', "the default of `--{dashed}`"),
-        ("function", 'options.setdefault("{name}", {v})', 'the option "{name}"'),
+        ("function", "if ({name} := {v}) is None:\n    return", "the variable `{name}`"),
+        ("module", '{Name} = type("{Name}", (), {{"{key}": {v}}})', "the attribute `{key}` of `{Name}`"),
+        ("function", 'kwargs.pop("{name}", {v})', 'the argument "{name}" where it is not given'),
         (
             "module",
             "{name} = functools.partial(connect, {key}={v})",
             "the argument `{key}` of `{name}`",
         ),
         ("function", 'log.debug("{words}: %s", {v})', "the {words} that is logged"),
-        ("class", "{name}: Final = {v}", "the class attribute `{name}`"),
+        ("class", "{name} = property(lambda self: {v})", "the property `{name}`"),
     ),
 }
-_QUESTIONS = {
+QUESTIONS = {
     "train": (
         "What is the value of {what}?",
         "What is {what} in the code above?",
@@ -53,7 +54,7 @@ _QUESTIONS = {
         "Look up {what} and tell me its value.",
     ),
     "heldout": (
-        "To what is {what} set?",
+        "Can you check {what} for me?",
         "I am debugging. What does the code give for {what}?",
         "Remind me of {what}.",
         "Somewhere in these files stands {what}. What is it?",
@@ -133,8 +134,8 @@ def make_code_items(spec, source, tokenizer, lengths, depths, n):
         source (Source): the code.
         tokenizer: of the model.
         lengths (list of int): tokens of the text and the longest question about any, at most.
-        depths (list of float): where what is asked for stands, as nearly as the code allows: 0 is
-            the start of the text, 1 its end. They take turns.
+        depths (list of float): where what is asked for is to stand: 0 is the start of the text, 1 its
+            end. They take turns. A case's depth is the one that is nearest to where it does stand.
         n (int): texts for each length and depth.
 
     Raises:
@@ -163,6 +164,7 @@ def make_code_items(spec, source, tokenizer, lengths, depths, n):
         room = length - len(head) - longest
         ids, spans = window.cut(lines, marks, room)
         document, spans = head + ids, [(a + len(head), b + len(head)) for a, b in spans]
+        stand = [min(depths, key=lambda d: abs(d - a / len(document))) for a, _ in spans]
         kind = FunctionTurn if spec.task == "functions" else Turn
         for j, (question, tail) in enumerate(zip(questions, some)):
             opening = Turn(document, opening=spec.setting == "in-prompt")
@@ -170,7 +172,7 @@ def make_code_items(spec, source, tokenizer, lengths, depths, n):
             values = [spans[j]]
             if spec.task != "functions":
                 values = locate(tokenizer, document, spans[j], question.values)
-            about = (question.text, "\n".join(question.values), length, places[j])
+            about = (question.text, "\n".join(question.values), length, stand[j])
             items.append(NeedleItem(f"{key}/{j}", (opening, turn), [spans[j]], values, *about))
     return items
 
@@ -187,7 +189,9 @@ def _candidates(spec, source, lines):
     found = source.within(spec.task, lines.sure, lines.stop)
     if len(found) < spec.per_document:
         return []
-    text = "\n".join(source.lines[lines.start : lines.stop])
+    # Where the lines are fewer tokens than they should be, the text begins some lines before them.
+    start = max(0, lines.start - (lines.stop - lines.start) // 8 - 16)
+    text = "\n".join(source.lines[start : lines.stop])
     return [x for x in found if len(re.findall(x.pattern, text)) == 1]
 
 
@@ -196,15 +200,22 @@ def _chosen(spec, source, window, lines, places, before=()):
 
     It is what was not asked about before, of a length, and nearest to its place.
     """
-    candidates, chosen = _candidates(spec, source, lines), []
-    for place in places:
-        wanted = window.line_at(lines, place)
+    candidates = _candidates(spec, source, lines)
+    wanted = [window.line_at(lines, place) for place in places]
+    # What is new may stand in the way of all else.
+    return _nearest(candidates, wanted, before) or _nearest(candidates, wanted)
+
+
+def _nearest(candidates, wanted, before=()):
+    """Return a candidate for each of some lines, those not asked about before first, or ``None``."""
+    chosen = []
+    for line in wanted:
         # Neither the same lines nor, where there is another, the same answer twice.
         left = [x for x in candidates if all(_apart(x, y) for y in chosen)]
         left = left or [x for x in candidates if all(x.stop <= y.start or x.start >= y.stop for y in chosen)]
         if not left:
             return None
-        chosen.append(min(left, key=lambda x: (x in before, abs(x.start - wanted))))
+        chosen.append(min(left, key=lambda x: (x in before, abs(x.start - line))))
     return chosen
 
 
@@ -219,7 +230,7 @@ def _ask(spec, source, window, rng, lines, places, before):
         ask = "Write the function `{}` as it stands in the code above."
         return marks, [_Question(ask.format(x.name), x.body) for x in chosen]
     values = [x.value for x in chosen]
-    asks = [rng.choice(_QUESTIONS[spec.phrasing]).format(what=x.what) for x in chosen]
+    asks = [rng.choice(QUESTIONS[spec.phrasing]).format(what=x.what) for x in chosen]
     return marks, [_Question(a, (v,), _others(values, v)) for a, v in zip(asks, values)]
 
 
@@ -265,7 +276,7 @@ def _plant(spec, source, window, rng, lines, places):
         }
         planted = [gap.indent + line for line in text.format(**fields).split("\n")]
         marks.append(Mark(gap.line, gap.line, (*planted, *[""] * gap.blank)))
-        ask = rng.choice(_QUESTIONS[spec.phrasing])
+        ask = rng.choice(QUESTIONS[spec.phrasing])
         made.append((ask.format(what=what.format(**fields)), value))
     else:
         raise ValueError(f"[make_code_items] there is no room for {len(places)} constants in a text.")

@@ -78,7 +78,10 @@ class Window:
             inside = len(self._encode("\n".join(self._lines[sure:stop])))
             if inside < length - _ROOM and enough(Lines(start, sure, stop)):
                 return Lines(start, sure, stop)
-        raise ValueError(f"[make_code_items] no {length:,} tokens of the source hold enough to ask for.")
+        raise ValueError(
+            f"[make_code_items] no {length:,} tokens of the source hold enough to ask for. Use longer texts, "
+            f"or fewer questions about each ('per_document')."
+        )
 
     def line_at(self, lines, depth):
         """Return the line in which a share of the tokens of some lines has been read."""

@@ -2,6 +2,45 @@
 
 from .tables import of_dense, over_attention, percent
 
+ASKED = ("needle", "code")  # evaluators of questions
+_KINDS = (*ASKED, "ppl", "retrieval")
+
+
+def check_cells(spec, kinds):
+    """Refuse a table whose cells are no cells, or of runs that have nothing to show in one.
+
+    Args:
+        spec (dict): as `overview` takes it.
+        kinds (dict): from runs to their kinds.
+    """
+    for row, cells in spec["rows"].items():
+        where = f"[suite] table '{spec['title']}': row {row!r}"
+        if not isinstance(cells, list) or len(cells) != len(spec["columns"]):
+            raise ValueError(f"{where} must have a cell for each column.")
+        for cell in cells:
+            if not isinstance(cell, list) or len(cell) != 2:
+                raise ValueError(f"{where}: a cell must be a run and a policy, or K, but got {cell!r}.")
+            if cell[0] not in kinds:
+                raise ValueError(f"{where}: there is no run {cell[0]!r}: the runs are {', '.join(kinds)}.")
+            if kinds[cell[0]] not in _KINDS:
+                raise ValueError(f"{where}: a run of kind {kinds[cell[0]]} has no cell.")
+
+
+def check_labels(spec, labels):
+    """Refuse a table of policies that its runs don't have.
+
+    Args:
+        spec (dict): as `overview` takes it.
+        labels (dict): from runs to the labels of their policies, or the K of their selections.
+    """
+    for row, cells in spec["rows"].items():
+        for run, label in cells:
+            if label not in labels[run]:
+                raise ValueError(
+                    f"[suite] table '{spec['title']}': row {row!r}: run '{run}' has no {label!r}: it has "
+                    f"{', '.join(map(str, labels[run]))}."
+                )
+
 
 def overview(spec, results):
     """Return a table of several runs, a cell for each run and policy, as a header and rows.
@@ -21,7 +60,9 @@ def _cell(result, label):
         return "; worst ".join(over_attention(result, "index", label))
     pairs = [p for p in result["pairs"] if p["policy"] == label]
     if result["kind"] == "ppl":
-        pair = next(p for p in pairs if p["against"] == "dense")
+        pair = next((p for p in pairs if p["against"] == "dense"), None)
+        if pair is None:  # nothing was dropped
+            return "-"
         ends = (f"{100 * (pair[k] - 1):+.1f}" for k in ("ratio_low", "ratio_high") if pair[k] is not None)
         return f"{100 * (pair['ratio'] - 1):+.1f}% [{', '.join(ends) or 'one text'}]"
     rows = {r["policy"]: r for r in result["rows"] if r.get("depth") is None}

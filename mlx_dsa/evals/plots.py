@@ -56,9 +56,13 @@ def _needle(result, plt):
         kinds.setdefault(_kind(row["policy"]), set()).add(row["top_k"])
     if max(map(len, kinds.values())) < 3:
         return _grid(result, plt)
-    config = result["config"]
     panels = [(f"{length:,} tokens", result["rows"], length) for _, length in _cells([result])]
-    return _retention(panels, f"Needle ({config['task']}, {config['setting']})", plt)
+    return _retention(panels, _about(result), plt)
+
+
+def _about(result):
+    config = result["config"]
+    return f"{result['kind'].capitalize()} ({config['task']}, {config['setting']})"
 
 
 def _kind(label):
@@ -118,8 +122,8 @@ def _grid(result, plt):
     names = "policy" if len(lengths) == 1 else "context, tokens"
     figure.supxlabel(names, fontsize=9)
     figure.supylabel("depth of the fact", fontsize=9)
-    config = result["config"]
-    title = f"Needle ({config['task']}, {config['setting']}), n = {cells[0]['n']} a cell"
+    counts = " to ".join(map(str, sorted({f(r["n"] for r in cells) for f in (min, max)})))
+    title = f"{_about(result)}, n = {counts} a cell"
     figure.suptitle(f"{title}\naccuracy in % [Wilson 95%]", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.7, format=lambda v, _: f"{100 * v:.0f}%")
     return figure
@@ -134,11 +138,14 @@ def _pale_red_to_green():
 
 
 def _heat_map(axis, title, columns, depths, found):
-    grid = [[found[policy, n, d]["value"] for _, policy, n in columns] for d in depths]
+    # Code is asked for where it stands: not at every depth.
+    cells = [[found.get((policy, n, d)) for _, policy, n in columns] for d in depths]
+    grid = [[cell["value"] if cell else _NONE for cell in row] for row in cells]
     image = axis.imshow(grid, vmin=0, vmax=1, cmap=_pale_red_to_green(), aspect="auto")
-    for y, depth in enumerate(depths):
-        for x, (_, policy, length) in enumerate(columns):
-            cell = found[policy, length, depth]
+    for y, row in enumerate(cells):
+        for x, cell in enumerate(row):
+            if not cell:
+                continue
             interval = f"[{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
             axis.text(
                 x,

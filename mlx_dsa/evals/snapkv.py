@@ -9,7 +9,7 @@ heads' attention is averaged; the observed queries are as many as `observation_w
 import mlx.core as mx
 
 from ..eviction import POOL_RADIUS, Eviction
-from ..selectors import pool_neighbours
+from ..selectors import pool_neighbours, select_evicted
 
 
 class SnapIndexer:
@@ -54,6 +54,10 @@ class SnapEviction(Eviction):
 
     def _worth(self, cache):
         return cache.worth
+
+    def _least(self, x, cache):
+        # Where evictions are not planned, too, what entries are worth is decided.
+        return select_evicted(cache.worth, cache.positions, cache.offset, *self._forced)
 
     def _prompt_scores(self, cache):
         queries, _, positions = cache.window

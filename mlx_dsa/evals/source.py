@@ -150,6 +150,8 @@ class Source:
     def _define(self, what, value, start, stop, pattern):
         if is_correct(what, value):
             return  # whoever repeats the question answers it
+        if not is_correct("\n".join(self._file[start - 1 : stop]), value):
+            return  # it is written otherwise, as 0o666: whoever quotes the code would be wrong
         definition = Definition(what, value, self._first + start, self._first + stop + 1, pattern)
         self.definitions.append(definition)
 

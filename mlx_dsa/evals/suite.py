@@ -4,15 +4,17 @@ import json
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..config import SparseConfig, override
+from ..pictures import check_pictures
 from .code import code
 from .gsm8k import gsm8k
 from .memory import memory
 from .needle import needle
-from .overview import overview
+from .overview import ASKED, check_cells, check_labels, overview
 from .plots import plot, plot_retention
 from .policies import make_policies
 from .ppl import ppl
@@ -30,6 +32,14 @@ EVALUATORS = {
 }
 DTYPES = ("float32", "float16", "bfloat16")
 _OWN = ("name", "kind", "title", "policies", "top_k", "config", "quick")
+# By key, or by the type of the evaluator's default: what a value is, and what the entries of a list are.
+_VALUES = {
+    **dict.fromkeys(("config", "quick"), (dict,)),
+    **dict.fromkeys(("policies", "top_k"), (list, str, int, dict)),
+    **{"lengths": (list, int), tuple: (list, int, float)},
+    **{kind: (kind,) for kind in (bool, int, str)},
+    "compare": ((str, list),),
+}
 _GIVEN = ("subject", "policies", "name", "out", "world", "progress")
 
 
@@ -53,6 +63,8 @@ def read_suite(path):
         raise ValueError(f"[suite] '{path}' is not JSON: {error}.") from None
     if not isinstance(suite, dict) or not isinstance(suite.get("runs"), list) or not suite["runs"]:
         raise ValueError(f"[suite] '{path}' must hold an object with a list of \"runs\".")
+    if not all(isinstance(run, dict) for run in suite["runs"]):
+        raise ValueError(f"[suite] '{path}': each of the \"runs\" must be an object.")
     names = [run.get("name") for run in suite["runs"]]
     for run in suite["runs"]:
         _check(run, names)
@@ -61,15 +73,25 @@ def read_suite(path):
             f"[suite] 'dtype' must be one of {', '.join(DTYPES)} but got {suite['dtype']!r}."
         )
     for picture in suite.get("pictures", []):
-        select_runs(suite, picture["runs"])
-    for shown in suite.get("tables", []):
-        for name, cells in shown["rows"].items():
-            select_runs(suite, [run for run, _ in cells])
-            if len(cells) != len(shown["columns"]):
+        _require("picture", picture, name=str, runs=list)
+        for run in select_runs(suite, picture["runs"]):
+            if run["kind"] not in ASKED:
                 raise ValueError(
-                    f"[suite] table '{shown['title']}': row {name!r} must have a cell for each column."
+                    f"[suite] picture '{picture['name']}' must be of {' or '.join(ASKED)} but run "
+                    f"'{run['name']}' is {run['kind']}."
                 )
+    for shown in suite.get("tables", []):
+        _require("table", shown, title=str, columns=list, rows=dict)
+        check_cells(shown, {run["name"]: run["kind"] for run in suite["runs"]})
     return suite
+
+
+def _require(what, entry, **kinds):
+    """Refuse a picture or table that lacks a key, or has another value there."""
+    for key, kind in kinds.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+            wanted = {str: "a text", list: "a list", dict: "an object"}[kind]
+            raise ValueError(f"[suite] each {what} must have {wanted} as {key!r} but got {entry!r}.")
 
 
 def select_runs(suite, names):
@@ -95,13 +117,27 @@ def _check(run, names):
         raise ValueError(
             f"[suite] run '{name}': 'kind' must be one of {', '.join(EVALUATORS)} but got {kind!r}."
         )
-    options = [p for p in signature(EVALUATORS[kind]).parameters if p not in _GIVEN]
+    parameters = signature(EVALUATORS[kind]).parameters
+    options = [p for p in parameters if p not in _GIVEN]
     for options_of in (run, run.get("quick", {})):
+        _check_values(name, options_of, {k: p.default for k, p in parameters.items()})
         unknown = [k for k in options_of if k not in (*_OWN, *options)]
         if unknown:
             raise ValueError(
                 f"[suite] run '{name}': unknown key {unknown[0]!r}: the keys are {', '.join((*_OWN, *options))}."
             )
+
+
+def _check_values(name, options, defaults):
+    """Refuse what is no text, number, list or object where that is wanted."""
+    for key, value in options.items():
+        kinds = _VALUES.get(key) or _VALUES.get(type(defaults.get(key)))
+        if kinds is None:
+            continue
+        inner = value if kinds[0] is list and isinstance(value, list) else ()
+        fits = isinstance(value, kinds[0]) and all(isinstance(x, kinds[1:]) for x in inner)
+        if not fits or (isinstance(value, bool) and kinds[0] is not bool):
+            raise ValueError(f"[suite] run '{name}': {key!r} has a wrong value: {value!r}.")
 
 
 def run_suite(
@@ -122,13 +158,19 @@ def run_suite(
         dict: the results by run; none from a `Share`.
     """
     folder = Path(folder)
+    check_pictures()
+    base = subject._replace(config=_config(subject.config, suite.get("config", {})))
+    # What is wrong with the last run, or a table, shows before the work of the first.
+    plans = {run["name"]: _plan(run, base.config, quick) for run in suite["runs"]}
+    for shown in suite.get("tables", []) if not quick else ():
+        check_labels(shown, {name: plan.labels for name, plan in plans.items()})
     if "dtype" in suite:
         subject.model.set_dtype(getattr(mx, suite["dtype"]))
     first = world is None or world.rank == 0
-    base = subject._replace(config=_config(subject.config, suite.get("config", {})))
     results = {}
     for run in select_runs(suite, only) if only else suite["runs"]:
-        result = _run(base, run, folder, quick, name, world, progress)
+        given = {"name": name, "out": folder / f"{run['name']}.json", "world": world}
+        result = plans[run["name"]].run(base, {**given, "progress": _naming(run["name"], progress)})
         if result and first:
             plot(result, folder / f"{run['name']}.png")
         if result:
@@ -141,18 +183,44 @@ def run_suite(
     return results
 
 
-def _run(subject, run, folder, quick, name, world, progress):
+def _naming(run, progress):
+    return progress and (lambda done, total, key: progress(done, total, f"{run}: {key}"))
+
+
+class _Plan(NamedTuple):
+    """A run with its settings and policies: none for a selection, which has K."""
+
+    kind: str
+    config: SparseConfig
+    policies: list | None
+    options: dict
+
+    @property
+    def labels(self):
+        """What a cell of a table may name."""
+        return self.options["top_k"] if self.policies is None else [p.label for p in self.policies]
+
+    def run(self, subject, given):
+        """Return the result, or ``None`` from a `Share`."""
+        if self.policies is None:
+            return retrieval(subject._replace(config=self.config), **self.options, **given)
+        return EVALUATORS[self.kind](subject, self.policies, **self.options, **given)
+
+
+def _plan(run, config, quick):
     options = {k: v for k, v in run.items() if k not in ("name", "kind", "title", "quick")}
     options.update(run.get("quick", {}) if quick else {})
-    kind, base = run["kind"], _config(subject.config, options.pop("config", {}))
-    given = {"name": name, "out": folder / f"{run['name']}.json", "world": world}
-    if progress:
-        given["progress"] = lambda done, total, key: progress(done, total, f"{run['name']}: {key}")
+    kind, config = run["kind"], _config(config, options.pop("config", {}))
+    parameters = signature(EVALUATORS[kind]).parameters.items()
+    wanted = [k for k, p in parameters if p.default is p.empty and k not in _GIVEN]
+    missing = [k for k in wanted if not isinstance(options.get(k), list)]
+    if missing:
+        raise ValueError(f"[suite] run '{run['name']}' must have a list as {missing[0]!r}.")
     if kind == "retrieval":
-        return retrieval(subject._replace(config=base), **options, **given)
-    top_k = options.pop("top_k", ())
-    policies = make_policies(options.pop("policies", ("dense", "sparse")), base, top_k)
-    return EVALUATORS[kind](subject, policies, **options, **given)
+        options.pop("policies", None)
+        return _Plan(kind, config, None, options)
+    top_k, names = options.pop("top_k", ()), options.pop("policies", ("dense", "sparse"))
+    return _Plan(kind, config, make_policies(names, config, top_k), options)
 
 
 def _config(config, changes):

@@ -109,11 +109,13 @@ class TrainState:
             raise ValueError(
                 f"[train] {file} is not a checkpoint of this program ({error})."
             ) from None
-        for name, value in identity.items():
-            if meta["identity"].get(name) != value:
+        there = meta["identity"]
+        # What only one of them has differs too: a run of indexers alone and one of both.
+        for name in {**identity, **there}:
+            if there.get(name) != identity.get(name):
                 raise ValueError(
                     f"[train] {out} holds a run with another {name}: "
-                    f"{_difference(meta['identity'].get(name), value)}. Choose another "
+                    f"{_difference(there.get(name), identity.get(name))}. Choose another "
                     f"folder, or resume with what that run began with."
                 )
         tree = tree_unflatten(list(arrays.items()))
@@ -179,4 +181,5 @@ def _difference(old: Any, new: Any) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         name = next(k for k in {**old, **new} if old.get(k) != new.get(k))
         return f"{name} is {old.get(name)} there and {new.get(name)} here"
+    old, new = ("set" if isinstance(x, dict) else x for x in (old, new))
     return f"{old} there and {new} here"
