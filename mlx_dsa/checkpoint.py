@@ -240,7 +240,7 @@ def _quantise(tensors: Mapping[str, mx.array], bits: int) -> dict[str, mx.array]
 def _dequantise(stored: Mapping[str, mx.array], bits: int) -> dict[str, mx.array]:
     tensors = {}
     for name, value in stored.items():
-        if name + _QUANTISED[0] in stored:
+        if all(name + end in stored for end in _QUANTISED):
             scales, biases = (stored[name + end] for end in _QUANTISED)
             value = mx.dequantize(value, scales, biases, group_size=_GROUP_SIZE, bits=bits)
         if not name.endswith(_QUANTISED):

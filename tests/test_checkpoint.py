@@ -67,3 +67,13 @@ def test_other_bits_are_refused(tmp_path):
     file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
     with pytest.raises(ValueError, match="matrices of '3' bits that this version does not know"):
         load_indexers(file)
+
+
+@pytest.mark.parametrize("lost", [".scales", ".biases"])
+def test_a_file_that_lacks_a_part_of_a_matrix_is_refused(lost, tmp_path):
+    file = save_indexers(tmp_path, make(), bits=8)
+    arrays, header = mx.load(str(file), return_metadata=True)
+    del arrays[f"layers.3.wk.weight{lost}"]
+    mx.save_safetensors(str(file), arrays, header)
+    with pytest.raises(ValueError, match="layer 3 of .* does not fit"):
+        load_indexers(file)
