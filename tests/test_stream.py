@@ -18,6 +18,7 @@ from simulate import (
 )
 from test_cuts import kept, lengths_for, make_text, same
 from test_retention import Simulation, first_layer_scores, with_heads
+from test_servers import scorer as scorer
 
 from mlx_dsa import SparseConfig, load_cache, patch_sparse_generate, save_cache
 from mlx_dsa.chunks import stream_cuts
@@ -332,3 +333,16 @@ def test_without_heads_a_warning_tells_what_is_lost(small):
         with pytest.warns(UserWarning, match="no retention head") as found:
             patch_sparse_generate(model, make_indexers(model), prefill=prefill).restore()
         assert ("at every cut" in str(found[0].message)) is more
+
+
+def test_rolling_log_likelihoods_are_those_of_a_stream(small, scorer):
+    """Where a budget pruned once evicts nothing, and is refused."""
+    model, indexers = small
+    tokens = make_text(90)
+    rules = {**RULES, "top_k": 24, "stream_chunk": 16}
+    with patch_sparse_generate(model, indexers, **rules):
+        scores, _, _ = scorer._score_fn(tokens)
+        logits = model(tokens[:, :-1], cache=make_prompt_cache(model))
+        expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    expected = mx.take_along_axis(expected, tokens[:, 1:, None], axis=-1)[..., 0]
+    assert mx.abs(scores - expected).max() < 1e-4
