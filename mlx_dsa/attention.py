@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .cache import BudgetKVCache, FullKVCache, TieredKVCache
-from .chunks import cut_chunk
+from .chunks import cut_chunk, stream_cuts
 from .config import SparseConfig
 from .crossovers import PrefillPlan
 from .eviction import Eviction
@@ -69,7 +69,7 @@ class SparseAttention(nn.Module):
             x (mx.array): Normalised hidden states ``[B, L, dim]``.
             mask: Not read: mlx-lm builds it for the first layer's cache.
             cache (FullKVCache or BudgetKVCache, optional): Without it the tokens
-              are the whole text.
+              are the whole text, of which only a stream drops something.
 
         Returns:
             mx.array: ``[B, L, dim]``.
@@ -77,8 +77,9 @@ class SparseAttention(nn.Module):
         Raises:
             ValueError: If the cache was not made for this patch.
         """
+        streams = self.prefill == "stream"
         if cache is None:
-            cache = FullKVCache()
+            cache = BudgetKVCache(self.config.top_k) if streams else FullKVCache()
         elif not isinstance(cache, FullKVCache):
             raise ValueError(
                 f"[SparseAttention] 'cache' must be made after patching, with "
@@ -89,6 +90,11 @@ class SparseAttention(nn.Module):
                 f"[SparseAttention] 'cache' keeps {cache.budget} entries but top_k is "
                 f"{self.config.top_k}. Make one with make_prompt_cache(model)."
             )
+        if streams and not isinstance(cache, BudgetKVCache):
+            raise ValueError(
+                "[SparseAttention] 'cache' keeps all entries but prefill 'stream' drops some. "
+                "Make one with make_prompt_cache(model)."
+            )
         if x.shape[1] > 1 and cache.prompt.held == "decode":
             steps = [self(step, mask, cache) for step in mx.split(x, x.shape[1], axis=1)]
             return mx.concatenate(steps, axis=1)
@@ -96,7 +102,8 @@ class SparseAttention(nn.Module):
             warn_of_positions(self.positions)
             self.positions = None
         in_prompt = cache.prompt.call(x.shape[1])
-        read = self._prefill if in_prompt else self._decode
+        read = self._stream if streams else self._prefill
+        read = read if in_prompt else self._decode
         # A sparse step is not bit for bit a dense one, so it takes the fastest way.
         is_sparse_step = not in_prompt and cache.size() >= self.config.top_k
         linear = self._joined if is_sparse_step else None
@@ -167,10 +174,35 @@ class SparseAttention(nn.Module):
         """
         cache.prompt.reopen()
         self._append(x, keys, values, cache)
+        self._observe(x, cache)
+
+    def _observe(self, x, cache: FullKVCache):
+        """Remember the last queries of a prompt, after their append, where they decide."""
         if isinstance(cache, BudgetKVCache) and self.eviction.rule == "index":
             n = min(x.shape[1], self.config.observation_window)
             window = self.indexer.project_queries(x[:, -n:], cache.offset - n)
             cache.observe(*window, self.config.observation_window)
+
+    def _stream(self, x, queries, keys, values, cache: BudgetKVCache) -> mx.array:
+        """Attend in parts to what was kept and to the part's own tokens, and cut the cache
+        after each but the last, which waits for its cut."""
+        L = x.shape[1]
+        sizes = L, cache.offset, cache.size()
+        cuts = stream_cuts(self.config.stream_chunk, cache.budget, sizes)
+        outputs = []
+        for start, stop in zip([0, *cuts], [*cuts, L]):
+            if start == L:  # a cut stands at the end
+                break
+            part = slice(start, stop)
+            self._append(x[:, part], keys[:, :, part], values[:, :, part], cache)
+            self._observe(x[:, part], cache)
+            entries = cache.keys, cache.values
+            outputs.append(
+                self._attend_all(queries[:, :, part], *entries, causal=stop - start > 1)
+            )
+            if stop in cuts:
+                self.eviction.cut(cache)
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
     def _prefill(self, x, queries, keys, values, cache) -> mx.array:
         L = x.shape[1]

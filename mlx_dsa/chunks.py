@@ -1,4 +1,5 @@
-"""How a prompt is cut into chunks, and a chunk into a dense part and small sparse parts."""
+"""How a prompt is cut into chunks, and a chunk into parts: a dense one and small sparse
+ones, or those between the cuts of a stream."""
 
 from __future__ import annotations
 
@@ -43,6 +44,32 @@ def cut_chunk(
     edges = [0, *range(tile_size - offset % tile_size, L, tile_size), L]
     n_dense = max((e for e in edges if T - L + e <= dense_until), default=0)
     return list(_tile_cuts([e for e in edges if e >= n_dense], tile_size, rows))
+
+
+def stream_cuts(stream_chunk: int, budget: int, sizes: tuple[int, int, int]) -> list[int]:
+    """Find after which queries of a chunk a stream is cut to its budget.
+
+    It is at multiples of ``stream_chunk`` in the text, wherever the chunk begins, where the
+    cache holds more than the budget by then.
+
+    Args:
+        stream_chunk (int): Tokens of a text between two cuts.
+        budget (int): Entries that a cut leaves.
+        sizes (tuple of int): Queries, the position of the first, and entries in the cache
+          before the chunk.
+
+    Returns:
+        list of int: Places in the chunk, ascending, the last at most its length.
+    """
+    L, offset, size = sizes
+    cuts: list[int] = []
+    start = 0
+    for end in range(stream_chunk - offset % stream_chunk, L + 1, stream_chunk):
+        size, start = size + end - start, end
+        if size > budget:
+            cuts.append(end)
+            size = budget
+    return cuts
 
 
 def _tile_cuts(edges: list[int], size: int, rows: int) -> Iterator[int]:

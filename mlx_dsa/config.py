@@ -23,10 +23,13 @@ class SparseConfig:
           inside ``top_k``. Default: ``4``.
         n_recent (int): Newest tokens, likewise. Default: ``64``.
         prefill (str): ``"dense"``, ``"exact"`` (one selection a query),
-          ``"tile"`` (one selection a tile of queries) or ``"auto"`` (tile where
-          ``top_k`` has room for it, else exact). Default: ``"auto"``.
+          ``"tile"`` (one selection a tile of queries), ``"stream"`` (cut to the budget
+          while it is read) or ``"auto"`` (tile where ``top_k`` has room for it, else
+          exact). Default: ``"auto"``.
         tile_size (int): Queries that share one selection in ``"tile"``.
           Default: ``64``.
+        stream_chunk (int): Tokens of a text between two cuts in ``"stream"``.
+          Default: ``2048``.
         dense_layers (tuple of int): Layers left as they are. Default: ``()``.
         observation_window (int): Last prompt queries whose scores decide what
           prefill leaves in the budget. Default: ``32``.
@@ -51,8 +54,9 @@ class SparseConfig:
     cache: Literal["budget", "full", "tiered"] = "budget"
     n_sink: int = 4
     n_recent: int = 64
-    prefill: Literal["auto", "dense", "exact", "tile"] = "auto"
+    prefill: Literal["auto", "dense", "exact", "tile", "stream"] = "auto"
     tile_size: int = 64
+    stream_chunk: int = 2048
     dense_layers: tuple[int, ...] = ()
     observation_window: int = 32
     evict: Literal["retention", "keydiff", "index", "window"] = "retention"
@@ -76,6 +80,12 @@ class SparseConfig:
             raise ValueError(
                 f"[SparseConfig] 'top_k' must be at least n_sink + n_recent = "
                 f"{protected} but got {self.top_k}. Raise top_k, or lower n_recent."
+            )
+        if self.prefill == "stream" and self.cache != "budget":
+            raise ValueError(
+                f"[SparseConfig] prefill 'stream' drops what does not fit the budget, so it "
+                f"is for cache 'budget' only, not for {self.cache!r}. Use cache='budget', or "
+                f"another prefill."
             )
         if self.prefill == "tile" and not self.tile_fits:
             raise ValueError(
@@ -180,6 +190,7 @@ _MINIMUM = {
     "n_sink": 0,
     "n_recent": 1,
     "tile_size": 1,
+    "stream_chunk": 1,
     "observation_window": 1,
 }
 _CHOICES = {

@@ -28,7 +28,7 @@ class PrefillPlan(NamedTuple):
     """How a prompt is read.
 
     Args:
-        prefill (str): ``"tile"``, ``"exact"`` or ``"dense"``.
+        prefill (str): ``"tile"``, ``"exact"``, ``"dense"`` or ``"stream"``.
         dense_until (int): Keys up to which a query attends to all that it sees.
     """
 

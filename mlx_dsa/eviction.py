@@ -128,6 +128,17 @@ class Eviction:
             slots = mx.take_along_axis(slots, order, axis=1)
         cache.prune(slots, worth, n_planned)
 
+    def cut(self, cache: BudgetKVCache):
+        """Cut a cache to its budget, as :meth:`prune` does, where its prompt goes on.
+
+        Args:
+            cache (BudgetKVCache): The cache, changed in place; the observed queries stay, so
+              that as many decide at the prompt's end, however near the last cut is.
+        """
+        window = cache.window
+        self.prune(cache)
+        cache.window = window
+
     def _prompt_scores(self, cache) -> tuple[mx.array | None, mx.array | None]:
         """Return what orders the entries ``[B, size]`` at the end of a prompt, and where it
         stands for later evictions too, the same again."""

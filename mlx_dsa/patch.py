@@ -93,7 +93,8 @@ class SparsePatch:
             )
         scoring = find_caller("mlx_lm.evaluate", "_score_fn", "_process_prompt")
         reads_whole_texts = scoring is not None and scoring.f_code.co_name == "_score_fn"
-        if reads_whole_texts and self.config.cache == "budget":
+        drops = self.config.prefill == "stream"  # while it reads
+        if reads_whole_texts and self.config.cache == "budget" and not drops:
             raise ValueError(
                 "[SparsePatch] rolling log-likelihoods are read in one call, in which a "
                 "budget evicts nothing: they would be those of a full cache. Use cache "
@@ -286,10 +287,12 @@ def _warn(dtype: mx.Dtype, indexers: Mapping[int, Indexer], config: SparseConfig
     """Tell what will answer worse than it need."""
     if config.cache == "budget" and config.evict == "retention":
         if not all(indexer.has_retention for indexer in indexers.values()):
+            while_reading = config.prefill == "stream"
+            also = ", and more again at every cut" if while_reading else ""
             warnings.warn(
-                "[patch_sparse_generate] these indexers have no retention head: the "
-                "budget keeps the keys least like the others (KeyDiff), which loses more "
-                "facts than trained heads do. Use cache='full', or train the heads.",
+                f"[patch_sparse_generate] these indexers have no retention head: the "
+                f"budget keeps the keys least like the others (KeyDiff), which loses more "
+                f"facts than trained heads do{also}. Use cache='full', or train the heads.",
                 stacklevel=3,
             )
     if is_imprecise(dtype):

@@ -22,8 +22,23 @@ _CLASSES = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache, ArraysC
 _FORMAT = "mlx-dsa cache 3"
 # What a kept cache depends on; how it was computed may differ.
 KEPT_BY = ("top_k", "cache", "n_sink", "n_recent", "evict", "dense_layers")
+# And so does this, where a prompt is cut while it is read.
+_STREAMED_BY = ("prefill", "stream_chunk")
 _OLD_FORMAT = re.compile(rb'"format":"mlx-dsa cache [12]"')
 _AGAIN = "Make it again: mlx-dsa compress, or save_cache."
+
+
+def kept_by(*configs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the settings that decide what caches hold.
+
+    Args:
+        configs (Mapping): Fields of :class:`SparseConfig`, or some of them.
+
+    Returns:
+        tuple of str: Those in which all the configs must agree.
+    """
+    streams = any(config.get("prefill") == "stream" for config in configs)
+    return KEPT_BY + _STREAMED_BY if streams else KEPT_BY
 
 
 class SavedCache(NamedTuple):
@@ -231,7 +246,7 @@ def _difference(of: str, stored: Mapping[str, Any], mine: Mapping[str, Any]) -> 
 
 def _check_config(path: Path, stored: Mapping[str, Any], patch: SparsePatch):
     mine = json.loads(json.dumps(dataclasses.asdict(patch.config)))
-    for name in KEPT_BY:
+    for name in kept_by(stored, mine):
         if stored.get(name) != mine[name]:
             raise ValueError(
                 f"[load_cache] {path} was made with {name} = {stored.get(name)} but the "

@@ -160,7 +160,10 @@ class _Runner:
 
     def warm_up_tokens(self) -> int:
         """Return how long a prompt passes through all that a longer one does."""
-        return 2 * max(self.prefill["dense_until"], self._config.top_k) + self._chunk
+        config = self._config
+        between_cuts = 2 * config.stream_chunk if config.prefill == "stream" else 0
+        longest = max(self.prefill["dense_until"], config.top_k)
+        return 2 * longest + max(self._chunk, between_cuts)
 
     def _patched(self, kind) -> SparsePatch | nullcontext:
         if kind == "dense":

@@ -10,7 +10,7 @@ import click
 
 from ..config import SparseConfig, override
 from ..presets import Settings, preset_names, read_settings, resolve
-from ..saved import KEPT_BY, read_saved_config, read_saved_metadata
+from ..saved import kept_by, read_saved_config, read_saved_metadata
 from .outputs import OutputPath
 
 SEED = click.IntRange(0, 2**32 - 1)
@@ -76,10 +76,18 @@ _SPARSE = (
     ),
     click.option(
         "--prefill",
-        type=click.Choice(["auto", "dense", "exact", "tile"]),
-        help="How the prompt is read.",
+        type=click.Choice(["auto", "dense", "exact", "tile", "stream"]),
+        help="How the prompt is read; stream drops what does not fit top-k on the way.",
+    ),
+    click.option(
+        "--stream-chunk",
+        type=int,
+        metavar="N",
+        help="With --prefill stream: tokens of the text between two cuts. Default: 2048.",
     ),
 )
+_OF_SPARSE = ("indexer", "top_k", "n_recent", "cache", "cold_file", "cold_bits")
+_OF_SPARSE += ("prefill", "stream_chunk")
 dense_option = click.option(
     "--dense", is_flag=True, help="Use no indexers: the model as it is."
 )
@@ -167,7 +175,7 @@ def settings_from(
     """
     given = {name: value for name, value in given.items() if value is not None}
     if dense:
-        for name in ("indexer", "top_k", "n_recent", "cache", "cold_file", "cold_bits", "prefill"):
+        for name in _OF_SPARSE:
             if name in given:
                 option = name.removesuffix("_file").replace("_", "-")
                 raise click.UsageError(
@@ -180,7 +188,12 @@ def settings_from(
     # A model of one's own takes nothing from the bundled one's settings.
     if preset is None and "model" not in values:
         preset = "tiny"
-    return resolve(preset, **values)
+    settings = resolve(preset, **values)
+    if "stream_chunk" in given and settings.config.prefill != "stream":
+        raise click.UsageError(
+            "--stream-chunk has no effect without --prefill stream. Leave it out."
+        )
+    return settings
 
 
 def _with_saved(
@@ -188,7 +201,7 @@ def _with_saved(
 ) -> tuple[str | None, dict[str, Any]]:
     """Fill settings up with those that a saved cache was made with."""
     saved = read_saved_config(file)
-    for name in KEPT_BY:
+    for name in kept_by(saved, values):
         if name in values and values[name] != saved[name]:
             raise ValueError(
                 f"{name!r} {values[name]} contradicts {file}, which was made with "
@@ -221,7 +234,8 @@ def check_seed(seed: int | None, temp: float) -> int:
 
 def describe_config(config: SparseConfig) -> str:
     """Return a config's main fields as one line."""
+    every = f" (a cut every {config.stream_chunk})" if config.prefill == "stream" else ""
     return (
-        f"top_k {config.top_k}, cache {config.cache}, prefill {config.prefill}, "
+        f"top_k {config.top_k}, cache {config.cache}, prefill {config.prefill}{every}, "
         f"{config.n_sink} sinks, {config.n_recent} recent"
     )

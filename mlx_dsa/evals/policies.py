@@ -136,6 +136,7 @@ _NAMED = {
     "exact": ("index", {"cache": "full", "prefill": "exact"}),
     "tile": ("index", {"cache": "full", "prefill": "tile"}),
     "tiered": ("index", {"cache": "tiered"}),
+    "stream": ("index", {"cache": "budget", "prefill": "stream"}),
     "retention": ("index", {"evict": "retention"}),
     "index": ("index", {"evict": "index"}),
     "keydiff": ("index", {"evict": "keydiff"}),
@@ -173,6 +174,11 @@ class Policy:
     def top_k(self):
         """Keys that a query attends to, or ``None`` where it is all."""
         return self.config and self.config.top_k
+
+    @property
+    def streams(self):
+        """Whether texts are cut to the budget while they are read."""
+        return self.config is not None and self.config.prefill == "stream"
 
     @property
     def wants_marks(self):

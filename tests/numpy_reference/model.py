@@ -74,6 +74,29 @@ class ReferenceRun:
         return set(self.caches[layer].positions.tolist())
 
     def attend(self, i, layer, x):
+        cache, rules = self.caches[i], self.rules
+        streams = rules.prefill == "stream" and i not in rules.dense_layers
+        if not (streams and (len(x) > 1 or cache.open)):
+            return self._attend(i, layer, x)
+        # A token at a time: each sees what is there, and is cut away where its turn comes.
+        goes_on, outputs = len(x) > 1, []
+        for n in range(len(x)):
+            cache.open = True
+            if n == len(x) - 1 and not goes_on:
+                outputs.append(self._attend(i, layer, x[n:]))
+            else:
+                outputs.append(self._attend(i, layer, x[n : n + 1], ends=False))
+                self._cut(cache, i)
+        cache.open = goes_on
+        return np.concatenate(outputs)
+
+    def _cut(self, cache, i):
+        rules = self.rules
+        if cache.offset % rules.stream_chunk == 0 and len(cache.positions) > rules.top_k:
+            merit = eviction_scores(self.model.indexers[i], cache.observed, cache)
+            cache.keep(rules.prune(cache.positions, merit, cache.offset - 1))
+
+    def _attend(self, i, layer, x, ends=True):
         cache, length = self.caches[i], len(x)
         indexer = self.model.indexers.get(i)
         if i in self.rules.dense_layers:
@@ -92,7 +115,7 @@ class ReferenceRun:
 
         if indexer:
             iq, iw = indexer.queries(x, new)
-            sets, stays = self._decide(cache, indexer, iq, iw, new)
+            sets, stays = self._decide(cache, indexer, iq, iw, new, ends)
         else:
             sets = [set(cache.positions[cache.positions <= p].tolist()) for p in new]
             stays = None
@@ -105,7 +128,7 @@ class ReferenceRun:
             cache.keep(stays)
         return layer.o(out.reshape(length, -1))
 
-    def _decide(self, cache, indexer, iq, iw, new):
+    def _decide(self, cache, indexer, iq, iw, new, ends=True):
         """Return the set of each query, and what stays (None: everything)."""
         rules, positions = self.rules, cache.positions
         scores = indexer.scores(iq, iw, cache.entries[2])
@@ -113,7 +136,7 @@ class ReferenceRun:
 
         query, total = int(new[-1]), len(positions)
         in_prompt = len(new) > 1 or cache.open
-        cache.open = len(new) > 1
+        cache.open = len(new) > 1 or not ends
         if in_prompt:
             cache.observed += list(zip(new.tolist(), iq, iw))
             cache.observed = cache.observed[-rules.observation_window :]

@@ -19,6 +19,7 @@ class Rules:
     cache: str = "budget"
     prefill: str = "exact"
     tile_size: int = 64
+    stream_chunk: int = 2048
     observation_window: int = 32
     evict: str = "index"
     dense_layers: tuple = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import click
@@ -73,8 +74,14 @@ _SPARSE = (
     ),
     click.option(
         "--prefill",
-        type=click.Choice(["auto", "dense", "exact", "tile"]),
-        help="How the prompt is read.",
+        type=click.Choice(["auto", "dense", "exact", "tile", "stream"]),
+        help="How the prompt is read; stream drops what does not fit top-k on the way.",
+    ),
+    click.option(
+        "--stream-chunk",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="With policy or --prefill stream: tokens between two cuts.  [default: the preset's]",
     ),
 )
 _RUN = (
@@ -150,6 +157,7 @@ def open_run(
     n_recent: int | None,
     cache: str | None,
     prefill: str | None,
+    stream_chunk: int | None,
     policies: list[str],
     out: str | None,
     **own: Any,
@@ -176,9 +184,17 @@ def open_run(
         cache=cache,
         prefill=prefill,
     )
+    start = settings.config
+    if stream_chunk is not None:
+        start = replace(start, stream_chunk=stream_chunk)
     recent = {} if n_recent is None else {"n_recent": n_recent}
     budgets = [{"top_k": k, **recent} for k in top_k or ()]
-    chosen = make_policies(policies, settings.config, budgets)
+    chosen = make_policies(policies, start, budgets)
+    if stream_chunk is not None and not any(p.streams for p in chosen):
+        raise click.UsageError(
+            f"--stream-chunk has no effect on {', '.join(policies)}. Leave it out, or use "
+            f"policy stream."
+        )
     world = open_world()
     hint_at_blas()
     name = subject_name(settings, preset, model, config)
