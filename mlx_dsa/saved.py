@@ -55,6 +55,18 @@ class SavedCache(NamedTuple):
     metadata: dict[str, str]
 
 
+class SavedSettings(NamedTuple):
+    """What :func:`read_saved` returns.
+
+    Args:
+        config (dict): Fields of :class:`SparseConfig`, for ``SparseConfig.from_dict``.
+        metadata (dict): Strings that were saved with it.
+    """
+
+    config: dict[str, Any]
+    metadata: dict[str, str]
+
+
 def save_cache(
     path: str | os.PathLike,
     caches: Sequence[Any],
@@ -146,34 +158,20 @@ def load_cache(path: str | os.PathLike, patch: SparsePatch) -> SavedCache:
     return SavedCache(caches, int(header["tokens"]), json.loads(header["metadata"]))
 
 
-def read_saved_config(path: str | os.PathLike) -> dict[str, Any]:
-    """Read with which settings a cache was saved, before any model is loaded.
+def read_saved(path: str | os.PathLike) -> SavedSettings:
+    """Read with what a cache was saved, before any model is loaded.
 
     Args:
         path (str or PathLike): A file of :func:`save_cache`.
 
     Returns:
-        dict: All fields of :class:`SparseConfig`, for ``SparseConfig.from_dict``.
+        SavedSettings: Its settings and metadata.
 
     Raises:
         ValueError: If the file is missing, damaged or of another kind.
     """
-    return json.loads(_read(Path(path))[1]["config"])
-
-
-def read_saved_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """Read the strings that were saved with a cache, before any model is loaded.
-
-    Args:
-        path (str or PathLike): A file of :func:`save_cache`.
-
-    Returns:
-        dict: The strings.
-
-    Raises:
-        ValueError: If the file is missing, damaged or of another kind.
-    """
-    return json.loads(_read(Path(path))[1]["metadata"])
+    header = _read(Path(path))[1]
+    return SavedSettings(json.loads(header["config"]), json.loads(header["metadata"]))
 
 
 def _contents_of(cache: Any) -> list[Any]:

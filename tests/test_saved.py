@@ -16,7 +16,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 from mlx_dsa import SparseConfig, load_cache, patch_sparse_generate, save_cache
-from mlx_dsa.saved import read_saved_config
+from mlx_dsa.saved import read_saved
 
 RULES = dict(top_k=24, n_sink=3, n_recent=5, evict="index")
 
@@ -154,7 +154,7 @@ def test_the_settings_of_a_file_are_read_without_a_model(small, tmp_path, config
     model, indexers = small
     with patch_sparse_generate(model, indexers, **RULES, **config) as patch:
         save_cache(tmp_path / "a.kv", read(model, patch), patch)
-        saved = read_saved_config(tmp_path / "a.kv")
+        saved = read_saved(tmp_path / "a.kv").config
     assert saved.keys() == {field.name for field in dataclasses.fields(SparseConfig)}
     assert SparseConfig.from_dict(saved) == patch.config
     assert patch.config == SparseConfig(**RULES, **config)
@@ -178,7 +178,7 @@ def test_foreign_and_older_files_are_told(small, tmp_path):
             ("other.safetensors", "is not a cache"),
             ("old.safetensors", "by an earlier version of mlx-dsa. Make it again"),
         ]:
-            for reads in (lambda path: load_cache(path, patch), read_saved_config):
+            for reads in (lambda path: load_cache(path, patch), read_saved):
                 with pytest.raises(ValueError, match=says):
                     reads(tmp_path / name)
 
@@ -224,7 +224,7 @@ def test_of_1000_damages_none_loads_and_each_is_one_line(small, tmp_path, dense_
         assert len(data) < 60_000
         for damaged in damages(data, seed=len(dense_layers)):
             file.write_bytes(damaged)
-            for reads in (lambda: load_cache(file, patch), lambda: read_saved_config(file)):
+            for reads in (lambda: load_cache(file, patch), lambda: read_saved(file)):
                 with pytest.raises(ValueError, match="damaged. Make it again") as error:
                     reads()
                 assert "\n" not in str(error.value)

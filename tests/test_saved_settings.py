@@ -10,7 +10,7 @@ from local_models import write_indexers, write_model
 from mlx_dsa.cli import main
 from mlx_dsa.cli.options import settings_from
 from mlx_dsa.presets import names_of, resolve
-from mlx_dsa.saved import read_saved_config, read_saved_metadata
+from mlx_dsa.saved import read_saved
 
 
 def run(*arguments, given=""):
@@ -103,5 +103,5 @@ def test_a_model_is_named_as_it_is_found_from_anywhere(folder, monkeypatch):
 
 
 def test_what_is_saved_is_read_before_loading(folder):
-    assert read_saved_config(folder / "text.kv")["top_k"] == 60
-    assert read_saved_metadata(folder / "text.kv")["file"] == "text.txt"
+    assert read_saved(folder / "text.kv").config["top_k"] == 60
+    assert read_saved(folder / "text.kv").metadata["file"] == "text.txt"

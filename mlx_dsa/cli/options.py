@@ -10,7 +10,7 @@ import click
 
 from ..config import SparseConfig, override
 from ..presets import Settings, preset_names, read_settings, resolve
-from ..saved import kept_by, read_saved_config, read_saved_metadata
+from ..saved import kept_by, read_saved
 from .outputs import OutputPath
 
 SEED = click.IntRange(0, 2**32 - 1)
@@ -200,14 +200,13 @@ def _with_saved(
     file: str, preset: str | None, values: dict[str, Any]
 ) -> tuple[str | None, dict[str, Any]]:
     """Fill settings up with those that a saved cache was made with."""
-    saved = read_saved_config(file)
+    saved, about = read_saved(file)
     for name in kept_by(saved, values):
-        if name in values and values[name] != saved[name]:
+        if name in values and values[name] != saved.get(name):
             raise ValueError(
                 f"{name!r} {values[name]} contradicts {file}, which was made with "
-                f"{saved[name]}. Leave it out."
+                f"{saved.get(name)}. Leave it out."
             )
-    about = read_saved_metadata(file)
     if preset is None and "model" not in values:
         preset = about.get("preset")
         names = {key: about[key] for key in ("model", "indexer") if key in about}
