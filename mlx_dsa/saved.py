@@ -61,10 +61,12 @@ class SavedSettings(NamedTuple):
     Args:
         config (dict): Fields of :class:`SparseConfig`, for ``SparseConfig.from_dict``.
         metadata (dict): Strings that were saved with it.
+        tokens (int): Tokens that were read.
     """
 
     config: dict[str, Any]
     metadata: dict[str, str]
+    tokens: int
 
 
 def save_cache(
@@ -165,13 +167,14 @@ def read_saved(path: str | os.PathLike) -> SavedSettings:
         path (str or PathLike): A file of :func:`save_cache`.
 
     Returns:
-        SavedSettings: Its settings and metadata.
+        SavedSettings: Its settings, metadata and number of tokens.
 
     Raises:
         ValueError: If the file is missing, damaged or of another kind.
     """
     header = _read(Path(path))[1]
-    return SavedSettings(json.loads(header["config"]), json.loads(header["metadata"]))
+    config, metadata = (json.loads(header[name]) for name in ("config", "metadata"))
+    return SavedSettings(config, metadata, int(header["tokens"]))
 
 
 def _contents_of(cache: Any) -> list[Any]:

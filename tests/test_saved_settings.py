@@ -105,3 +105,15 @@ def test_a_model_is_named_as_it_is_found_from_anywhere(folder, monkeypatch):
 def test_what_is_saved_is_read_before_loading(folder):
     assert read_saved(folder / "text.kv").config["top_k"] == 60
     assert read_saved(folder / "text.kv").metadata["file"] == "text.txt"
+
+
+def test_info_looks_into_a_saved_cache(elsewhere, monkeypatch):
+    monkeypatch.setattr("mlx_dsa.cli.session.load_settings", None)
+    result = run("info", "--cache-file", elsewhere / "text.kv")
+    tokens = read_saved(elsewhere / "text.kv").tokens
+    assert result.exit_code == 0 and tokens > 60
+    assert f"text.kv ({tokens:,} tokens of text.txt, " in result.output
+    assert "top_k 60" in result.output and "Cache " not in run("info").output
+    refused = run("info", "--cache-file", elsewhere / "text.txt")
+    assert refused.exit_code == 1 and str(elsewhere / "text.txt") in refused.output.splitlines()[-1]
+    assert run("info", "--dense", "--cache-file", elsewhere / "text.kv").exit_code == 2

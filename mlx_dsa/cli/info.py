@@ -20,6 +20,7 @@ from ..hub import INDEXER_FILES, MODEL_FILES, fetch, is_repository
 from ..indexer import Indexer
 from ..ops import check_backend
 from ..presets import Settings, preset_names, read_indexers, resource, runs_float32
+from ..saved import read_saved
 from ..versions import package_version
 from .command import Command
 from .options import dense_option, describe_config, model_options
@@ -29,20 +30,24 @@ from .tune import describe_crossovers, describe_measured
 
 
 @click.command(cls=Command)
+@click.option(
+    "--cache-file", metavar="FILE", help="What mlx-dsa compress has written: of which text, and how."
+)
 @model_options
 @sparse_options
 @dense_option
-def info(dense: bool, **given: Any):
+def info(dense: bool, cache_file: str | None, **given: Any):
     """Tell what a command would load and how it would run it.
 
     Nothing is fetched, and the model is not loaded.
     """
-    settings = settings_from(dense=dense, **given)
+    settings = settings_from(dense=dense, cache_file=cache_file, **given)
     rows = [
         ("Versions", _versions()),
         ("Device", _device()),
         ("Model", _model(settings)),
         *([] if dense else _sparse_rows(settings)),
+        *([("Cache", _saved(cache_file))] if cache_file else []),
         ("Presets", f"{', '.join(preset_names())} (in {resource('configs')})"),
     ]
     for name, text in rows:
@@ -90,6 +95,13 @@ def _sparse_rows(settings: Settings) -> list[tuple[str, str]]:
         ("Backend", settings.config.backend),
         ("Tuned", _tuned(settings)),
     ]
+
+
+def _saved(file: str) -> str:
+    saved = read_saved(file)
+    about = f" of {saved.metadata['file']}" if "file" in saved.metadata else ""
+    size = Path(file).stat().st_size / 1e6
+    return f"{file} ({saved.tokens:,} tokens{about}, {size:,.1f} MB)"
 
 
 def _tuned(settings: Settings) -> str:

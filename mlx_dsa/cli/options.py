@@ -174,6 +174,10 @@ def settings_from(
         ValueError: If a value is not valid, or contradicts the saved cache.
     """
     given = {name: value for name, value in given.items() if value is not None}
+    if dense and cache_file:
+        raise click.UsageError(
+            "--dense has no effect with --cache-file. Leave one of them out."
+        )
     if dense:
         for name in _OF_SPARSE:
             if name in given:
@@ -200,7 +204,7 @@ def _with_saved(
     file: str, preset: str | None, values: dict[str, Any]
 ) -> tuple[str | None, dict[str, Any]]:
     """Fill settings up with those that a saved cache was made with."""
-    saved, about = read_saved(file)
+    saved, about, _ = read_saved(file)
     for name in kept_by(saved, values):
         if name in values and values[name] != saved.get(name):
             raise ValueError(
