@@ -102,16 +102,18 @@ def torch_figures(name):
         views = list(teacher.views(torch.tensor(TOKENS)))
     for n, view, lse, _ in views:
         given = {k: torch.tensor(v) for k, v in parameters(n).items()}
-        indexer, head = heads.Indexer(DIM, *SHAPE, theta=teacher.theta), heads.RetentionHead(DIM, HIDDEN)
+        indexer, head = heads.Indexer(DIM, *SHAPE, theta=teacher.theta), heads.RetentionHeads(DIM, 1, HIDDEN)
         indexer.load_state_dict({k: v for k, v in given.items() if k.startswith("w")})
-        head.load_state_dict({k: v for k, v in given.items() if not k.startswith("w")})
+        of_head = {k: v for k, v in given.items() if not k.startswith("w")}
+        of_head["down"], of_head["bias"] = of_head.pop("down.weight"), of_head.pop("down.bias")
+        head.load_state_dict(of_head)
         with torch.no_grad():
             target = targets.attention_target(view, lse, rows)
             future = targets.future_attention(view, lse, torch.arange(LENGTH), DISTANCE)
         is_open = heads.open_keys(rows, LENGTH, N_SINK, N_RECENT)
         losses = {
             "indexer": heads.distillation_loss(indexer(view.x, rows), target, is_open),
-            "head": heads.retention_loss(head(view.x)[:N_KEYS], future[:N_KEYS], "odds"),
+            "head": heads.retention_loss(head(view.x)[0, :N_KEYS], future[:N_KEYS], "odds"),
         }
         for kind, module in (("indexer", indexer), ("head", head)):
             losses[kind].backward()

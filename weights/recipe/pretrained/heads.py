@@ -44,19 +44,24 @@ class Indexer(nn.Module):
         return (scores * weights.T[..., None]).sum(0)
 
 
-class RetentionHead(nn.Module):
-    """A score a token: log-odds, or the logarithm, of the largest later attention."""
+class RetentionHeads(nn.Module):
+    """Retention heads of one layer, several as one product: an MLP of one hidden layer each.
 
-    def __init__(self, dim, hidden=64, dropout=0.0):
+    Args:
+        dim (int): width of the hidden state.
+        kinds, hidden (int): how many, and their width.
+    """
+
+    def __init__(self, dim, kinds, hidden=64):
         super().__init__()
-        self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, 1)
-        self.dropout = dropout
-        nn.init.constant_(self.down.bias, -4.0)
+        self.up = nn.Linear(dim, kinds * hidden)
+        self.down = nn.Parameter(torch.randn(kinds, hidden) * hidden**-0.5)
+        self.bias = nn.Parameter(torch.full((kinds,), -4.0))
 
     def forward(self, x):
-        """Return scores `[L]`."""
-        x = F.dropout(x, self.dropout, self.training)
-        return self.down(F.gelu(self.up(x), approximate="tanh"))[:, 0]
+        """Return scores `[kinds, L]`: log-odds, or the logarithm, of the largest later attention."""
+        inner = F.gelu(self.up(x), approximate="tanh").view(len(x), *self.down.shape)
+        return (inner * self.down).sum(-1).T + self.bias[:, None]
 
 
 def open_keys(rows, length, n_sink, n_recent):

@@ -66,28 +66,13 @@ class Rows:
                 yield epoch, made[i]
 
 
-class Heads(nn.Module):
-    """Retention heads of one layer, one of each of `KINDS`, as one product."""
-
-    def __init__(self, dim, hidden=64):
-        super().__init__()
-        self.up = nn.Linear(dim, len(KINDS) * hidden)
-        self.down = nn.Parameter(torch.randn(len(KINDS), hidden) * hidden**-0.5)
-        self.bias = nn.Parameter(torch.full((len(KINDS),), -4.0))
-
-    def forward(self, x):
-        """Return scores `[kinds, L]`."""
-        inner = nn.functional.gelu(self.up(x), approximate="tanh").view(len(x), *self.down.shape)
-        return (inner * self.down).sum(-1).T + self.bias[:, None]
-
-
 class Layer(nn.Module):
     """What is trained beside one attention layer; `spread` is of the hidden state's channels."""
 
     def __init__(self, dim, theta, shape):
         super().__init__()
         self.indexer = H.Indexer(dim, *shape, theta=theta)
-        self.heads = Heads(dim)
+        self.heads = H.RetentionHeads(dim, len(KINDS))
         self.register_buffer("spread", torch.ones(dim))
 
 
