@@ -209,7 +209,7 @@ def test_other_settings_are_another_measurement(subject, change):
 def test_other_versions_and_devices_are_another_measurement(subject, monkeypatch, what):
     store(describe(*subject, CONFIG), FOUND)
     if what == "mlx":
-        monkeypatch.setattr(crossovers, "version", lambda name: "9.9")
+        monkeypatch.setattr(crossovers, "package_version", lambda name: "9.9")
     elif what == "mlx-dsa":
         monkeypatch.setattr(mlx_dsa, "__version__", "9.9")
     else:
