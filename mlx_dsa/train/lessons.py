@@ -40,7 +40,7 @@ def make_lessons(sequences: list[Sequence], config: RetentionConfig) -> list[Les
     rng = np.random.default_rng([config.seed, _REPEAT])
     twice = rng.random(len(sequences)) < config.repeat_share
     return [
-        _read_twice(s) if again else _read_once(s, config.min_distance)
+        _read_twice(s) if again else read_once(s, config.min_distance)
         for s, again in zip(sequences, twice)
     ]
 
@@ -51,8 +51,14 @@ def _read_twice(sequence: Sequence) -> Lesson:
     return Lesson(tokens, np.arange(half, 2 * half, dtype=np.int32), half)
 
 
-def _read_once(sequence: Sequence, min_distance: int) -> Lesson:
-    """Learn from the keys that at least half of the queries come after."""
+def read_once(sequence: Sequence, min_distance: int) -> Lesson:
+    """Learn from the keys that at least half of the queries come after.
+
+    Args:
+        sequence (Sequence): Its focus are the queries; all tokens are, where it has none
+          or begins with a reply.
+        min_distance (int): As in :class:`RetentionConfig`.
+    """
     queries = sequence.focus
     middle = int(queries[len(queries) // 2]) if len(queries) else 0
     if middle <= 2 * min_distance:  # no conversation, or one that begins with a reply

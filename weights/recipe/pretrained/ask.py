@@ -25,35 +25,15 @@ from teacher import Teacher  # noqa: E402
 def replies(teacher, text, question, kept, stop, most=32):
     """Return the greedy reply to a question over a whole text, as tokens."""
     ids = torch.tensor(text + question, device=teacher.device)
-    reply = []
-    state = [(k, v, at) for k, v, at in kept]
-    start = len(text)
+    reply, start = [], len(text)
     while len(reply) < most:
-        logits, state = _step(teacher, ids, start, state)
+        logits, kept = P.read_on(teacher, ids, start, kept)
         token = int(logits[-1].argmax())
         if token in stop:
             break
         reply.append(token)
         start, ids = len(ids), torch.cat([ids, torch.tensor([token], device=ids.device)])
     return reply
-
-
-def _step(teacher, ids, start, kept):
-    """Feed the tokens from `start` on; return their logits, and all keys and values so far."""
-    h = teacher.embed(ids[start:])
-    places, state = torch.arange(start, len(ids), device=ids.device), []
-    for layer in range(teacher.n_layers):
-        q, k, v = teacher.project(layer, teacher.normalise(h), places)
-        old_k, old_v, at = kept[layer]
-        k, v, at = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1), torch.cat([at, places])
-        state.append((k, v, at))
-        groups = len(q) // len(k)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q[None], k.repeat_interleave(groups, 0)[None], v.repeat_interleave(groups, 0)[None],
-            at[None] <= places[:, None],
-        )[0]  # fmt: skip
-        h = teacher.finish(layer, h, out)
-    return teacher.logits(h[-1:] if start == len(ids) - 1 else h), state
 
 
 def told(tokenizer, reply, values):
@@ -127,7 +107,7 @@ def main():
                 kept = [(k[:, a], v[:, a], a) for (k, v, _), a in zip(views, at)]
                 for question, reply in questions:
                     tail = torch.tensor(text["ids"] + question["ids"] + reply, device=device)
-                    logits = P.answer(teacher, tail, len(ids), kept)[-len(reply) - 1 : -1]
+                    logits = P.read_on(teacher, tail, len(ids), kept)[0][-len(reply) - 1 : -1]
                     same = (logits.argmax(-1) == tail[-len(reply) :]).all()
                     counts[way] = counts.get(way, 0) + int(same)
             print(f"{number + 1} texts, dense {right} of {asked}, {time.time() - began:.0f} s", flush=True)

@@ -18,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import numpy as np  # noqa: E402
 
-from mlx_dsa.train.lessons import _read_once  # noqa: E402
+from mlx_dsa.train.lessons import read_once  # noqa: E402
 from mlx_dsa.train.data import Sequence  # noqa: E402
 from mlx_dsa.train.rendering import render_row  # noqa: E402
 from mlx_dsa.train.sources import read_rows  # noqa: E402
@@ -69,7 +69,7 @@ def lesson(row, coded, marks):
             focus[: starts[reply]] = False
             return tokens, focus, int(starts[reply])
         queries = np.nonzero(focus)[0].astype(np.int32)
-    taught = _read_once(Sequence(tokens, queries), MIN_DISTANCE)
+    taught = read_once(Sequence(tokens, queries), MIN_DISTANCE)
     focus[:] = False
     focus[taught.queries] = True
     return tokens, focus, taught.n_keys

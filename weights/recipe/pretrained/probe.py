@@ -37,25 +37,32 @@ def snap(view, lse, window=32):
     return next(p for _, p in R.T.row_probabilities(view, lse[:, rows], rows)).mean((0, 1))
 
 
-def answer(teacher, tokens, start, kept):
-    """Return logits `[L - start, V]` of the tokens from `start` on over what is kept of those before.
+def read_on(teacher, tokens, start, kept):
+    """Read the tokens from `start` on over what is kept of those before.
 
     Args:
-        kept (list): a layer's (keys, values, positions) of the tokens before `start`.
+        teacher (Teacher): the model.
+        tokens (Tensor): all `[L]`.
+        start (int): the first to be read.
+        kept (list): a layer's (keys, values, positions) of tokens before it.
+
+    Returns:
+        tuple: their logits `[L - start, V]`, and `kept` with their own entries.
     """
     h = teacher.embed(tokens[start:])
-    places = torch.arange(start, len(tokens), device=tokens.device)
+    places, grown = torch.arange(start, len(tokens), device=tokens.device), []
     for layer in range(teacher.n_layers):
         q, k, v = teacher.project(layer, teacher.normalise(h), places)
         old_k, old_v, at = kept[layer]
-        k, v = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1)
-        mask = torch.cat([at, places])[None] <= places[:, None]
+        k, v, at = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1), torch.cat([at, places])
+        grown.append((k, v, at))
+        mask = at[None] <= places[:, None]
         groups = len(q) // len(k)
         out = F.scaled_dot_product_attention(
             q[None], k.repeat_interleave(groups, 0)[None], v.repeat_interleave(groups, 0)[None], mask
         )[0]
         h = teacher.finish(layer, h, out)
-    return teacher.logits(h)
+    return teacher.logits(h), grown
 
 
 def probe(teacher, rows, out, shares, device):
@@ -72,7 +79,8 @@ def probe(teacher, rows, out, shares, device):
         tail = focus[focus < len(tokens) - 1] - start
         labels = tokens[start:][tail + 1]
         everything = torch.arange(start, device=device)
-        dense = answer(teacher, tokens, start, [(k, v, everything) for k, v, _ in views])[tail]
+        whole = [(k, v, everything) for k, v, _ in views]
+        dense = read_on(teacher, tokens, start, whole)[0][tail]
         best, result = dense.argmax(-1), {"kind": kind, "length": len(tokens)}
         right = best == labels
         result["dense", 1.0] = F.cross_entropy(dense, labels).item(), 1.0
@@ -82,7 +90,7 @@ def probe(teacher, rows, out, shares, device):
                 for k, v, scores in views:
                     at = keep(scores[name], int(start * share), name != "window")
                     kept.append((k[:, at], v[:, at], at))
-                logits = answer(teacher, tokens, start, kept)[tail]
+                logits = read_on(teacher, tokens, start, kept)[0][tail]
                 agree = (logits.argmax(-1) == best)[right].float().mean().item()
                 result[name, share] = F.cross_entropy(logits, labels).item(), agree
         yield result
