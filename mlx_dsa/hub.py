@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 MODEL_FILES = ("*.json", "*.jinja", "*.txt", "model*.safetensors", "tokenizer.model")
 INDEXER_FILES = ("*.json", "*.safetensors")
@@ -67,6 +68,29 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0]
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file of a model's folder.
+
+    Args:
+        file (Path): It.
+
+    Returns:
+        dict: Its object.
+
+    Raises:
+        ValueError: If it can't be read, or holds something else.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is not JSON: {first_line(error)}. Download or copy it again."
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is not a JSON object. Download or copy it again.")
+    return found
+
+
 def flawed_json(folder: Path) -> str | None:
     """Say which JSON file of a model's folder can't be what it should, and why.
 
@@ -74,13 +98,12 @@ def flawed_json(folder: Path) -> str | None:
         folder (Path): With ``config.json`` and others.
 
     Returns:
-        str, optional: ``"(FILE is not JSON: ...). What to do."``, or ``None`` if all hold an object.
+        str, optional: What :func:`read_object` says of it; ``None`` if all hold an object.
     """
-    for file in (folder / name for name in _OBJECTS if (folder / name).exists()):
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            return f"({file} is not JSON: {first_line(error)}). Download or copy it again."
-        if not isinstance(found, dict):
-            return f"({file} is not a JSON object). Download or copy it again."
+    for name in _OBJECTS:
+        if (folder / name).exists():
+            try:
+                read_object(folder / name)
+            except ValueError as error:
+                return str(error)
     return None

@@ -270,8 +270,10 @@ def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
     try:
         model, tokenizer = load(str(folder))
     except Exception as error:  # of a broken tokenizer.json: no other class
-        flaw = flawed_json(folder) or f"in {folder}: {first_line(error)}"
-        raise ValueError(f"[mlx-dsa] mlx-lm cannot load the model {flaw}") from error
+        reason = flawed_json(folder) or first_line(error)
+        raise ValueError(
+            f"[mlx-dsa] mlx-lm cannot load the model in {folder}: {reason}"
+        ) from error
     if runs_float32():
         model.set_dtype(mx.float32)
     evaluate(model)

@@ -59,11 +59,13 @@ class SavedSettings(NamedTuple):
     """What :func:`read_saved` returns.
 
     Args:
+        path (Path): The file.
         config (dict): Fields of :class:`SparseConfig`, for ``SparseConfig.from_dict``.
         metadata (dict): Strings that were saved with it.
         tokens (int): Tokens that were read.
     """
 
+    path: Path
     config: dict[str, Any]
     metadata: dict[str, str]
     tokens: int
@@ -172,9 +174,10 @@ def read_saved(path: str | os.PathLike) -> SavedSettings:
     Raises:
         ValueError: If the file is missing, damaged or of another kind.
     """
-    header = _read(Path(path))[1]
+    path = Path(path)
+    header = _read(path)[1]
     config, metadata = (json.loads(header[name]) for name in ("config", "metadata"))
-    return SavedSettings(config, metadata, int(header["tokens"]))
+    return SavedSettings(path, config, metadata, int(header["tokens"]))
 
 
 def _contents_of(cache: Any) -> list[Any]:

@@ -10,9 +10,11 @@ import huggingface_hub
 import mlx.core as mx
 import pytest
 from local_models import write_indexers, write_model
+from mlx.utils import tree_flatten
 from mlx_lm import stream_generate
 
-from mlx_dsa import SparseConfig, load_preset, patch_sparse_generate
+from mlx_dsa import IndexerArgs, SparseConfig, load_indexers, load_preset
+from mlx_dsa import patch_sparse_generate
 from mlx_dsa.hub import fetch
 from mlx_dsa.presets import preset_names, preset_of, read_preset, read_settings
 from mlx_dsa.presets import resolve, resource, runs_float32
@@ -60,6 +62,21 @@ def test_indexers_of_a_hub_model_that_are_shipped(name, folders):
     assert settings.indexer.endswith(f"weights{os.sep}{name}{os.sep}indexers.safetensors")
     # A copy of the model in a folder of one's own has them too.
     assert resolve(name, model=folders[0]) == settings._replace(model=folders[0])
+
+
+@pytest.mark.parametrize(
+    "name, dim, layers", [("qwen2.5-coder-0.5b", 896, 24), ("smollm2-135m", 576, 30)]
+)
+def test_shipped_indexers_are_what_their_cards_say(name, dim, layers):
+    path = resolve(name).indexer
+    assert os.path.getsize(path) < 12e6
+    indexers = load_indexers(path)
+    assert sorted(indexers) == list(range(layers))
+    shape = IndexerArgs(dim, 4, 64, 32, retention_dim=64, unweighted=True)
+    for indexer in indexers.values():
+        assert indexer.args == shape
+        values = dict(tree_flatten(indexer.parameters()))
+        assert all(mx.isfinite(v).all() and v.astype(mx.float32).std() > 0 for v in values.values() if v.size > 1)
 
 
 def test_paths_of_the_bundled_model_hold_from_any_folder(monkeypatch, tmp_path):

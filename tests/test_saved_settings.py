@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from local_models import write_indexers, write_model
 
 from mlx_dsa.cli import main
-from mlx_dsa.cli.options import settings_from
+from mlx_dsa.cli.options import open_saved, settings_from
 from mlx_dsa.presets import names_of, resolve
 from mlx_dsa.saved import read_saved
 
@@ -46,7 +46,7 @@ def test_a_chat_needs_the_file_alone(elsewhere):
 
 
 def test_every_setting_comes_from_the_file(elsewhere):
-    settings = settings_from(cache_file=str(elsewhere / "text.kv"))
+    settings = settings_from(saved=open_saved(str(elsewhere / "text.kv"), False))
     assert settings.model == str(elsewhere / "model")
     assert settings.indexer == str(elsewhere / "indexer")
     config = settings.config
@@ -55,11 +55,11 @@ def test_every_setting_comes_from_the_file(elsewhere):
 
 
 def test_what_does_not_contradict_may_be_said(elsewhere):
-    file = str(elsewhere / "text.kv")
-    other = settings_from(cache_file=file, top_k=60, prefill="dense", indexer="mine")
+    saved = open_saved(str(elsewhere / "text.kv"), False)
+    other = settings_from(saved=saved, top_k=60, prefill="dense", indexer="mine")
     assert (other.config.prefill, other.config.n_recent, other.indexer) == ("dense", 20, "mine")
-    assert settings_from(cache_file=file, model="another/one").model == "another/one"
-    assert settings_from(cache_file=file, preset="tiny").model == resolve("tiny").model
+    assert settings_from(saved=saved, model="another/one").model == "another/one"
+    assert settings_from(saved=saved, preset="tiny").model == resolve("tiny").model
 
 
 @pytest.mark.parametrize(
@@ -117,3 +117,10 @@ def test_info_looks_into_a_saved_cache(elsewhere, monkeypatch):
     refused = run("info", "--cache-file", elsewhere / "text.txt")
     assert refused.exit_code == 1 and str(elsewhere / "text.txt") in refused.output.splitlines()[-1]
     assert run("info", "--dense", "--cache-file", elsewhere / "text.kv").exit_code == 2
+
+
+def test_a_file_of_a_model_that_is_no_object_is_told_by_info(folder, tmp_path):
+    (tmp_path / "config.json").write_text("[1]")
+    result = run("info", "--model", tmp_path, "--indexer", folder / "indexer")
+    assert result.exit_code == 1
+    assert "config.json is not a JSON object" in result.output.splitlines()[-1]

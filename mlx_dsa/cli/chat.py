@@ -19,7 +19,8 @@ from .errors import one_line
 from .interrupt import Interrupt
 from .lines import LEAVE, PipedLines, TypedLines, open_lines
 from .options import check_seed, dense_option, describe_config, generation_options
-from .options import model_options, settings_from, sparse_options, think_option
+from .options import model_options, open_saved, settings_from, sparse_options
+from .options import think_option
 from .progress import reading_bar
 from .session import open_session
 from .stats import show_report
@@ -79,12 +80,13 @@ def chat(
     """
     seed = check_seed(seed, temp)
     if cache_file is not None:
-        for name, value in (("file", files), ("system", system), ("dense", dense)):
+        for name, value in (("file", files), ("system", system)):
             if value:
                 raise click.UsageError(
                     f"--{name} has no effect with --cache-file. Leave one of them out."
                 )
-    settings = settings_from(dense=dense, cache_file=cache_file, **given)
+    saved = open_saved(cache_file, dense)
+    settings = settings_from(dense=dense, saved=saved, **given)
     document = read_texts(files) if files else None
     check_text(system or "", "--system")
     for prompt in prompts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,14 +15,14 @@ from mlx.utils import tree_flatten
 from .. import __version__, blas
 from ..crossovers import crossover_file, describe_args, describe_run, measured
 from ..crossovers import plan_prefill
-from ..hub import INDEXER_FILES, MODEL_FILES, fetch, is_repository
+from ..hub import INDEXER_FILES, MODEL_FILES, fetch, is_repository, read_object
 from ..indexer import Indexer
 from ..ops import check_backend
 from ..presets import Settings, preset_names, read_indexers, resource, runs_float32
-from ..saved import read_saved
+from ..saved import SavedSettings
 from ..versions import package_version
 from .command import Command
-from .options import dense_option, describe_config, model_options
+from .options import dense_option, describe_config, model_options, open_saved
 from .options import settings_from, sparse_options
 from .session import hint_at_blas
 from .tune import describe_crossovers, describe_measured
@@ -41,13 +40,14 @@ def info(dense: bool, cache_file: str | None, **given: Any):
 
     Nothing is fetched, and the model is not loaded.
     """
-    settings = settings_from(dense=dense, cache_file=cache_file, **given)
+    saved = open_saved(cache_file, dense)
+    settings = settings_from(dense=dense, saved=saved, **given)
     rows = [
         ("Versions", _versions()),
         ("Device", _device()),
         ("Model", _model(settings)),
         *([] if dense else _sparse_rows(settings)),
-        *([("Cache", _saved(cache_file))] if cache_file else []),
+        *([("Cache", _saved(saved))] if saved else []),
         ("Presets", f"{', '.join(preset_names())} (in {resource('configs')})"),
     ]
     for name, text in rows:
@@ -73,10 +73,7 @@ def _model(settings: Settings) -> str:
     folder = _on_this_machine(settings.model, MODEL_FILES)
     if folder is None:
         return f"{settings.model} (not on this machine; fetched when first used)"
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}.") from None
+    config = read_object(folder / "config.json")
     size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
     facts = [
         str(config.get("model_type", "unknown type")),
@@ -97,18 +94,17 @@ def _sparse_rows(settings: Settings) -> list[tuple[str, str]]:
     ]
 
 
-def _saved(file: str) -> str:
-    saved = read_saved(file)
+def _saved(saved: SavedSettings) -> str:
     about = f" of {saved.metadata['file']}" if "file" in saved.metadata else ""
-    size = Path(file).stat().st_size / 1e6
-    return f"{file} ({saved.tokens:,} tokens{about}, {size:,.1f} MB)"
+    size = saved.path.stat().st_size / 1e6
+    return f"{saved.path} ({saved.tokens:,} tokens{about}, {size:,.1f} MB)"
 
 
 def _tuned(settings: Settings) -> str:
     folder = _on_this_machine(settings.model, MODEL_FILES)
     if folder is None:
         return "unknown: the model is not on this machine"
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json")
     # The dtype is only known once the model is loaded.
     found = measured({**describe_args(config), **describe_run(settings.config)})
     if found is None:

@@ -10,7 +10,7 @@ import click
 
 from ..config import SparseConfig, override
 from ..presets import Settings, preset_names, read_settings, resolve
-from ..saved import kept_by, read_saved
+from ..saved import SavedSettings, kept_by, read_saved
 from .outputs import OutputPath
 
 SEED = click.IntRange(0, 2**32 - 1)
@@ -153,7 +153,7 @@ def settings_from(
     *,
     preset: str | None = None,
     config: str | None = None,
-    cache_file: str | None = None,
+    saved: SavedSettings | None = None,
     dense: bool = False,
     **given: Any,
 ) -> Settings:
@@ -162,7 +162,7 @@ def settings_from(
     Args:
         preset (str, optional): ``--preset``. Default: ``None``.
         config (str, optional): ``--config``. Default: ``None``.
-        cache_file (str, optional): ``--cache-file``. Default: ``None``.
+        saved (SavedSettings, optional): Of :func:`open_saved`. Default: ``None``.
         dense (bool): ``--dense``. Default: ``False``.
         given: The other options by name, ``None`` where not given.
 
@@ -174,10 +174,6 @@ def settings_from(
         ValueError: If a value is not valid, or contradicts the saved cache.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    if dense and cache_file:
-        raise click.UsageError(
-            "--dense has no effect with --cache-file. Leave one of them out."
-        )
     if dense:
         for name in _OF_SPARSE:
             if name in given:
@@ -187,8 +183,8 @@ def settings_from(
                     f"Leave one of them out."
                 )
     values = override(read_settings(config) if config else {}, given)
-    if cache_file:
-        preset, values = _with_saved(cache_file, preset, values)
+    if saved is not None:
+        preset, values = _with_saved(saved, preset, values)
     # A model of one's own takes nothing from the bundled one's settings.
     if preset is None and "model" not in values:
         preset = "tiny"
@@ -200,22 +196,38 @@ def settings_from(
     return settings
 
 
+def open_saved(cache_file: str | None, dense: bool) -> SavedSettings | None:
+    """Read what the file of ``--cache-file`` was made with; ``None`` without one.
+
+    Raises:
+        click.UsageError: If ``--dense`` stands beside it.
+        ValueError: If it can't be read.
+    """
+    if cache_file is None:
+        return None
+    if dense:
+        raise click.UsageError(
+            "--dense has no effect with --cache-file. Leave one of them out."
+        )
+    return read_saved(cache_file)
+
+
 def _with_saved(
-    file: str, preset: str | None, values: dict[str, Any]
+    saved: SavedSettings, preset: str | None, values: dict[str, Any]
 ) -> tuple[str | None, dict[str, Any]]:
     """Fill settings up with those that a saved cache was made with."""
-    saved, about, _ = read_saved(file)
-    for name in kept_by(saved, values):
-        if name in values and values[name] != saved.get(name):
+    made, about = saved.config, saved.metadata
+    for name in kept_by(made, values):
+        if name in values and values[name] != made.get(name):
             raise ValueError(
-                f"{name!r} {values[name]} contradicts {file}, which was made with "
-                f"{saved.get(name)}. Leave it out."
+                f"{name!r} {values[name]} contradicts {saved.path}, which was made with "
+                f"{made.get(name)}. Leave it out."
             )
     if preset is None and "model" not in values:
         preset = about.get("preset")
         names = {key: about[key] for key in ("model", "indexer") if key in about}
         values = {**names, **values}
-    how = {key: value for key, value in saved.items() if key not in _OF_THE_MACHINE}
+    how = {key: value for key, value in made.items() if key not in _OF_THE_MACHINE}
     return preset, {**how, **values}
 
 

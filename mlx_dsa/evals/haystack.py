@@ -1,5 +1,6 @@
 """Haystacks: real prose of an exact number of tokens, with sentences put at sentence boundaries."""
 
+import functools
 import random
 import re
 from dataclasses import dataclass
@@ -131,19 +132,18 @@ class Haystack:
         return Placed(ids, [(a + more, b + more) for a, b in spans])
 
 
-_LAST = None  # what was read, with what, and the haystack that it made
-
-
 def read_haystack(source, tokenizer, numbers=False, seed=0):
-    """Return a haystack of texts; the same again is the one that was made last.
+    """Return a haystack of texts; the bundled books' is kept for the next run.
 
     Args:
         source (str): as `load_documents` takes it.
         tokenizer, numbers, seed: as in `Haystack`.
     """
-    global _LAST
-    wanted = (source, tokenizer, numbers, numbers and seed)
-    if source is not None or _LAST is None or _LAST[0] != wanted:
-        texts = [d.text for d in load_documents(source)]
-        _LAST = (wanted, Haystack(texts, tokenizer, numbers, seed))
-    return _LAST[1]
+    if source is None:
+        return _bundled(tokenizer, numbers, numbers and seed)
+    return Haystack([d.text for d in load_documents(source)], tokenizer, numbers, seed)
+
+
+@functools.lru_cache(maxsize=1)
+def _bundled(tokenizer, numbers, seed):
+    return Haystack([d.text for d in load_documents(None)], tokenizer, numbers, seed)

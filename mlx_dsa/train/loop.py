@@ -86,7 +86,8 @@ def train_indexers(
     state = TrainState(new_indexers(model, config), config, LayerScore)
     run = IndexerRun(model, config, state, *split(sequences, config))
     run.finish(out, identity, resume, progress)
-    return assemble(out, model, config, state)._replace(left_out=str(report))
+    told = {"held_out": of_best(state)}
+    return assemble(out, model, config, state, told)._replace(left_out=str(report))
 
 
 class TrainRun:
@@ -310,15 +311,15 @@ def of_best(state: TrainState) -> dict[int, dict[str, Any]]:
 
 
 def assemble(
-    out: Path, model: Any, config: TrainConfig, state: TrainState, more: dict | None = None
+    out: Path, model: Any, config: TrainConfig, state: TrainState, told: dict
 ) -> TrainResult:
-    """Save each layer's best step as one file; only then does the checkpoint go."""
+    """Save each layer's best step as one file, with what is ``told`` of it in its
+    ``run_config.json``; only then does the checkpoint go."""
     metadata = {
         "model_type": model.model_type,
         "num_hidden_layers": len(model.layers),
         "train": dataclasses.asdict(config),
-        "held_out": of_best(state),
-        **(more or {}),
+        **told,
     }
     of_model = family_of(model).layers(model)
     best = {i: module.unweighted(of_model[i]) for i, module in state.best_modules().items()}
