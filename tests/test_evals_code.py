@@ -140,7 +140,7 @@ def test_texts_have_their_length_and_hold_each_answer(subject, source, task, phr
 
 def test_planted_code_parses(source):
     """Each form, where its scope allows it, leaves a file that Python reads."""
-    fields = dict(name="a_b", NAME="A_B", Name="AB", dashed="a-b", words="a b", key="size", KEY="SIZE", v="7")
+    fields = dict(name="a_b", NAME="A_B", Name="AB", words="a b", key="size", KEY="SIZE", v="7")
     alone = Source([("a.py", FILE)])
     for form in (form for forms in FORMS.values() for form in forms):
         scope, text, what = form

@@ -268,7 +268,6 @@ def _plant(spec, source, window, rng, lines, places):
             "name": name,
             "NAME": name.upper(),
             "Name": "".join(word.title() for word in words),
-            "dashed": name.replace("_", "-"),
             "words": " ".join([*words, key]),
             "key": key,
             "KEY": key.upper(),
