@@ -217,7 +217,8 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_what_is_needed(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for folder in ("configs", "weights/tiny", "prompts"):
+    shipped = ("tiny", "qwen2.5-coder-0.5b", "smollm2-135m")
+    for folder in ("configs", *(f"weights/{name}" for name in shipped), "prompts"):
         files = [f for f in (ROOT / folder).rglob("*") if f.is_file()]
         assert files
         for file in files:
