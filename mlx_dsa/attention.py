@@ -19,7 +19,7 @@ from .ops import (
     tile_attention,
     tile_scores,
 )
-from .positions import warn_of_positions
+from .positions import PositionLimit
 from .projections import JoinedProjections
 from .selectors import select_topk
 
@@ -38,7 +38,7 @@ class SparseAttention(nn.Module):
 
     Attributes:
         eviction (Eviction): What keeps a budget cache to its budget.
-        positions (int, optional): What a text may have at most before a warning is given.
+        limit (PositionLimit): Warns where a text has more positions than the model.
         starts (bool): Whether the device starts on a chunk of a prompt at this layer,
           while Python builds the layers after it.
     """
@@ -52,9 +52,9 @@ class SparseAttention(nn.Module):
         self.indexer = indexer
         self.config = config
         self.prefill, self.dense_until = plan
-        self.eviction = Eviction(indexer, config)
+        self.eviction = Eviction(indexer, config, layer.turn)
         self.starts = False
-        self.positions: int | None = None
+        self.limit = PositionLimit(None)
         self._joined = JoinedProjections(layer.module)
 
     def __call__(
@@ -98,17 +98,19 @@ class SparseAttention(nn.Module):
         if x.shape[1] > 1 and cache.prompt.held == "decode":
             steps = [self(step, mask, cache) for step in mx.split(x, x.shape[1], axis=1)]
             return mx.concatenate(steps, axis=1)
-        if self.positions is not None and cache.offset + x.shape[1] > self.positions:
-            warn_of_positions(self.positions)
-            self.positions = None
         in_prompt = cache.prompt.call(x.shape[1])
-        read = self._stream if streams else self._prefill
-        read = read if in_prompt else self._decode
-        # A sparse step is not bit for bit a dense one, so it takes the fastest way.
-        is_sparse_step = not in_prompt and cache.size() >= self.config.top_k
-        linear = self._joined if is_sparse_step else None
-        queries, keys, values, gate = self.layer.project(x, cache.offset, linear)
-        output = read(x, queries, keys, values, cache)
+        if in_prompt and streams:
+            output, gate = self._stream(x, cache)
+        else:
+            if not in_prompt and isinstance(cache, BudgetKVCache):
+                self._make_room(cache)  # which may number entries anew
+            self.limit.check(cache.number + x.shape[1])
+            read = self._prefill if in_prompt else self._decode
+            # A sparse step is not bit for bit a dense one, so it takes the fastest way.
+            is_sparse_step = not in_prompt and cache.size() >= self.config.top_k
+            linear = self._joined if is_sparse_step else None
+            queries, keys, values, gate = self.layer.project(x, cache.number, linear)
+            output = read(x, queries, keys, values, cache)
         if self.starts and x.shape[1] > 1:
             _start(output)
         return self.layer.output(output, gate)
@@ -143,11 +145,9 @@ class SparseAttention(nn.Module):
     # Decode.
 
     def _decode(self, x, queries, keys, values, cache) -> mx.array:
-        if isinstance(cache, BudgetKVCache):
-            self._end_prompt(cache)
-            if cache.size() == cache.budget:
-                self.eviction.replace(x, keys, values, cache)
-                return self._attend_all(queries, cache.keys, cache.values, causal=False)
+        if isinstance(cache, BudgetKVCache) and cache.size() == cache.budget:
+            self.eviction.replace(x, keys, values, cache)
+            return self._attend_all(queries, cache.keys, cache.values, causal=False)
         if cache.size() < self.config.top_k:
             self._append(x, keys, values, cache)
             return self._attend_all(queries, cache.keys, cache.values, causal=False)
@@ -157,11 +157,13 @@ class SparseAttention(nn.Module):
         slots = self._select(scores, self.config.top_k, mx.array([cache.size()]))
         return self.attend_selected(queries, cache, slots)
 
-    def _end_prompt(self, cache: BudgetKVCache):
-        """Cut a cache to its budget where a prompt has left more."""
+    def _make_room(self, cache: BudgetKVCache):
+        """Cut a cache to its budget where a prompt has left more; decide what a step drops."""
         if cache.size() > cache.budget:
             self.eviction.prune(cache, decoding=True)
         cache.window = None
+        if cache.size() == cache.budget:
+            self.eviction.make_room(cache)
 
     def take(self, x: mx.array, keys: mx.array, values: mx.array, cache: FullKVCache):
         """Add tokens that were attended to elsewhere, as reading them here would.
@@ -183,26 +185,29 @@ class SparseAttention(nn.Module):
             window = self.indexer.project_queries(x[:, -n:], cache.offset - n)
             cache.observe(*window, self.config.observation_window)
 
-    def _stream(self, x, queries, keys, values, cache: BudgetKVCache) -> mx.array:
+    def _stream(self, x, cache: BudgetKVCache) -> tuple[mx.array, mx.array | None]:
         """Attend in parts to what was kept and to the part's own tokens, and cut the cache
-        after each but the last, which waits for its cut."""
+        after each but the last, which waits for its cut; return the gate, too."""
         L = x.shape[1]
         sizes = L, cache.offset, cache.size()
         cuts = stream_cuts(self.config.stream_chunk, cache.budget, sizes)
-        outputs = []
+        outputs, gates = [], []
         for start, stop in zip([0, *cuts], [*cuts, L]):
             if start == L:  # a cut stands at the end
                 break
-            part = slice(start, stop)
-            self._append(x[:, part], keys[:, :, part], values[:, :, part], cache)
-            self._observe(x[:, part], cache)
+            part = x[:, start:stop] if cuts else x
+            self.limit.check(cache.number + stop - start)
+            queries, keys, values, gate = self.layer.project(part, cache.number)
+            self._append(part, keys, values, cache)
+            self._observe(part, cache)
             entries = cache.keys, cache.values
-            outputs.append(
-                self._attend_all(queries[:, :, part], *entries, causal=stop - start > 1)
-            )
+            outputs.append(self._attend_all(queries, *entries, causal=stop - start > 1))
+            gates.append(gate)
             if stop in cuts:
                 self.eviction.cut(cache)
-        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+        if len(outputs) > 1:
+            gate = None if gate is None else mx.concatenate(gates, axis=1)
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2), gate
 
     def _prefill(self, x, queries, keys, values, cache) -> mx.array:
         L = x.shape[1]

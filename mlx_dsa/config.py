@@ -30,6 +30,10 @@ class SparseConfig:
           Default: ``64``.
         stream_chunk (int): Tokens of a text between two cuts in ``"stream"``.
           Default: ``2048``.
+        positions (str): ``"absolute"`` (a kept key stays where it stood in the text) or
+          ``"compact"`` (what is kept is numbered anew whenever entries are dropped, so
+          that no query sees a distance beyond what the cache holds); for a budget.
+          Default: ``"absolute"``.
         dense_layers (tuple of int): Layers left as they are. Default: ``()``.
         observation_window (int): Last prompt queries whose scores decide what
           prefill leaves in the budget. Default: ``32``.
@@ -57,6 +61,7 @@ class SparseConfig:
     prefill: Literal["auto", "dense", "exact", "tile", "stream"] = "auto"
     tile_size: int = 64
     stream_chunk: int = 2048
+    positions: Literal["absolute", "compact"] = "absolute"
     dense_layers: tuple[int, ...] = ()
     observation_window: int = 32
     evict: Literal["retention", "keydiff", "index", "window"] = "retention"
@@ -86,6 +91,12 @@ class SparseConfig:
                 f"[SparseConfig] prefill 'stream' drops what does not fit the budget, so it "
                 f"is for cache 'budget' only, not for {self.cache!r}. Use cache='budget', or "
                 f"another prefill."
+            )
+        if self.positions == "compact" and self.cache != "budget":
+            raise ValueError(
+                f"[SparseConfig] positions 'compact' number anew what a budget keeps, so they "
+                f"are for cache 'budget' only, not for {self.cache!r}. Use cache='budget', or "
+                f"positions='absolute'."
             )
         if self.prefill == "tile" and not self.tile_fits:
             raise ValueError(

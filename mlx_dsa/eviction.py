@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from .cache import BudgetKVCache
@@ -29,14 +31,22 @@ class Eviction:
     Args:
         indexer (Indexer): The layer's indexer, bound to the model.
         config (SparseConfig): What to keep.
+        turn (callable, optional): Rotates the layer's keys on, for compact positions: see
+          :meth:`BudgetKVCache.renumber`. Default: ``None``.
 
     Attributes:
         rule (str): ``config.evict``, or ``"keydiff"`` where there is no retention head.
     """
 
-    def __init__(self, indexer: Indexer, config: SparseConfig):
+    def __init__(
+        self,
+        indexer: Indexer,
+        config: SparseConfig,
+        turn: Callable[[mx.array, mx.array], mx.array] | None = None,
+    ):
         self._indexer = indexer
         self._config = config
+        self._turn = turn if config.positions == "compact" else None
         self._forced = config.n_sink, config.n_recent
         self.rule = config.evict
         if config.evict == "retention" and not indexer.has_retention:
@@ -59,8 +69,26 @@ class Eviction:
         twice = (x.shape[0], 1, x.shape[1], 2)
         return [index_keys, mx.broadcast_to(retention[:, None, :, None], twice)]
 
+    def make_room(self, cache: BudgetKVCache):
+        """Decide which entries the next steps replace, where that is planned, and nothing
+        is planned yet.
+
+        Args:
+            cache (BudgetKVCache): A full cache, changed in place; with compact positions
+              its entries are numbered anew.
+        """
+        # Recent entries are never dropped, so their scores may come late.
+        if cache.n_late >= min(self._config.n_recent, cache.most_late):
+            cache.settle(self.project)
+        if self._plans and not cache.n_planned:
+            # What entries are worth is decided, and no younger one can go before.
+            cache.settle(self.project)
+            cache.sort()
+            cache.plan(*self._plan(self._worth(cache), cache.size()))
+            self._renumber(cache)
+
     def replace(self, x: mx.array, keys: mx.array, values: mx.array, cache: BudgetKVCache):
-        """Write a token's entry over the one that is worth least.
+        """Write a token's entry over the one that is worth least, after :meth:`make_room`.
 
         Args:
             x (mx.array): The token's normalised hidden state ``[B, 1, dim]``.
@@ -68,18 +96,10 @@ class Eviction:
             values (mx.array): ``[B, Hkv, 1, D]``.
             cache (BudgetKVCache): A full cache, changed in place.
         """
-        # Recent entries are never dropped, so their scores may come late.
-        if cache.n_late >= min(self._config.n_recent, cache.most_late):
-            cache.settle(self.project)
-        if not self._plans:
+        if self._plans:
+            cache.replace_planned(keys, values, x)
+        else:
             cache.replace(self._least(x, cache), keys, values, x)
-            return
-        if not cache.n_planned:
-            # What entries are worth is decided, and no younger one can go before.
-            cache.settle(self.project)
-            cache.sort()
-            cache.plan(*self._plan(self._worth(cache), cache.size()))
-        cache.replace_planned(keys, values, x)
 
     @property
     def _plans(self) -> bool:
@@ -127,6 +147,11 @@ class Eviction:
             order, n_planned = self._plan(kept, cache.budget)
             slots = mx.take_along_axis(slots, order, axis=1)
         cache.prune(slots, worth, n_planned)
+        self._renumber(cache)
+
+    def _renumber(self, cache):
+        if self._turn is not None:
+            cache.renumber(self._turn)
 
     def cut(self, cache: BudgetKVCache):
         """Cut a cache to its budget, as :meth:`prune` does, where its prompt goes on.

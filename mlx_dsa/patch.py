@@ -23,6 +23,7 @@ from .families import Layer, family_of
 from .files import HeldFile
 from .indexer import Indexer
 from .ops import check_backend
+from .positions import PositionLimit
 
 # The sparse layer, counted from 1, at which the device starts on a chunk of a prompt: a
 # GPU takes longer for these than Python for all that come after (docs/log.md).
@@ -63,8 +64,8 @@ class SparsePatch:
             if i not in config.dense_layers
         }
         list(self.layers.values())[:_STARTS_AT][-1].starts = True
-        limit = self._family.max_positions(model)
-        next(iter(self.layers.values())).positions = limit
+        limit = PositionLimit(self._family.max_positions(model))
+        next(iter(self.layers.values())).limit = limit
         for sparse in self.layers.values():
             sparse.join()
             sparse.layer.put(sparse)

@@ -6,6 +6,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
+
 # Scalings whose factor stretches the positions of the unscaled model.
 _STRETCHED_BY = ("original_max_position_embeddings", "factor")
 
@@ -50,13 +53,25 @@ def check_positions(where: str, limit: int | None, n_tokens: int) -> None:
         )
 
 
-def warn_of_positions(limit: int) -> None:
-    """Tell that a text goes on where a model has no positions."""
-    warnings.warn(
-        f"mlx-dsa: the text has become longer than the model's {limit:,} positions: from here "
-        f"on it answers wrongly.",
-        stacklevel=2,
-    )
+class PositionLimit:
+    """Warn once where a text goes on beyond a model's positions.
+
+    Args:
+        limit (int, optional): The model's positions; ``None`` for no limit.
+    """
+
+    def __init__(self, limit: int | None):
+        self._limit = limit
+
+    def check(self, end: int):
+        """Note that tokens are read up to a position."""
+        if self._limit is not None and end > self._limit:
+            warnings.warn(
+                f"mlx-dsa: the text has become longer than the model's {self._limit:,} "
+                f"positions: from here on it answers wrongly.",
+                stacklevel=3,
+            )
+            self._limit = None
 
 
 def fit_scaling(scaling: dict | None, dims: int) -> dict | None:
@@ -77,3 +92,24 @@ def fit_scaling(scaling: dict | None, dims: int) -> dict | None:
         if isinstance(factors, (list, tuple)):
             fitted[name] = [factors[i * len(factors) // n] for i in range(n)]
     return fitted
+
+
+def turn(rope: nn.Module, x: mx.array, by: mx.array) -> mx.array:
+    """Rotate keys on by a number of positions each.
+
+    Args:
+        rope (nn.Module): The RoPE that rotated them: one that turns each pair of dims by
+          an angle in proportion to the position.
+        x (mx.array): ``[B, H, n, D]``, rotated.
+        by (mx.array): Positions ``[B, n]``, int32, also negative.
+
+    Returns:
+        mx.array: ``[B, H, n, D]``; bit for bit the same where ``by`` is 0.
+    """
+    B, H, n, D = x.shape
+    rows = x.transpose(0, 2, 1, 3).reshape(B * n, H, 1, D)
+    turned = rope(rows, offset=by.reshape(-1))
+    if not isinstance(rope, nn.RoPE):
+        # Some scalings also stretch what they turn: once is enough.
+        turned = turned / rope(mx.ones((1, 1, 1, D), x.dtype), offset=0)
+    return turned.reshape(B, n, H, D).transpose(0, 2, 1, 3)

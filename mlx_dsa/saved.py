@@ -19,12 +19,14 @@ from .patch import SparsePatch
 from .sealed import Damaged, NotSealed, read_sealed, write_sealed
 
 _CLASSES = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache, ArraysCache)}
-_FORMAT = "mlx-dsa cache 3"
+_FORMAT = "mlx-dsa cache 4"
 # What a kept cache depends on; how it was computed may differ.
-KEPT_BY = ("top_k", "cache", "n_sink", "n_recent", "evict", "dense_layers")
+KEPT_BY = ("top_k", "cache", "n_sink", "n_recent", "evict", "dense_layers", "positions")
 # And so does this, where a prompt is cut while it is read.
 _STREAMED_BY = ("prefill", "stream_chunk")
 _OLD_FORMAT = re.compile(rb'"format":"mlx-dsa cache [12]"')
+# Before entries could be numbered anew: how many of a budget's contents come before.
+_UNNUMBERED, _BEFORE_NUMBERS = "mlx-dsa cache 3", 9
 _AGAIN = "Make it again: mlx-dsa compress, or save_cache."
 
 
@@ -155,6 +157,8 @@ def load_cache(path: str | os.PathLike, patch: SparsePatch) -> SavedCache:
         while (key := f"{layer}.{i}") in arrays or key in scalars:
             contents.append(arrays[key] if key in arrays else scalars[key])
             i += 1
+        if header["format"] == _UNNUMBERED and name == BudgetKVCache.__name__:
+            contents[_BEFORE_NUMBERS:_BEFORE_NUMBERS] = [None, 0, 0]
         caches.append(_rebuilt(name, contents))
     # All of it, in this thread: what is lazy belongs to it.
     mx.eval([_contents_of(cache) for cache in caches])
@@ -250,6 +254,7 @@ def _difference(of: str, stored: Mapping[str, Any], mine: Mapping[str, Any]) -> 
 
 def _check_config(path: Path, stored: Mapping[str, Any], patch: SparsePatch):
     mine = json.loads(json.dumps(dataclasses.asdict(patch.config)))
+    stored = {"positions": "absolute", **stored}
     for name in kept_by(stored, mine):
         if stored.get(name) != mine[name]:
             raise ValueError(
@@ -271,7 +276,7 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         raise ValueError(
             f"[load_cache] {path} can't be read: {error.strerror}."
         ) from None
-    if header.get("format") != _FORMAT:
+    if header.get("format") not in (_FORMAT, _UNNUMBERED):
         raise ValueError(
             f"[load_cache] {path} was saved by another version of mlx-dsa. {_AGAIN}"
         )

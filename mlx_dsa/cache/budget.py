@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
 from ..ops import gather_rows, write_rows
 from .full import FullKVCache, snapshot
 from .late import LateStates
+from .numbers import Numbers
 from .prompt import PromptPhase
+from .window import Window
 
 # Steps that may leave something open, and the share of the budget that they may be.
 _MOST_LATE, _LATE_SHARE = 256, 4
-
-
-class Window(NamedTuple):
-    """The last prompt queries of the indexer, which decide what a prune keeps.
-
-    Args:
-        queries (mx.array): ``[B, Hi, W, Di]``.
-        weights (mx.array): Head weights ``[B, W, Hi]``.
-        positions (tuple of int): Their positions, ascending.
-    """
-
-    queries: mx.array
-    weights: mx.array
-    positions: tuple[int, ...]
 
 
 class BudgetKVCache(FullKVCache):
@@ -75,6 +63,7 @@ class BudgetKVCache(FullKVCache):
         super().reset()
         self._positions: mx.array | None = None  # None: slot = position
         self._sorted = True
+        self._numbers = Numbers()
         self.window: Window | None = None
         self._late = LateStates(self.most_late)
         self._late_slots: list[mx.array] = []  # theirs, where no plan tells them
@@ -98,6 +87,22 @@ class BudgetKVCache(FullKVCache):
         new = mx.broadcast_to(new, (self._positions.shape[0], self.n_late))
         before, after = self._positions[:, : end - self.n_late], self._positions[:, end:]
         return mx.concatenate([before, new, after], axis=1)
+
+    @property
+    def number(self) -> int:
+        """What the next token's key is rotated by."""
+        return self.offset - self.shift
+
+    @property
+    def shift(self) -> int:
+        """How far numbers, by which new keys are rotated, are behind positions."""
+        return self._numbers.shift
+
+    @property
+    def numbers(self) -> mx.array | None:
+        """What the entries' keys are rotated by ``[B, size]``, int32; ``None`` when empty."""
+        positions = self.positions
+        return None if positions is None else self._numbers.of(positions)
 
     @property
     def evicted(self) -> bool:
@@ -156,14 +161,8 @@ class BudgetKVCache(FullKVCache):
             limit (int): Queries to remember.
         """
         n = queries.shape[2]
-        positions = tuple(range(self.offset - n, self.offset))
-        if self.window is not None:
-            queries = mx.concatenate([self.window.queries, queries], axis=2)
-            weights = mx.concatenate([self.window.weights, weights], axis=1)
-            positions = self.window.positions + positions
-        self.window = Window(
-            queries[:, :, -limit:], weights[:, -limit:], positions[-limit:]
-        )
+        new = Window(queries, weights, tuple(range(self.offset - n, self.offset)))
+        self.window = (new if self.window is None else self.window.joined(new)).last(limit)
         self._tie(self.window.queries, self.window.weights)
 
     def prune(
@@ -195,6 +194,12 @@ class BudgetKVCache(FullKVCache):
         B = self._buffers[0].shape[0]
         self._take(mx.broadcast_to(order, (B, order.shape[1])))
         self._set_planned(n_planned)
+
+    def renumber(self, turn: Callable[[mx.array, mx.array], mx.array]):
+        """Number entries from 0 on, in the order of the text, after a prune or a plan;
+        ``turn`` rotates keys ``[B, Hkv, n, D]`` on by ``[B, n]`` positions."""
+        self._buffers[0] = turn(self.keys, self._numbers.renew(self.positions, self.offset))
+        self._tie(*self._numbers.arrays)
 
     def _set_planned(self, n: int):
         self.n_planned = n
@@ -274,16 +279,19 @@ class BudgetKVCache(FullKVCache):
             self._set_planned(0)
 
     def _take(self, slots: mx.array):
-        self._positions = mx.take_along_axis(self.positions, slots, axis=1)
+        positions = self.positions
+        self._numbers.take(positions, slots)
+        self._positions = mx.take_along_axis(positions, slots, axis=1)
         n = len(self._buffers)
         self._buffers = [gather_rows(self._fetch(i), slots) for i in range(n)]
         self._size = slots.shape[1]
-        self._tie(*self._buffers[2:], self._positions)
+        self._tie(*self._buffers[2:], self._positions, *self._numbers.arrays)
 
     @property
     def nbytes(self) -> int:
         """Bytes of entries, positions and observed queries, as allocated."""
-        extra = [] if self._positions is None else [self._positions]
+        extra = self._numbers.arrays
+        extra += [] if self._positions is None else [self._positions]
         if self.window is not None:
             extra += self.window[:2]
         return super().nbytes + self._late.nbytes + sum(a.nbytes for a in extra)
@@ -303,6 +311,7 @@ class BudgetKVCache(FullKVCache):
             *(self.keys, self.values, self.index_keys, self.offset, self.prompt.code),
             *(self.positions if self.evicted else None, int(self._sorted)),
             *(self.budget, self.n_planned),
+            *self._numbers.contents,
             *window,
             *late,
             *(self._fetch(i) for i in range(3, len(self._buffers or ()))),
@@ -314,6 +323,8 @@ class BudgetKVCache(FullKVCache):
         keys, values, index_keys, self.offset, prompt, *rest = snapshot(contents)
         self.prompt = PromptPhase.from_code(prompt, getattr(self, "prompt", None))
         self._positions, in_order, self.budget, self.n_planned, *rest = rest
+        self._numbers = Numbers()
+        self._numbers.contents, rest = rest[:3], rest[3:]
         *window, late, late_slots = rest[:5]
         self._late = LateStates(self.most_late)
         if late is not None:
@@ -335,11 +346,5 @@ class BudgetKVCache(FullKVCache):
         """Take back the newest ``n`` tokens; return how many were."""
         n = super().trim(n)
         if self.window is not None and n:
-            keep = sum(p < self.offset for p in self.window.positions)
-            queries, weights, positions = self.window
-            self.window = (
-                Window(queries[:, :, :keep], weights[:, :keep], positions[:keep])
-                if keep
-                else None
-            )
+            self.window = self.window.before(self.offset)
         return n

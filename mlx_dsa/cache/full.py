@@ -39,6 +39,12 @@ class FullKVCache:
         self.prompt = PromptPhase()
 
     @property
+    def number(self) -> int:
+        """What the next token's key is rotated by: its position, unless what is kept has
+        been numbered anew."""
+        return self.offset
+
+    @property
     def keys(self) -> mx.array | None:
         """Keys ``[B, Hkv, size, D]``, rotated; ``None`` when empty."""
         return self._fetch(0)

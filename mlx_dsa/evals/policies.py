@@ -207,7 +207,7 @@ class Policy:
         with patch_sparse_generate(subject.model, indexers, **vars(self.config)) as patch:
             if self.scorer == "snapkv":
                 for layer in patch.layers.values():
-                    layer.eviction = SnapEviction(layer.indexer, self.config)
+                    layer.eviction = SnapEviction(layer.indexer, self.config, layer.layer.turn)
             yield patch
 
 

@@ -61,6 +61,9 @@ class SnapEviction(Eviction):
 
     def _prompt_scores(self, cache):
         queries, _, positions = cache.window
+        if cache.shift:  # keys have been numbered anew
+            back = mx.full((queries.shape[0], queries.shape[2]), -cache.shift, mx.int32)
+            queries = self._indexer.layer.turn(queries, back)
         attention = _attention(queries, cache.keys, cache.positions, positions, self._indexer.layer)
         scores = pool_neighbours(attention, cache.positions, POOL_RADIUS)
         return scores, scores

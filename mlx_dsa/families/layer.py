@@ -8,6 +8,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..positions import turn
+
 
 class Rope(NamedTuple):
     """The rotary positions of a model.
@@ -130,6 +132,10 @@ class Layer:
         queries, keys, values = (a.transpose(0, 2, 1, 3) for a in (queries, keys, values))
         queries = self.module.rope(queries, offset=offset)
         return Projected(queries, self.module.rope(keys, offset=offset), values, gate)
+
+    def turn(self, x: mx.array, by: mx.array) -> mx.array:
+        """Rotate keys or queries on, as :func:`mlx_dsa.positions.turn` does."""
+        return turn(self.module.rope, x, by)
 
     def _split(self, queries: mx.array) -> tuple[mx.array, mx.array | None]:
         return queries, None
