@@ -53,7 +53,7 @@ def needle(
     Returns:
         dict: the result; see docs/evaluation.md.
     """
-    check_lengths("needle", subject, lengths)
+    check_lengths("needle", subject, lengths, policies=policies, written=max_tokens)
     spec = NeedleSpec(task, setting, value, phrasing, distractors, per_document, seed, turns, even)
     prose = read_haystack(haystack, subject.tokenizer, numbers, seed)
     items = make_items(spec, prose, subject.tokenizer, lengths, depths, limit)
