@@ -118,10 +118,11 @@ def turn(rope: nn.Module, x: mx.array, by: mx.array) -> mx.array:
         mx.array: ``[B, H, n, D]``; bit for bit the same where ``by`` is 0.
     """
     B, H, n, D = x.shape
-    rows = x.transpose(0, 2, 1, 3).reshape(B * n, H, 1, D)
+    # A key is turned often: in float32, so that it is rounded once each time.
+    rows = x.astype(mx.float32).transpose(0, 2, 1, 3).reshape(B * n, H, 1, D)
     turned = rope(rows, offset=by.reshape(-1))
     if not isinstance(rope, nn.RoPE):
         # Some scalings also stretch what they turn: once is enough.
-        turned = turned / rope(mx.ones((1, 1, 1, D), x.dtype), offset=0)
+        turned = turned / rope(mx.ones((1, 1, 1, D)), offset=0)
     # In the layout of other keys: attention rounds alike, and copies nothing at every step.
-    return mx.contiguous(turned.reshape(B, n, H, D).transpose(0, 2, 1, 3))
+    return mx.contiguous(turned.astype(x.dtype).reshape(B, n, H, D).transpose(0, 2, 1, 3))

@@ -73,6 +73,22 @@ def test_turning_gives_what_another_position_would_have(name, dims):
     assert mx.allclose(still, at(starts), atol=1e-6)
 
 
+def test_many_turns_in_16_bits_lose_little():
+    """Each is rounded once: the angles themselves are not."""
+    rope = initialize_rope(64, base=1e6, traditional=False)
+    start = rope(mx.random.normal((1, 2, 64, 64)), offset=4096).astype(mx.bfloat16)
+    by = mx.random.randint(-7, 0, (65, 1, 64))
+    keys, gaps = start, []
+    for i in range(64):
+        keys = turn(rope, keys, by[i])
+        found = turn(rope, start.astype(mx.float32), by[: i + 1].sum(axis=0))
+        gaps.append((mx.linalg.norm(keys - found) / mx.linalg.norm(found)).item())
+    assert keys.dtype == mx.bfloat16
+    assert 1e-4 < gaps[0] < 0.002 and gaps[-1] < 0.025
+    other = turn(rope, start.astype(mx.float32), by.sum(axis=0))  # one turn more
+    assert mx.linalg.norm(keys - other) / mx.linalg.norm(other) > 0.1
+
+
 def first_keys(model, tokens, positions, numbers):
     """Return the first layer's keys `[B, Hkv, n, D]` of some tokens, rotated by numbers."""
     layer = model.layers[0]
