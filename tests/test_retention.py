@@ -61,12 +61,13 @@ def pool_in_numpy(scores, positions):
 
 
 class Simulation:
-    """Keep positions as the rules say, a token at a time."""
+    """Keep positions as the rules say, a token at a time, and number them if they are compact."""
 
     def __init__(self, scores, top_k, n_sink, n_recent):
         self.own, self.top_k = scores, top_k
         self.n_sink, self.n_recent = n_sink, n_recent
         self.kept, self.worth, self.offset = [], {}, 0
+        self.numbers, self.number, self.planned = {}, 0, 0
 
     def protected(self, position):
         return position < self.n_sink or position >= self.offset - self.n_recent
@@ -75,7 +76,20 @@ class Simulation:
         for p in range(self.offset, self.offset + n):
             self.kept.append(p)
             self.worth[p] = self.own[p]
+            self.numbers[p] = self.number
+            self.number += 1
         self.offset += n
+
+    def read(self, n):
+        self.append(n)
+        self.planned = 0
+
+    def renumber(self):
+        self.numbers = {p: i for i, p in enumerate(sorted(self.kept))}
+        self.number = len(self.kept)
+
+    def kept_numbers(self):
+        return sorted(self.numbers[p] for p in self.kept)
 
     def prune(self):
         self.kept.sort()
@@ -85,9 +99,15 @@ class Simulation:
             self.kept, key=lambda p: (self.protected(p), self.worth[p], p), reverse=True
         )
         self.kept = ranked[: self.top_k]
+        self.renumber()
 
     def step(self):
         size = len(self.kept)
+        if size == self.top_k and self.n_recent >= 4:
+            if not self.planned:  # what they drop is decided now, for as many steps
+                self.renumber()
+                self.planned = self.n_recent
+            self.planned -= 1
         self.append(1)
         if size > self.top_k:
             self.prune()
@@ -106,10 +126,11 @@ def late(request, monkeypatch):
 # Too few recent ones for a plan, plans that end and are cut short, one plan in sight.
 @pytest.mark.usefixtures("late")
 @pytest.mark.parametrize("n_recent", [3, 4, 5, 12, 21])
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
 @pytest.mark.parametrize("calls", [[60] + [1] * 40, [7] * 8 + [1] * 5 + [30] + [1] * 10])
-def test_kept_positions_follow_the_scores(small, calls, n_recent):
+def test_kept_positions_follow_the_scores(small, calls, n_recent, positions):
     model, indexers = small
-    rules = {**RULES, "n_recent": n_recent}
+    rules = {**RULES, "n_recent": n_recent, "positions": positions}
     # No token twice: two of one would be worth the same but for rounding, which varies.
     noise = np.random.default_rng(3)
     tokens = mx.array(np.stack([noise.permutation(101)[: sum(calls)] for _ in range(2)]))
@@ -121,8 +142,11 @@ def test_kept_positions_follow_the_scores(small, calls, n_recent):
             feed_calls(model, tokens[:, start : start + length], [length], cache)
             start += length
             for row, run in enumerate(runs):
-                run.step() if length == 1 else run.append(length)
+                run.step() if length == 1 else run.read(length)
                 assert sorted(cache[0].positions[row].tolist()) == sorted(run.kept)
+                numbers = run.kept_numbers() if positions == "compact" else sorted(run.kept)
+                assert sorted(cache[0].numbers[row].tolist()) == numbers
+                assert numbers == sorted(run.kept) or run.number == cache[0].number
             assert cache[0].offset == start
 
 

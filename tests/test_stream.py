@@ -174,14 +174,15 @@ def test_reading_and_decode_are_the_reference(shape, evict):
         assert difference(other, expected) > 100 * LOGITS
 
 
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
 @pytest.mark.parametrize("calls", [[200], [64, 64, 64, 8], [7] * 20 + [60]])
-def test_kept_positions_follow_the_scores(small, calls):
+def test_kept_positions_follow_the_scores(small, calls, positions):
     model, indexers = small
     tokens = make_text(sum(calls) + 30)
     scores = first_layer_scores(model, indexers[0], tokens)[0]
     for chunk, top_k in SIZES:
         simulation = Simulation(scores, top_k, 3, 5)
-        rules = {**RULES, "top_k": top_k, "stream_chunk": chunk}
+        rules = {**RULES, "top_k": top_k, "stream_chunk": chunk, "positions": positions}
         with patch_sparse_generate(model, indexers, **rules) as patch:
             cache, start = make_prompt_cache(model), 0
             for n in calls:
@@ -198,6 +199,8 @@ def test_kept_positions_follow_the_scores(small, calls):
                 model(tokens[:, start + i : start + i + 1], cache=cache)
                 simulation.step()
                 assert kept(cache)[0] == sorted(simulation.kept)
+                if positions == "compact":
+                    assert sorted(cache[0].numbers[0].tolist()) == simulation.kept_numbers()
 
 
 @pytest.mark.parametrize("evict", ORDERS)
