@@ -61,6 +61,13 @@ def test_real_layers_are_timed_and_the_result_is_stored(subject):
     assert abs(datetime.now() - datetime.fromisoformat(found.when)) < timedelta(minutes=5)
 
 
+def test_entries_that_are_numbered_anew_are_timed_too(subject):
+    """What a budget alone can do: prompts are timed with caches that keep all."""
+    config = SparseConfig(**RULES | {"evict": "keydiff"}, positions="compact", prefill="stream")
+    result = tune(*subject, config, chunk=32, repeats=1)
+    assert set(result["crossovers"]) == {"tile", "exact", "decode"}
+
+
 def test_the_model_is_left_unpatched(subject):
     attentions = [layer.self_attn for layer in subject[0].layers]
     tune(*subject, CONFIG, chunk=32, repeats=1, seconds=0.01)

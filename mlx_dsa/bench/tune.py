@@ -206,7 +206,7 @@ class _Bench:
         caches = [self._filled(indexer, start) for _, indexer in self._layers]
 
         def call(mode):
-            layers = self._sparse(prefill=mode, cache="full")
+            layers = self._sparse(prefill=mode, cache="full", positions="absolute")
 
             def run():
                 outputs = [layer(x, None, c) for layer, c in zip(layers, caches)]
