@@ -131,13 +131,19 @@ def _ppl(result):
         if not row["n"]:
             rows.append([row["policy"], str(row["top_k"]), "0", *["-"] * 5])
             continue
-        pair = pairs[row["policy"]]
+        found = [
+            row["policy"],
+            str(row["top_k"]),
+            f"{row['n']:,}",
+            _with_interval(row["value"], row["low"], row["high"], ".2f"),
+        ]
+        pair = pairs.get(row["policy"])
+        if pair is None:  # the dense model was not run
+            rows.append([*found, *["-"] * 4])
+            continue
         rows.append(
             [
-                row["policy"],
-                str(row["top_k"]),
-                f"{row['n']:,}",
-                _with_interval(row["value"], row["low"], row["high"], ".2f"),
+                *found,
                 f"{dense[row['policy']]['value']:.2f}",
                 _with_interval(pair["ratio"], pair["ratio_low"], pair["ratio_high"], ".4f"),
                 f"{row['kl']:.4f}",
