@@ -57,7 +57,7 @@ def computed_bytes(subject, policy, length, itemsize):
 
     A layer without attention counts for nothing. A dense layer keeps every key and value. A sparse layer has an index key for each entry besides;
     with a budget also the retention head's two scores (4 bytes each), if there is a head, and, once
-    it has evicted, the entries' positions (4 bytes each). What waits to be scored, up to 64 hidden
+    it has evicted, the entries' positions (4 bytes each; compact ones their numbers as well). What waits to be scored, up to 64 hidden
     states a layer, is not counted. ``None`` for a tiered cache, whose cold entries are quantised.
     """
     config, total = policy.config, 0
@@ -73,9 +73,10 @@ def computed_bytes(subject, policy, length, itemsize):
         if config.cache == "full":
             total += length * sparse
             continue
-        if config.evict == "retention" and indexer.has_retention:
+        if config.wants_heads and indexer.has_retention:
             sparse += 8
-        total += length * sparse if length <= config.top_k else config.top_k * (sparse + 4)
+        extra = 8 if config.positions == "compact" else 4
+        total += length * sparse if length <= config.top_k else config.top_k * (sparse + extra)
     return total
 
 
