@@ -39,11 +39,6 @@ class Fact:
     entity: str = ""
     attribute: str = ""
 
-    @property
-    def stem(self):
-        """The answer up to its value: "The access code of Ada Thorne is"."""
-        return stem_of(self.answer, self.short_answer)
-
 
 @dataclass(frozen=True)
 class Task:
@@ -57,15 +52,10 @@ class Task:
     template: str
     kind: str = "digits"
 
-    @property
-    def stem(self):
-        """The answer up to its values; empty where they stand apart, as those of several questions."""
-        return stem_of(self.answer, self.short_answer)
 
-
-def stem_of(answer, short_answer):
-    """Return a full answer up to the short one that ends it, or an empty text if none does."""
-    return answer[: max(0, answer.rfind(short_answer))].rstrip()
+def stem_of(asked):
+    """Return the answer of a Fact or Task up to its values: "The access code of Ada Thorne is"."""
+    return asked.answer[: max(0, asked.answer.rfind(asked.short_answer))].rstrip()
 
 
 try:

@@ -12,7 +12,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from .facts import is_correct, make_facts, make_key_value, make_multi_query, make_multi_value
+from .facts import is_correct, make_facts, make_key_value, make_multi_query, make_multi_value, stem_of
 from .prompts import CLOSINGS, MORE_CLOSINGS, begun, evened, frame
 
 TASKS = ("single", "multi-key", "multi-value", "multi-query", "key-value")
@@ -148,7 +148,7 @@ def _case(rng, spec):
     options = {"value": spec.value, "entities": "heldout", "phrasing": spec.phrasing}
 
     def stem(asked):
-        return asked.stem if spec.stem else ""
+        return stem_of(asked) if spec.stem else ""
 
     if spec.task in ("single", "multi-key"):
         many = spec.task == "multi-key"
