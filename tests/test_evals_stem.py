@@ -10,7 +10,7 @@ from evals_subject import make_subject
 from local_models import write_indexers, write_model
 
 from mlx_dsa.cli import main
-from mlx_dsa.evals import code, make_policies, needle, read_result, read_suite, run_suite
+from mlx_dsa.evals import code, make_policies, needle, plots, read_result, read_suite, run_suite
 from mlx_dsa.evals.code_items import FORMS, TASKS, CodeSpec, make_code_items
 from mlx_dsa.evals.documents import load_documents
 from mlx_dsa.evals.facts import (
@@ -250,6 +250,13 @@ def test_a_result_says_that_its_replies_are_begun(subject):
     options = dict(lengths=[1024], depths=[0.5], limit=1, per_document=2, max_tokens=2, batch_size=2)
     assert code(subject, policies, **options, stem=True)["config"]["stem"] is True
     assert "stem" not in code(subject, policies, **options)["config"]
+
+
+@pytest.mark.parametrize("more, said", [({"stem": True}, ", replies begun"), ({}, "")])
+def test_a_picture_says_that_its_replies_are_begun(more, said):
+    result = {"kind": "needle", "config": {"task": "single", "setting": "in-prompt", **more}}
+    assert plots._about(result) == f"Needle (single, in-prompt{said})"
+    assert plots._setting({**result, "rows": [{"length": 512}]}) == f"in-prompt{said}, 512 tokens"
 
 
 # Commands and suites
