@@ -46,7 +46,11 @@ def _setting(result):
     lengths = {row["length"] for row in result["rows"]}
     config = result["config"]
     turns = f", question {config['turns']}" if "turns" in config else ""
-    return f"{config['setting']}{turns}, {min(lengths):,} tokens"
+    return f"{config['setting']}{turns}{_begun(config)}, {min(lengths):,} tokens"
+
+
+def _begun(config):
+    return ", replies begun" if config.get("stem") else ""
 
 
 def _needle(result, plt):
@@ -62,7 +66,7 @@ def _needle(result, plt):
 
 def _about(result):
     config = result["config"]
-    return f"{result['kind'].capitalize()} ({config['task']}, {config['setting']})"
+    return f"{result['kind'].capitalize()} ({config['task']}, {config['setting']}{_begun(config)})"
 
 
 def _kind(label):

@@ -22,6 +22,8 @@ def markdown(header, rows):
 
 def caption(result):
     """Return what a table must not be read without, or ``None``."""
+    if result["config"].get("stem"):
+        return "Each reply is begun for the model, up to the value or to the function's name."
     if result["kind"] != "gsm8k":
         return None
     return f"{result['rows'][0]['n']:,} word problems: {problems_name(result)}."
