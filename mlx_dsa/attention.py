@@ -104,7 +104,7 @@ class SparseAttention(nn.Module):
         else:
             if not in_prompt and isinstance(cache, BudgetKVCache):
                 self._make_room(cache)  # which may number entries anew
-            self.limit.check(cache.number + x.shape[1])
+            self.limit.check(cache, x.shape[1])
             read = self._prefill if in_prompt else self._decode
             # A sparse step is not bit for bit a dense one, so it takes the fastest way.
             is_sparse_step = not in_prompt and cache.size() >= self.config.top_k
@@ -196,7 +196,7 @@ class SparseAttention(nn.Module):
             if start == L:  # a cut stands at the end
                 break
             part = x[:, start:stop] if cuts else x
-            self.limit.check(cache.number + stop - start)
+            self.limit.check(cache, stop - start)
             queries, keys, values, gate = self.layer.project(part, cache.number)
             self._append(part, keys, values, cache)
             self._observe(part, cache)

@@ -189,6 +189,12 @@ class Eviction:
         return index_scores(queries, weights, index_keys, self._config.backend)
 
 
+def steps_planned(config: SparseConfig) -> int:
+    """Return for how many steps of decode evictions are planned at once; 0 where they aren't."""
+    planned = config.evict != "index" and config.n_recent >= _PLANNED_FROM
+    return min(config.n_recent, _PLANNED) if planned else 0
+
+
 def _keydiff(cache: BudgetKVCache) -> mx.array:
     scores = keydiff_scores(cache.keys)
     return pool_neighbours(scores, cache.positions, POOL_RADIUS)

@@ -41,6 +41,7 @@ class SparsePatch:
     Attributes:
         config (SparseConfig): What the patch does.
         layers (dict): Layer number to the :class:`SparseAttention` in its place.
+        keeps_all (bool): Whether a layer with attention is left as it is.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class SparsePatch:
             if i not in config.dense_layers
         }
         list(self.layers.values())[:_STARTS_AT][-1].starts = True
-        limit = PositionLimit(self._family.max_positions(model))
+        self.keeps_all = not set(layers) <= set(self.layers)
+        limit = PositionLimit(self._family.max_positions(model), of_text=self.keeps_all)
         next(iter(self.layers.values())).limit = limit
         for sparse in self.layers.values():
             sparse.join()

@@ -35,13 +35,14 @@ def max_positions(args: Any, is_scaled: bool = True) -> int | None:
     return limit or None
 
 
-def check_positions(where: str, limit: int | None, n_tokens: int) -> None:
+def check_positions(where: str, limit: int | None, n_tokens: int, instead: str) -> None:
     """Refuse a text for which a model has no positions.
 
     Args:
         where (str): Who asks, for the message.
         limit (int, optional): The model's positions; ``None`` for no limit.
         n_tokens (int): Tokens from the beginning of the conversation to its end.
+        instead (str): What to do, a sentence.
 
     Raises:
         ValueError: If they are more than the model's positions.
@@ -49,7 +50,7 @@ def check_positions(where: str, limit: int | None, n_tokens: int) -> None:
     if limit is not None and n_tokens > limit:
         raise ValueError(
             f"[{where}] {n_tokens:,} tokens are more than the model's {limit:,} positions: "
-            f"it would answer wrongly. Use a shorter text, or a model with more positions."
+            f"it would answer wrongly. {instead}"
         )
 
 
@@ -58,14 +59,24 @@ class PositionLimit:
 
     Args:
         limit (int, optional): The model's positions; ``None`` for no limit.
+        of_text (bool): Whether a layer goes on counting the whole text, whatever this one's
+          cache does. Default: ``False``.
     """
 
-    def __init__(self, limit: int | None):
+    def __init__(self, limit: int | None, of_text: bool = False):
         self._limit = limit
+        self._of_text = of_text
 
-    def check(self, end: int):
-        """Note that tokens are read up to a position."""
-        if self._limit is not None and end > self._limit:
+    def check(self, cache: Any, n_tokens: int):
+        """Note that the next tokens are read.
+
+        Args:
+            cache (FullKVCache): Of what was read before.
+            n_tokens (int): How many they are.
+        """
+        if self._limit is None:
+            return
+        if n_tokens + (cache.offset if self._of_text else cache.number) > self._limit:
             warnings.warn(
                 f"mlx-dsa: the text has become longer than the model's {self._limit:,} "
                 f"positions: from here on it answers wrongly.",
@@ -112,4 +123,5 @@ def turn(rope: nn.Module, x: mx.array, by: mx.array) -> mx.array:
     if not isinstance(rope, nn.RoPE):
         # Some scalings also stretch what they turn: once is enough.
         turned = turned / rope(mx.ones((1, 1, 1, D), x.dtype), offset=0)
-    return turned.reshape(B, n, H, D).transpose(0, 2, 1, 3)
+    # In the layout of other keys: attention rounds alike, and copies nothing at every step.
+    return mx.contiguous(turned.reshape(B, n, H, D).transpose(0, 2, 1, 3))

@@ -148,7 +148,7 @@ def load_cache(path: str | os.PathLike, patch: SparsePatch) -> SavedCache:
     """
     path = Path(path)
     arrays, header = _read(path)
-    _check_config(path, json.loads(header["config"]), patch)
+    _check_config(path, _settings_of(header), patch)
     _check_maker(path, json.loads(header["made by"]), _maker(patch))
     scalars = json.loads(header["scalars"])
     caches = []
@@ -180,8 +180,13 @@ def read_saved(path: str | os.PathLike) -> SavedSettings:
     """
     path = Path(path)
     header = _read(path)[1]
-    config, metadata = (json.loads(header[name]) for name in ("config", "metadata"))
+    config, metadata = _settings_of(header), json.loads(header["metadata"])
     return SavedSettings(path, config, metadata, int(header["tokens"]))
+
+
+def _settings_of(header: Mapping[str, str]) -> dict[str, Any]:
+    # Files from before entries could be numbered anew don't say that theirs were not.
+    return {"positions": "absolute", **json.loads(header["config"])}
 
 
 def _contents_of(cache: Any) -> list[Any]:
@@ -254,7 +259,6 @@ def _difference(of: str, stored: Mapping[str, Any], mine: Mapping[str, Any]) -> 
 
 def _check_config(path: Path, stored: Mapping[str, Any], patch: SparsePatch):
     mine = json.loads(json.dumps(dataclasses.asdict(patch.config)))
-    stored = {"positions": "absolute", **stored}
     for name in kept_by(stored, mine):
         if stored.get(name) != mine[name]:
             raise ValueError(

@@ -38,20 +38,21 @@ def generate_calls(length, chunk, steps):
     return whole_calls(length - 1, chunk) + [1] * (1 + steps)
 
 
-def run_reference(reference, rules, calls, first_seed=0):
+def run_reference(reference, rules, calls, first_seed=0, make=make_tokens):
     """Run the reference on the first tokens whose selections are all clear.
 
     Args:
         reference (ReferenceModel): The model.
         rules (dict): Fields of `Rules`.
         calls (list of int): Length of each call.
+        make (callable): Tokens [1, length] from a length and a seed.
 
     Returns:
         tuple: tokens [1, sum(calls)], the run, the logits of each call, and
         after each call the set of positions that each layer keeps.
     """
     for seed in range(first_seed, first_seed + 300):
-        tokens = make_tokens(sum(calls), seed)
+        tokens = make(sum(calls), seed)
         ids = tokens[0].tolist()
         run = reference.start(Rules(**rules))
         logits, kept, start = [], [], 0

@@ -17,6 +17,7 @@ from mlx_dsa.cache.prompt import PromptPhase
 RULES = dict(top_k=24, n_sink=3, n_recent=5, observation_window=8, tile_size=16)
 WAYS = {
     **{evict: dict(cache="budget", evict=evict) for evict in ("retention", "keydiff", "index", "window")},
+    "compact": dict(cache="budget", evict="retention", positions="compact"),
     "full": dict(cache="full"),
     "tiered": dict(cache="tiered", cold_bits=16),
 }  # fmt: skip

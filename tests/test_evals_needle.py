@@ -255,7 +255,7 @@ def test_wrong_policies(subject, spec, message):
 
 def test_wrong_lengths(subject):
     policies = make_policies(["dense"], subject.config)
-    with pytest.raises(ValueError, match="longer than the model's 8,192 positions"):
+    with pytest.raises(ValueError, match="9,000 tokens are more than the model's 8,192 positions.*Lower --lengths"):
         needle(subject, policies, lengths=[9000])
     with pytest.raises(ValueError, match="must be above 0 but got -"):
         needle(subject, make_policies(["dense"], subject.config), lengths=[-100])
@@ -270,7 +270,7 @@ def test_a_whole_conversation_needs_positions(subject, monkeypatch, positions, s
     monkeypatch.setattr(subject.model.args, "rope_scaling", scaling)
     policies = make_policies(["dense"], subject.config)
     talk = dict(lengths=[200], depths=[0.5], limit=1, setting="two-turns")
-    with pytest.raises(ValueError, match="longer than the model's 256 positions.*--max-tokens"):
+    with pytest.raises(ValueError, match="more than the model's 256 positions.*--max-tokens"):
         needle(subject, policies, **talk, max_tokens=40)  # the first answer would fit
     assert needle(subject, policies, **talk, max_tokens=2)["items"]
 

@@ -28,7 +28,7 @@ LAYERS = [
     {"eviction"},
     {"attention"},
     {"patch"},
-    {"saved"},
+    {"reach", "saved"},
     {"presets"},
     {"train", "evals", "bench"},
     {"cli"},

@@ -222,11 +222,12 @@ def test_what_a_planned_step_does_beside_a_dense_one(small, tmp_path):
     assert more.count(plain) == 15 and more.count(plain + writes) == 1
 
 
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
 @pytest.mark.parametrize("evict", ["retention", "index", "window"])
-def test_a_step_copies_no_cache(evict):
+def test_a_step_copies_no_cache(evict, positions):
     """Neither to write a row nor because attention would want another layout."""
     model = make_model(layers=1, heads=4, kv_heads=4, head_dim=64)
-    rules = dict(top_k=1000, n_recent=64, evict=evict)
+    rules = dict(top_k=1000, n_recent=64, evict=evict, positions=positions)
     with patch_sparse_generate(model, with_heads(model), **rules):
         (cache,) = make_prompt_cache(model)
         feed_calls(model, make_tokens(1110), [1100] + [1] * 10, [cache])

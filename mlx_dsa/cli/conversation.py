@@ -14,10 +14,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..chunks import chunk_size
-from ..families import positions_of
-from ..positions import check_positions
+from ..reach import reach_of
 from .documents import check_text
-from .stats import Report, measure, tokens_seen
+from .stats import Report, measure
 from .template import ChatTemplate
 
 
@@ -91,7 +90,7 @@ class Conversation:
         check_prompt(document)
         self.template.check()
         prompt = self.template.document(document)
-        self._check_positions(prompt)
+        reach_of(self.model).check_prompt(self.cache, len(prompt))
         # No token is generated: the last one of the text ends the prompt.
         steps = generate_step(
             mx.array(prompt),
@@ -150,20 +149,20 @@ class Conversation:
         """
         check_prompt(text)
         prompt = self.tokenizer.encode(text)
-        self._check_positions(prompt)
+        reach_of(self.model).check_prompt(self.cache, len(prompt))
         return self._stream(prompt)
 
     def _prepare(self, message: str) -> list[int]:
         check_prompt(message)
         self.template.check()
         prompt = self._unread + self._turn(message)
-        self._check_positions(prompt)
+        reach_of(self.model).check_prompt(self.cache, len(prompt))
         return prompt
 
     def _stream(self, prompt: list[int]) -> Iterator[str]:
         self.started = True
         self._answer, self._ended, self._unread = [], False, []
-        max_tokens = self._room(prompt)
+        max_tokens = reach_of(self.model).room(self.cache, len(prompt), self.max_tokens)
         start, first, response = time.perf_counter(), None, None
 
         def on_chunk(done: int, total: int):
@@ -210,17 +209,6 @@ class Conversation:
         if self.template.thinks(self._answer):
             return self.template.end_of_thoughts() + tokens
         return tokens
-
-    def _check_positions(self, prompt: list[int]):
-        # One more, for the answer to begin.
-        n_tokens = tokens_seen(self.cache) + len(prompt) + 1
-        check_positions("prompt", positions_of(self.model), n_tokens)
-
-    def _room(self, prompt: list[int]) -> int:
-        limit = positions_of(self.model)
-        if limit is None:
-            return self.max_tokens
-        return min(self.max_tokens, limit - tokens_seen(self.cache) - len(prompt))
 
 
 def check_prompt(text: str):

@@ -49,6 +49,12 @@ _MODEL = (
         help="A JSON file of settings, with the keys of a preset.",
     ),
 )
+positions_option = click.option(
+    "--positions",
+    type=click.Choice(["absolute", "compact"]),
+    help="With --cache budget: what is kept stays where it stood in the text; or it is "
+    "numbered anew whenever something is dropped.",
+)
 _SPARSE = (
     click.option("--top-k", type=int, help="Keys that a query attends to."),
     click.option(
@@ -85,9 +91,10 @@ _SPARSE = (
         metavar="N",
         help="With --prefill stream: tokens of the text between two cuts. Default: 2048.",
     ),
+    positions_option,
 )
 _OF_SPARSE = ("indexer", "top_k", "n_recent", "cache", "cold_file", "cold_bits")
-_OF_SPARSE += ("prefill", "stream_chunk")
+_OF_SPARSE += ("prefill", "stream_chunk", "positions")
 dense_option = click.option(
     "--dense", is_flag=True, help="Use no indexers: the model as it is."
 )
@@ -250,7 +257,8 @@ def check_seed(seed: int | None, temp: float) -> int:
 def describe_config(config: SparseConfig) -> str:
     """Return a config's main fields as one line."""
     every = f" (a cut every {config.stream_chunk})" if config.prefill == "stream" else ""
+    anew = ", positions compact" if config.positions == "compact" else ""
     return (
-        f"top_k {config.top_k}, cache {config.cache}, prefill {config.prefill}{every}, "
+        f"top_k {config.top_k}, cache {config.cache}, prefill {config.prefill}{every}{anew}, "
         f"{config.n_sink} sinks, {config.n_recent} recent"
     )

@@ -38,7 +38,8 @@ def ask(kind, subject, policies, items, about, *, max_tokens, batch_size, compar
     if not items:
         raise ValueError(f"[{kind}] there are no cases: 'limit' and 'depths' must not be empty.")
     totals = [sum(len(t.ids) + bool(t.values) * max_tokens for t in item.turns) for item in items]
-    check_lengths(kind, subject, totals, "--lengths or --max-tokens")
+    lower = "--lengths or --max-tokens"
+    check_lengths(kind, subject, totals, lower, policies, max_tokens)
     config = {
         **describe(subject, name),
         **about,

@@ -46,7 +46,7 @@ def code(
         dict: the result, whose rows are as those of `needle`. The code is that of the running
         Python: the result has its version and a hash of it.
     """
-    check_lengths("code", subject, lengths)
+    check_lengths("code", subject, lengths, policies=policies, written=max_tokens)
     spec = CodeSpec(task, setting, value, phrasing, per_document, seed, stem)
     source = read_source()
     items = make_code_items(spec, source, subject.tokenizer, lengths, depths, limit)

@@ -88,7 +88,8 @@ def gsm8k(
     build = _chat if prompt == "chat" else _plain
     items = [(p, build(subject.tokenizer, shown, p.question)) for p in problems]
     longest = max(len(ids) for _, ids in items) + max_tokens
-    check_lengths("gsm8k", subject, [longest], "--shots, --many-shot or --max-tokens")
+    lower = "--shots, --many-shot or --max-tokens"
+    check_lengths("gsm8k", subject, [longest], lower, policies, max_tokens)
     config = {
         **describe(subject, name),
         "prompt": prompt,

@@ -28,7 +28,8 @@ def memory(
         dict: the result; its `value` is the bytes of the cache after a few tokens were written,
         `computed` the same by arithmetic, `active_gb` and `peak_gb` those of the whole program.
     """
-    check_lengths("memory", subject, [length + _STEPS for length in lengths])
+    totals = [length + _STEPS for length in lengths]
+    check_lengths("memory", subject, totals, policies=policies, written=_STEPS)
     texts = load_documents(haystack)
     texts = [type(texts[0])("all", "\n\n".join(d.text for d in texts))]
     ids = windows_of(texts, subject.tokenizer, max(lengths), max(lengths), 1)[0]["ids"]
@@ -57,7 +58,7 @@ def computed_bytes(subject, policy, length, itemsize):
 
     A layer without attention counts for nothing. A dense layer keeps every key and value. A sparse layer has an index key for each entry besides;
     with a budget also the retention head's two scores (4 bytes each), if there is a head, and, once
-    it has evicted, the entries' positions (4 bytes each; compact ones their numbers as well). What waits to be scored, up to 64 hidden
+    it has evicted, the entries' positions (4 bytes each) and their numbers, if these are others (4 more). What waits to be scored, up to 64 hidden
     states a layer, is not counted. ``None`` for a tiered cache, whose cold entries are quantised.
     """
     config, total = policy.config, 0
@@ -75,8 +76,8 @@ def computed_bytes(subject, policy, length, itemsize):
             continue
         if config.wants_heads and indexer.has_retention:
             sparse += 8
-        extra = 8 if config.positions == "compact" else 4
-        total += length * sparse if length <= config.top_k else config.top_k * (sparse + extra)
+        places = 8 if config.positions == "compact" else 4
+        total += length * sparse if length <= config.top_k else config.top_k * (sparse + places)
     return total
 
 

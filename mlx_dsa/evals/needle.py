@@ -55,7 +55,7 @@ def needle(
     Returns:
         dict: the result; see docs/evaluation.md.
     """
-    check_lengths("needle", subject, lengths)
+    check_lengths("needle", subject, lengths, policies=policies, written=max_tokens)
     spec = NeedleSpec(
         task, setting, value, phrasing, distractors, per_document, seed, turns, even, stem
     )

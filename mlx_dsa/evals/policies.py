@@ -128,14 +128,15 @@ _INDEXERS = {
     "snapkv": lambda indexer, layer, marks: SnapIndexer(),
 }
 
+_KEEPS_ALL = {"positions": "absolute"}  # nothing is dropped, so nothing is numbered anew
 # name -> (what scores the tokens, what the config must be). A policy not named here is an error.
 _NAMED = {
     "dense": None,
     "sparse": ("index", {}),
-    "full": ("index", {"cache": "full"}),
-    "exact": ("index", {"cache": "full", "prefill": "exact"}),
-    "tile": ("index", {"cache": "full", "prefill": "tile"}),
-    "tiered": ("index", {"cache": "tiered"}),
+    "full": ("index", {"cache": "full", **_KEEPS_ALL}),
+    "exact": ("index", {"cache": "full", "prefill": "exact", **_KEEPS_ALL}),
+    "tile": ("index", {"cache": "full", "prefill": "tile", **_KEEPS_ALL}),
+    "tiered": ("index", {"cache": "tiered", **_KEEPS_ALL}),
     "stream": ("index", {"cache": "budget", "prefill": "stream"}),
     "retention": ("index", {"evict": "retention"}),
     "blend": ("index", {"evict": "blend"}),

@@ -6,8 +6,10 @@ import json
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..families import family_of, positions_of
+from ..families import family_of
 from ..presets import Preset
+from ..reach import reach_with
+from .policies import DENSE
 
 
 def describe(subject: Preset, name=None):
@@ -49,7 +51,7 @@ def policies_config(policies):
     ]
 
 
-def check_lengths(where, subject, lengths, options="--lengths"):
+def check_lengths(where, subject, lengths, options="--lengths", policies=(DENSE,), written=0):
     """Refuse texts that a model has no positions for, or that are no lengths at all.
 
     Args:
@@ -57,21 +59,21 @@ def check_lengths(where, subject, lengths, options="--lengths"):
         subject (Preset): the model.
         lengths (list of int): tokens of the contexts, with what is written after each.
         options (str): what makes them shorter. Default: ``"--lengths"``.
+        policies (list of Policy): how they are read. Default: by the dense model.
+        written (int): tokens that are written at once, at most. Default: ``0``.
 
     Raises:
         ValueError: if a length is below 1 or above the model's positions, or there is none.
     """
-    limit = positions_of(subject.model)
     if not lengths:
         raise ValueError(f"[{where}] 'lengths' must name at least one context length.")
     for length in lengths:
         if length < 1:
             raise ValueError(f"[{where}] 'lengths' must be above 0 but got {length}.")
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"[{where}] a text of {length:,} tokens, with what is written after it, is longer than "
-                f"the model's {limit:,} positions: it would answer wrongly. Lower {options}."
-            )
+    for policy in policies:
+        reach = reach_with(subject.model, subject.indexers, policy.config)
+        of = f"{where}, policy {policy.label}"
+        reach.check(of, reach.most(max(lengths), written), f"Lower {options}")
 
 
 def fingerprint(value):

@@ -4,22 +4,41 @@ import numpy as np
 
 from .weights import copy_indexer, copy_layer, linear, rms_norm, softmax, weight_of
 
+# Positions beside a token that are kept with it; steps that are planned at once, and from how many on.
+POOL_RADIUS = 4
+PLANNED, PLANNED_FROM = 256, 4
+
 
 class LayerCache:
-    """Entries of one layer, oldest first, and the last prompt queries."""
+    """Entries of one layer, oldest first, and the last prompt queries.
+
+    Attributes:
+        numbers: what each key, kept unrotated, is rotated by whenever it is attended to.
+        number: that of the next token.
+        worth: what orders entries for eviction where that is decided once.
+        planned: steps until entries are numbered anew.
+    """
 
     def __init__(self):
-        self.offset = 0
+        self.offset = self.number = self.planned = 0
         self.positions = np.zeros(0, dtype=np.int64)
+        self.numbers = np.zeros(0, dtype=np.int64)
+        self.worth = np.zeros(0)
         self.entries = None
         self.observed = []
         self.open = True  # a prompt begins, or goes on
 
+    def next_numbers(self, length):
+        """Return what the next tokens are rotated by."""
+        return np.arange(self.number, self.number + length)
+
     def append(self, *arrays):
-        """Add keys, values and index keys [L, ...] at the next positions."""
+        """Add keys, values, index keys and own scores [L, ...] at the next positions."""
         length = len(arrays[0])
         new = np.arange(self.offset, self.offset + length)
         self.positions = np.concatenate([self.positions, new])
+        self.numbers = np.concatenate([self.numbers, self.next_numbers(length)])
+        self.worth = np.concatenate([self.worth, arrays[3]])
         if self.entries is None:
             self.entries = list(arrays)
         else:
@@ -27,12 +46,19 @@ class LayerCache:
                 np.concatenate(pair) for pair in zip(self.entries, arrays)
             ]
         self.offset += length
+        self.number += length
         return new
 
     def keep(self, positions):
         stays = np.isin(self.positions, sorted(positions))
-        self.positions = self.positions[stays]
+        self.positions, self.numbers = self.positions[stays], self.numbers[stays]
+        self.worth = self.worth[stays]
         self.entries = [e[stays] for e in self.entries]
+
+    def renumber(self):
+        """Number what is kept from 0 on, in the order of the text."""
+        self.number = len(self.positions)
+        self.numbers = np.arange(self.number)
 
 
 class ReferenceRun:
@@ -65,6 +91,7 @@ class ReferenceRun:
         """Take back the newest `n` tokens, and what their queries decided."""
         for cache in self.caches:
             cache.offset -= n
+            cache.number -= n
             cache.keep(cache.positions[cache.positions < cache.offset].tolist())
             cache.observed = [o for o in cache.observed if o[0] < cache.offset]
             cache.open = True
@@ -93,29 +120,69 @@ class ReferenceRun:
     def _cut(self, cache, i):
         rules = self.rules
         if cache.offset % rules.stream_chunk == 0 and len(cache.positions) > rules.top_k:
-            merit = eviction_scores(self.model.indexers[i], cache.observed, cache)
-            cache.keep(rules.prune(cache.positions, merit, cache.offset - 1))
+            self._prune(cache, i)
+
+    def _prune(self, cache, i):
+        rules = self.rules
+        merit = self._merit(cache, i)
+        stays = rules.prune(cache.positions, merit, cache.offset - 1)
+        if rules.evict in ("retention", "keydiff"):
+            cache.worth = merit
+        cache.keep(stays)
+        cache.planned = 0
+        if rules.positions == "compact":
+            cache.renumber()
+
+    def _merit(self, cache, i):
+        """Return what orders all entries of a cache now."""
+        rules, layer = self.rules, self.model.layers[i]
+        if rules.evict == "retention":
+            return pooled(cache.entries[3], cache.positions)
+        if rules.evict == "keydiff":
+            return pooled(keydiff(layer.rope(cache.entries[0], cache.numbers)), cache.positions)
+        return eviction_scores(self.model.indexers[i], cache.observed, cache)
+
+    def _plan(self, cache, i):
+        """Before a step whose cache is full: number anew what is kept, where it is time.
+
+        Orders that no query changes are known for some steps; before any younger entry may go.
+        """
+        rules = self.rules
+        plans = rules.evict != "index" and rules.n_recent >= PLANNED_FROM
+        if rules.evict == "keydiff" and not (plans and cache.planned):
+            cache.worth = self._merit(cache, i)
+        if plans and not cache.planned:
+            cache.planned = min(rules.n_recent, PLANNED)
+            if rules.positions == "compact":
+                cache.renumber()
 
     def _attend(self, i, layer, x, ends=True):
         cache, length = self.caches[i], len(x)
         indexer = self.model.indexers.get(i)
         if i in self.rules.dense_layers:
             indexer = None
-        start = cache.offset
-        new = np.arange(start, start + length)
+        new = np.arange(cache.offset, cache.offset + length)
+        in_decode = indexer and length == 1 and not cache.open and self.rules.cache == "budget"
+        if in_decode and len(cache.positions) == self.rules.top_k:
+            self._plan(cache, i)
+            cache.planned -= 1
+        elif length > 1 or cache.open:
+            cache.planned = 0  # a prompt puts what is planned back in order
+        numbers = cache.next_numbers(length)
 
         def heads(y, n):
             return y.reshape(length, n, layer.head_dim)
 
-        q = layer.rope(layer.q_norm(heads(layer.q(x), layer.n_heads)), new)
-        k = layer.rope(layer.k_norm(heads(layer.k(x), layer.n_kv_heads)), new)
+        q = layer.rope(layer.q_norm(heads(layer.q(x), layer.n_heads)), numbers)
+        k = layer.k_norm(heads(layer.k(x), layer.n_kv_heads))
         v = heads(layer.v(x), layer.n_kv_heads)
         index_keys = indexer.keys(x, new) if indexer else np.zeros((length, 0))
-        cache.append(k, v, index_keys)
+        own = indexer.retention(x) if indexer and indexer.retention else np.zeros(length)
+        cache.append(k, v, index_keys, own)
 
         if indexer:
             iq, iw = indexer.queries(x, new)
-            sets, stays = self._decide(cache, indexer, iq, iw, new, ends)
+            sets, stays = self._decide(cache, i, iq, iw, new, ends)
         else:
             sets = [set(cache.positions[cache.positions <= p].tolist()) for p in new]
             stays = None
@@ -123,14 +190,18 @@ class ReferenceRun:
             self.selected[i][p] = frozenset(chosen)
 
         mask = np.array([np.isin(cache.positions, sorted(s)) for s in sets])
-        out = attention(q, cache.entries[0], cache.entries[1], mask)
-        if stays is not None:
+        keys = layer.rope(cache.entries[0], cache.numbers)
+        out = attention(q, keys, cache.entries[1], mask)
+        if stays == "pruned":
+            self._prune(cache, i)
+            cache.observed = []
+        elif stays is not None:
             cache.keep(stays)
         return layer.o(out.reshape(length, -1))
 
-    def _decide(self, cache, indexer, iq, iw, new, ends=True):
+    def _decide(self, cache, i, iq, iw, new, ends=True):
         """Return the set of each query, and what stays (None: everything)."""
-        rules, positions = self.rules, cache.positions
+        rules, positions, indexer = self.rules, cache.positions, self.model.indexers[i]
         scores = indexer.scores(iq, iw, cache.entries[2])
         causal = [set(positions[positions <= p].tolist()) for p in new]
 
@@ -148,17 +219,17 @@ class ReferenceRun:
             if cache.open:
                 return sets, None
             # A call of one token ends the prompt: it attends as the others did.
-            merit = eviction_scores(indexer, cache.observed, cache)
-            cache.observed = []
             if rules.cache == "full" or total <= rules.top_k:
+                cache.observed = []
                 return sets, None
-            return sets, rules.prune(positions, merit, query)
+            return sets, "pruned"
 
         if total <= rules.top_k:
             return causal, None
         if rules.cache == "full":
             return [rules.select(positions, scores[0], query)], None
-        stays = rules.drop_one(positions, scores[0], query)
+        merit = scores[0] if rules.evict == "index" else cache.worth
+        stays = rules.drop_one(positions, merit, query)
         return [stays], stays
 
 
@@ -172,6 +243,19 @@ def eviction_scores(indexer, observed, cache):
         total += np.where(sees, scores, 0.0)
         count += sees
     return total / count
+
+
+def pooled(scores, positions):
+    """Return for each entry the best score of those up to POOL_RADIUS positions away."""
+    near = np.abs(positions[:, None] - positions) <= POOL_RADIUS
+    return np.where(near, scores, -np.inf).max(1)
+
+
+def keydiff(keys):
+    """Return minus the cosine of each key [T, heads, D] to the mean direction of its head, over heads."""
+    keys = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
+    mean = keys.mean(0)
+    return -(keys * mean / np.linalg.norm(mean, axis=-1, keepdims=True)).sum(-1).mean(1)
 
 
 def attention(q, k, v, mask):

@@ -20,6 +20,7 @@ class Rules:
     prefill: str = "exact"
     tile_size: int = 64
     stream_chunk: int = 2048
+    positions: str = "absolute"
     observation_window: int = 32
     evict: str = "index"
     dense_layers: tuple = ()
@@ -124,11 +125,17 @@ class Rules:
             others = sorted(set(positions.tolist()) - sinks)
             return sinks | set(others[len(others) - (self.top_k - len(sinks)) :])
         forced = self.protected(positions, newest)
-        return self.best(positions, scores, forced, self.top_k)
+        return self.best(positions, scores, forced, self.top_k, zeros=self._shared(scores))
 
     def drop_one(self, positions, scores, newest):
         """Return what stays of `top_k` entries and the new one."""
         if self.evict == "window":
             return self.prune(positions, scores, newest)
         forced = self.protected(positions, newest) | {int(newest)}
-        return self.best(positions, scores, forced, self.top_k)
+        return self.best(positions, scores, forced, self.top_k, zeros=self._shared(scores))
+
+    def _shared(self, scores):
+        """Tell which scores are equal in every precision where they are equal here."""
+        if self.evict == "index":
+            return None
+        return np.ones(len(scores), bool)  # of one neighbour

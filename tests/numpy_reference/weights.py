@@ -144,6 +144,18 @@ def copy_layer(block, args):
     )
 
 
+def copy_retention(head):
+    """Return a function from hidden states [L, dim] to what a retention head says of them [L]."""
+    up, down = linear(head.up), linear(head.down)
+
+    def apply(x):
+        h = up(x)
+        gelu = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        return down(gelu)[:, 0]
+
+    return apply
+
+
 def copy_indexer(indexer, args):
     """Copy one lightning indexer; RoPE has the model's base and scaling."""
     n_heads = indexer.args.index_n_heads
@@ -171,4 +183,5 @@ def copy_indexer(indexer, args):
         products = np.maximum(np.einsum("lhd,td->lht", q, k), 0.0)
         return np.einsum("lh,lht->lt", w, products) / math.sqrt(n_heads * head_dim)
 
-    return SimpleNamespace(queries=queries, keys=keys, scores=scores)
+    retention = copy_retention(indexer.retention) if indexer.has_retention else None
+    return SimpleNamespace(queries=queries, keys=keys, scores=scores, retention=retention)

@@ -12,7 +12,8 @@ import click
 from ...evals.policies import NAMES, Policy, followed, make_policies
 from ...evals.runner import World, connect
 from ...presets import Preset, load_settings
-from ..options import SEED, add_options, model_options, plot_option, settings_from, subject_name
+from ..options import SEED, add_options, model_options, plot_option, positions_option
+from ..options import settings_from, subject_name
 from ..outputs import OutputPath
 from ..session import hint_at_blas
 
@@ -83,6 +84,7 @@ _SPARSE = (
         metavar="N",
         help="With policy or --prefill stream: tokens between two cuts.  [default: the preset's]",
     ),
+    positions_option,
 )
 _RUN = (
     click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything random."),
@@ -158,6 +160,7 @@ def open_run(
     cache: str | None,
     prefill: str | None,
     stream_chunk: int | None,
+    positions: str | None,
     policies: list[str],
     out: str | None,
     **own: Any,
@@ -170,7 +173,7 @@ def open_run(
     Returns:
         Run: The model, the policies and where the results go.
     """
-    for option, value in (("cache", cache), ("prefill", prefill)):
+    for option, value in (("cache", cache), ("prefill", prefill), ("positions", positions)):
         if value is not None and not any(followed(name, option) for name in policies):
             raise click.UsageError(
                 f"--{option} has no effect on {', '.join(policies)}. Leave it out."
@@ -183,6 +186,7 @@ def open_run(
         n_recent=n_recent,
         cache=cache,
         prefill=prefill,
+        positions=positions,
     )
     start = settings.config
     if stream_chunk is not None:
