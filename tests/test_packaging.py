@@ -29,6 +29,7 @@ LAYERS = [
     {"attention"},
     {"patch"},
     {"saved"},
+    {"unfinished"},
     {"presets"},
     {"train", "evals", "bench"},
     {"cli"},
