@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from . import __version__
+from . import __version__, blas
 from .patch import SparsePatch
 from .saved import maker_of, pack_caches, unpack_caches
 from .sealed import Damaged, NotSealed, read_sealed, write_sealed
@@ -73,6 +73,7 @@ class UnfinishedReading:
             **_flat(maker_of(patch)),
             **json.loads(json.dumps(dataclasses.asdict(patch.config))),
             "device": str(mx.default_device()),
+            "BLAS": "OpenBLAS" if blas.is_loaded() else "MLX's own",
             "version of mlx-dsa": __version__,
             "version of mlx": package_version("mlx"),
         }

@@ -30,8 +30,7 @@ from .session import Session, open_session
 from .shades import places_of, share_of, tenths, write_page
 from .stats import Report, entries, measure, megabytes
 
-# Seconds between two lines of a log.
-_LINES = 30.0
+_LINES = 30.0  # seconds between two lines of a log
 
 
 @click.command(cls=Command)
@@ -102,6 +101,8 @@ def compress(
         conversation = Conversation(
             session.model, session.tokenizer, system=system, stopped=interrupt
         )
+        if page is not None:
+            places_of(session.tokenizer, "a")  # it may not be able to tell
         part = None
         if streams:
             part = _open_part(part_path, session, document, system, save_every, force)
@@ -174,10 +175,10 @@ def _open_part(
     part = UnfinishedReading(path, session.patch, identity, every)
     try:
         part.check()
-    except ValueError as error:
+    except ValueError:
         if not force:
             raise
-        click.echo(f"Note: it is replaced, as --force says: {error}", err=True)
+        click.echo(f"Note: {path}, of another reading, is deleted, as --force says.", err=True)
         part.remove()
     if part.done:
         click.echo(f"{path}: going on after {part.done:,} tokens.", err=True)
@@ -246,7 +247,8 @@ def _write_report(
         "kept, mean of these": f"{100 * of:.1f}%",
         "settings": describe_config(session.patch.config),
     }
-    write_page(page, text, places_of(session.tokenizer, text), share, sections, document.name, facts)
+    places = places_of(session.tokenizer, text)
+    write_page(page, text, places, share, sections, document.name, facts)
 
 
 def _kept(patch: SparsePatch, caches: list[Any]) -> list[np.ndarray]:

@@ -21,17 +21,20 @@ _SHADES = 8
 _PARTS = 10
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
 _STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #16181d; --faint: #667085; --line: #d5d9e0; --shade: 37 99 235; }
-body { margin: 0 auto; max-width: 52rem; padding: 1.5rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.65 system-ui, sans-serif; }
+:root { color-scheme: light dark; --page: #fff; --ink: #16181d; --faint: #667085;
+  --line: #d5d9e0; --shade: 37 99 235; }
+body { margin: 0 auto; max-width: 52rem; padding: 1.5rem; background: var(--page);
+  color: var(--ink); font: 1rem/1.65 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; line-height: 1.3; overflow-wrap: anywhere; }
-h2 { font-size: 1rem; margin: 2rem 0 .5rem; border-top: 1px solid var(--line); padding-top: .8rem; overflow-wrap: anywhere; }
+h2 { font-size: 1rem; margin: 2rem 0 .5rem; border-top: 1px solid var(--line);
+  padding-top: .8rem; overflow-wrap: anywhere; }
 h2 small { font-weight: normal; color: var(--faint); }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
 th, td { text-align: right; padding: .15rem .7rem; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; padding-left: 0; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 10rem; }
 td a { color: inherit; }
-.bar { min-width: 8rem; text-align: left; }
+.bar { min-width: 8rem; }
 .bar i { display: block; height: .7rem; background: rgb(var(--shade) / .75); }
 .legend { display: flex; flex-wrap: wrap; gap: .4rem 1rem; padding: 0; list-style: none; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--faint); }
@@ -39,7 +42,9 @@ b { font-weight: inherit; color: var(--ink); border-radius: 2px; }
 b, .bar i { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
 section { content-visibility: auto; contain-intrinsic-size: auto 40rem; }
 """
-_DARK = "--page: #14161a; --ink: #f2f4f7; --faint: #98a2b3; --line: #343a46; --shade: 59 120 246;"
+_DARK = (
+    "--page: #14161a; --ink: #f2f4f7; --faint: #98a2b3; --line: #343a46; --shade: 59 120 246;"
+)
 
 
 class Share(NamedTuple):
@@ -136,7 +141,7 @@ def _page(text, places, share, sections, title, facts) -> Iterator[str]:
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     yield f"<title>{title}: what is kept</title>\n<style>{_STYLE}"
     for level in range(1, shades + 1):
-        strength = 0.08 + 0.42 * level / shades
+        strength = 0.1 + 0.5 * level / shades
         yield f".k{level} {{ background: rgb(var(--shade) / {strength:.2f}); }}\n"
     yield f"@media (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}\n"
     yield f"</style>\n</head>\n<body>\n<h1>{title}: what is kept</h1>\n<table>\n"
@@ -144,14 +149,15 @@ def _page(text, places, share, sections, title, facts) -> Iterator[str]:
     for name, value in {**facts, "kept in no layer": whole[1], "in all layers": whole[2]}.items():
         yield f"<tr><td>{html.escape(name)}<td>{html.escape(value)}\n"
     yield f"</table>\n{_legend(levels, shades, share.n_layers)}\n"
-    yield "<table>\n<tr><th>Part<th>tokens<th>kept, mean of layers<th><th>in no layer<th>in all\n"
+    yield '<div class="wide"><table>\n<tr><th>Part<th>tokens<th>kept, mean of layers<th>'
+    yield "<th>in no layer<th>in all\n"
     for i, ((name, _), at) in enumerate(zip(sections, _slices(edges))):
         mean, none, every = _numbers(share, at)
         yield (
             f'<tr><td><a href="#s{i}">{html.escape(name)}</a><td>{at.stop - at.start:,}<td>{mean}'
             f'<td class="bar"><i style="width:{mean}"></i><td>{none}<td>{every}\n'
         )
-    yield "</table>\n"
+    yield "</table></div>\n"
     runs = _runs(text, places, levels)
     ends = [at for _, at in sections[1:]] + [len(text)]
     start, level, end = next(runs, (0, 0, 0))
@@ -185,14 +191,14 @@ def _legend(levels: np.ndarray, shades: int, n_layers: int) -> str:
     items = []
     for level in range(shades + 1):
         # The counts that are of this shade.
-        low, high = (n_layers * (level - 1) // shades + 1, n_layers * level // shades)
-        layers = f"{low} to {high}" if low < high else f"{high}"
+        low, high = n_layers * (level - 1) // shades + 1, n_layers * level // shades
+        layers = f"{low} to {high}" if 0 < low < high else f"{high}"
         tokens = 100 * (levels == level).mean() if len(levels) else 0.0
         mark = f'<b class="k{level}">&nbsp;text&nbsp;</b>' if level else "text"
         items.append(f'<li><span class="text">{mark}</span> {layers}: {tokens:.1f}%')
     return (
-        f"<p>The shade of a word says how many of {n_layers} layers keep it; beside it the "
-        f'share of tokens.</p>\n<ul class="legend">\n' + "\n".join(items) + "\n</ul>"
+        f"<p>The shade says how many of {n_layers} layers keep a token; beside it the share "
+        f'of tokens.</p>\n<ul class="legend">\n' + "\n".join(items) + "\n</ul>"
     )
 
 
