@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ from local_models import write_indexers, write_model
 from test_compress import answer_of, ask, options, refused, run
 
 from mlx_dsa import unfinished
-from mlx_dsa.cli import main
+from mlx_dsa.cli import main, progress
 from mlx_dsa.presets import resource
 from mlx_dsa.sealed import read_sealed, write_sealed
 
@@ -107,9 +108,9 @@ def part_of(file):
     return file.with_name(f"{file.name}.part")
 
 
-def start(place, time, arguments):
+def start(place, nth, arguments):
     return subprocess.run(
-        [sys.executable, "-c", RUN, place, str(time), json.dumps(arguments)],
+        [sys.executable, "-c", RUN, place, str(nth), json.dumps(arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -143,7 +144,7 @@ def whole(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "place, time",
+    "place, nth",
     [
         ("after a call of the model", 1),
         ("after a call of the model", 7),
@@ -156,10 +157,10 @@ def whole(folder, tmp_path_factory):
     ],
     ids=str,
 )
-def test_a_killed_run_loses_a_chunk_at_most_and_ends_alike(folder, whole, tmp_path, place, time):
+def test_a_killed_run_loses_a_chunk_at_most_and_ends_alike(folder, whole, tmp_path, place, nth):
     file = tmp_path / "book.kv"
     n_saved = 1 + (tokens_of(whole) - 2) // CALL  # parts, before the result
-    done = start(place, time if time > 0 else n_saved + 1, arguments_for(folder, file))
+    done = start(place, nth if nth > 0 else n_saved + 1, arguments_for(folder, file))
     assert done.returncode == -signal.SIGKILL, done.stderr
     read = tokens_read(done.stdout)
     assert read > 0 and file.exists() == (place == "before the part is deleted")
@@ -222,7 +223,7 @@ def test_the_bundled_model_killed_at_some_moment_and_again(tmp_path, monkeypatch
         process = subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True)
         # As soon as there is another part: the model is at work on the next call.
         while process.poll() is None and inode(part_of(file)) in (None, known):
-            pass
+            time.sleep(0.005)
         process.kill()
         process.communicate()
         known = inode(part_of(file))
@@ -367,6 +368,20 @@ def test_writing_takes_a_small_part_of_the_time(monkeypatch, tmp_path, every, ex
     part.keep([], 9, now=True)
     part.keep([], 9, now=True)  # it is there
     assert written == [*expected, 9]
+
+
+def test_a_log_tells_how_much_is_read_and_how_long_it_takes(monkeypatch, capsys):
+    clock = Clock()
+    monkeypatch.setattr(clock, "monotonic", clock.perf_counter, raising=False)
+    monkeypatch.setattr(progress, "time", clock)
+    tell = progress.ReadingLines(30)
+    for done in range(1000, 7001, 500):  # the first 1,000 by an earlier run
+        tell(done, 7000)
+        clock.now += 20
+    assert capsys.readouterr().err.splitlines() == [
+        f"{done:,} of 7,000 tokens read, 0:0{left // 60}:{left % 60:02} left."
+        for done, left in ((2000, 200), (3000, 160), (4000, 120), (5000, 80), (6000, 40))
+    ]
 
 
 def test_bad_input_is_refused_before_anything_is_read(folder, tmp_path):
