@@ -69,7 +69,7 @@ def written(tmp_path, text, places, counts, n_layers, sections=None):
     share = share_of(positions, len(counts))
     assert share.counts.tolist() == list(counts)
     file = tmp_path / "new" / "page.html"
-    sections = sections or tenths(0, len(text))
+    sections = sections or tenths(text)
     write_page(file, text, places, share, sections, "a <b>.txt", {"tokens <i>": "1 & 2"})
     return file
 
@@ -139,6 +139,18 @@ def test_parts_of_a_text_have_their_numbers(tmp_path):
     assert rows["First"] == ["4", "50.0%", "", "25.0%", "25.0%"]
     assert rows["Second <i>"] == ["2", "0.0%", "", "100.0%", "0.0%"]
     assert rows["kept in no layer"] == ["37.5%"] and rows["in all layers"] == ["37.5%"]
+
+
+def test_a_text_is_divided_where_lines_and_words_end():
+    lines = "".join(f"{i:03} has some words.\n" for i in range(200))
+    words, none = "word " * 1000, "x" * 1000
+    for text, before in ((lines, "\n"), (words, " "), (none, "x")):
+        sections = tenths(text)
+        assert sections[0] == ("Part 1 of 10", 0) and sections[-1][0] == "Part 10 of 10"
+        for i, (_, at) in enumerate(sections[1:], 1):
+            assert text[at - 1] == before
+            assert 0 <= at - i * len(text) / 10 <= len(text) / 40
+    assert [at for _, at in tenths("ab")] == sorted(at for _, at in tenths("ab"))
 
 
 def test_parts_without_a_token_are_there(tmp_path):

@@ -235,7 +235,7 @@ def _write_report(
     share = share_of(_kept(session.patch, caches), figures.seen)
     body = document.text.strip()
     start = text.rindex(body)
-    sections = document.sections or tenths(0, len(body))
+    sections = document.sections or tenths(body)
     sections = [(name, start + at) for name, at in sections]
     if start:
         sections.insert(0, ("Before the document", 0))
@@ -243,7 +243,7 @@ def _write_report(
     facts = {
         "tokens read": f"{figures.seen:,}",
         "entries kept a layer": f"{entries(figures)}",
-        "layers that drop tokens": f"{share.n_layers} of {len(caches)}",
+        "layers with a budget": f"{share.n_layers} of {len(caches)}",
         "kept, mean of these": f"{100 * of:.1f}%",
         "settings": describe_config(session.patch.config),
     }

@@ -121,14 +121,24 @@ def write_page(
         file.writelines(_page(text, places, share, sections, title, facts))
 
 
-def tenths(start: int, end: int) -> list[tuple[str, int]]:
-    """Return sections for a text without any.
+def tenths(text: str) -> list[tuple[str, int]]:
+    """Return sections for a text without any, about equally long.
 
     Args:
-        start, end (int): Where it begins and ends, in characters.
+        text (str): The text.
+
+    Returns:
+        list of tuple: Name and first character of each: after a line or a word, if one ends
+        near by.
     """
-    at = [start + (end - start) * i // _PARTS for i in range(_PARTS)]
-    return [(f"Part {i} of {_PARTS}", place) for i, place in enumerate(at, 1)]
+    length = len(text) / _PARTS
+    sections = []
+    for i in range(_PARTS):
+        at = round(i * length)
+        near = text[at : at + int(length / 4)] if i else ""
+        at += (near.find("\n") if "\n" in near else near.find(" ")) + 1
+        sections.append((f"Part {i + 1} of {_PARTS}", at))
+    return sections
 
 
 def _page(text, places, share, sections, title, facts) -> Iterator[str]:
@@ -149,7 +159,7 @@ def _page(text, places, share, sections, title, facts) -> Iterator[str]:
     for name, value in {**facts, "kept in no layer": whole[1], "in all layers": whole[2]}.items():
         yield f"<tr><td>{html.escape(name)}<td>{html.escape(value)}\n"
     yield f"</table>\n{_legend(levels, shades, share.n_layers)}\n"
-    yield '<div class="wide"><table>\n<tr><th>Part<th>tokens<th>kept, mean of layers<th>'
+    yield '<div class="wide"><table>\n<tr><th>Part<th>tokens<th>kept<th>'
     yield "<th>in no layer<th>in all\n"
     for i, ((name, _), at) in enumerate(zip(sections, _slices(edges))):
         mean, none, every = _numbers(share, at)
