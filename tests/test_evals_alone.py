@@ -40,3 +40,19 @@ def test_it_is_shown(results, tmp_path):
     plot(alone, tmp_path / "alone.png")
     assert (tmp_path / "alone.png").stat().st_size > 1000
     assert "NaN" not in json.dumps(alone)
+
+
+def test_a_context_scores_the_same_tokens_with_less_before_them():
+    subject = make_subject()
+    policies = make_policies(["sparse"], subject.config, [64])
+    options = dict(OPTIONS, beside_dense=False)
+    whole, none_cut = (ppl(subject, policies, context=c, **options) for c in (None, 300))
+    assert none_cut["rows"] == whole["rows"]
+    last = ppl(subject, policies, context=100, **options)
+    assert last["rows"][0]["n"] == whole["rows"][0]["n"]
+    assert last["rows"][0]["value"] != whole["rows"][0]["value"]
+    for wrong in (0, 301):
+        with pytest.raises(ValueError, match="'context'.*between 1 and length"):
+            ppl(subject, policies, context=wrong, **options)
+    with pytest.raises(ValueError, match="path decode"):
+        ppl(subject, policies, context=100, length=300, path="prefill")

@@ -41,6 +41,7 @@ def ppl(
     seed=0,
     compare="dense",
     beside_dense=True,
+    context=None,
     name=None,
     out=None,
     world=None,
@@ -66,6 +67,8 @@ def ppl(
             with the dense model. Default: ``"dense"``.
         beside_dense (bool): whether the dense model is run too; not where a text is longer than
             its positions. Default: ``True``.
+        context (int): in "decode", read only so many tokens before those that are fed: what the
+            others are worth. Default: ``None``, all `length`.
         name, out, world, progress: as in `needle`.
 
     Returns:
@@ -78,10 +81,14 @@ def ppl(
         raise ValueError(
             f"[ppl] 'stride' must be between 1 and length = {length} but got {stride}."
         )
+    if context is not None and (path != "decode" or not 0 < context <= length):
+        raise ValueError(
+            f"[ppl] 'context' goes with path decode and is between 1 and length = {length} but got {context}."
+        )
     size = length + (decode_tokens if path == "decode" else 0)
     read_by = [DENSE, *policies] if beside_dense else policies
     check_lengths("ppl", subject, [size], "--lengths or --decode-tokens", read_by)
-    last = size - 1 if path == "prefill" else length
+    last = size - 1 if path == "prefill" else context or length
     blind = [p for p in policies if p.top_k and p.top_k >= last]
     if blind and all(p.top_k is None or p in blind for p in policies):
         raise ValueError(
@@ -89,6 +96,9 @@ def ppl(
             f"dropped. Use a smaller --top-k or longer --lengths."
         )
     windows = windows_of(load_documents(data, documents), subject.tokenizer, size, stride, limit)
+    if context is not None:
+        windows = [{**w, "ids": w["ids"][length - context :]} for w in windows]
+        length = context
     sparse = [p for p in policies if p.config is not None]
     config = {
         **describe(subject, name),
@@ -104,6 +114,7 @@ def ppl(
         "compare": compare,
         "windows": fingerprint([w["ids"] for w in windows]),
         **({} if beside_dense else {"beside_dense": False}),
+        **({} if context is None else {"context": context}),
     }
     units = [
         Unit(f"windows {i}", windows[i : i + batch_size])
