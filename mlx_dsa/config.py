@@ -39,7 +39,8 @@ class SparseConfig:
           prefill leaves in the budget. Default: ``32``.
         evict (str): What orders entries for eviction: ``"retention"`` (the score
           of the retention head, decided when a token is read; ``"keydiff"`` where
-          a layer has no head), ``"keydiff"`` (keys most like the others go first),
+          a layer has no head), ``"blend"`` (that score and KeyDiff's, each standardised,
+          added; likewise), ``"keydiff"`` (keys most like the others go first),
           ``"index"`` (the scores of the last queries), or ``"window"`` (oldest
           first). Default: ``"retention"``.
         cold_bits (int, optional): Bits of a cold entry's numbers in memory: 4, 8, or
@@ -64,7 +65,7 @@ class SparseConfig:
     positions: Literal["absolute", "compact"] = "absolute"
     dense_layers: tuple[int, ...] = ()
     observation_window: int = 32
-    evict: Literal["retention", "keydiff", "index", "window"] = "retention"
+    evict: Literal["retention", "blend", "keydiff", "index", "window"] = "retention"
     cold_bits: int | None = None
     cold_file: str | None = None
     backend: Literal["auto", "reference", "metal", "cuda"] = "auto"
@@ -122,6 +123,11 @@ class SparseConfig:
                 "[SparseConfig] 'cold_bits' has no meaning with cold_file, which holds "
                 "entries as they are. Leave one of them out."
             )
+
+    @property
+    def wants_heads(self) -> bool:
+        """Whether retention heads decide, alone or among others, what is dropped."""
+        return self.cache == "budget" and self.evict in ("retention", "blend")
 
     @property
     def tile_fits(self) -> bool:

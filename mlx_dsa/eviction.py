@@ -35,7 +35,8 @@ class Eviction:
           :meth:`BudgetKVCache.renumber`. Default: ``None``.
 
     Attributes:
-        rule (str): ``config.evict``, or ``"keydiff"`` where there is no retention head.
+        rule (str): ``config.evict``, or ``"keydiff"`` where it wants a retention head and
+          there is none.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Eviction:
         self._turn = turn if config.positions == "compact" else None
         self._forced = config.n_sink, config.n_recent
         self.rule = config.evict
-        if config.evict == "retention" and not indexer.has_retention:
+        if config.evict in _BY_HEADS and not indexer.has_retention:
             self.rule = "keydiff"
 
     def project(self, x: mx.array, offset: int) -> list[mx.array]:
@@ -63,7 +64,7 @@ class Eviction:
             list of mx.array: Index keys ``[B, 1, L, Di]``, and where they decide the
             scores of the retention head, twice, ``[B, 1, L, 2]`` in float32.
         """
-        if self.rule != "retention":
+        if self.rule not in _BY_HEADS:
             return [self._indexer.project_keys(x, offset)]
         index_keys, retention = self._indexer.project_entries(x, offset)
         twice = (x.shape[0], 1, x.shape[1], 2)
@@ -112,10 +113,10 @@ class Eviction:
 
     def _worth(self, cache) -> mx.array | None:
         """Return what entries of a sorted cache are worth, whatever is asked later."""
-        return _keydiff(cache) if self.rule == "keydiff" else cache.worth
+        return _LIKENESS[self.rule](cache) if self.rule in _LIKENESS else cache.worth
 
     def _least(self, x, cache) -> mx.array:
-        if self.rule == "keydiff":
+        if self.rule in _LIKENESS:
             cache.settle(self.project)  # what is late knows its slots as they were
             cache.sort()
         scores = self._worth(cache)
@@ -142,7 +143,7 @@ class Eviction:
         slots = select_kept(scores, cache.size(), cache.budget, *self._forced, backend)
         n_planned = 0
         # How much a key is like the others changes with them.
-        if decoding and self._plans and self.rule != "keydiff":
+        if decoding and self._plans and self.rule not in _LIKENESS:
             kept = None if scores is None else mx.take_along_axis(scores, slots, axis=1)
             order, n_planned = self._plan(kept, cache.budget)
             slots = mx.take_along_axis(slots, order, axis=1)
@@ -169,8 +170,8 @@ class Eviction:
         stands for later evictions too, the same again."""
         if self.rule == "index":
             return self._window_scores(cache), None
-        if self.rule == "keydiff":
-            return _keydiff(cache), None
+        if self.rule in _LIKENESS:
+            return _LIKENESS[self.rule](cache), None
         if self.rule == "retention":
             scores = pool_neighbours(cache.retention, cache.positions, POOL_RADIUS)
             return scores, scores
@@ -197,3 +198,18 @@ def steps_planned(config: SparseConfig) -> int:
 def _keydiff(cache: BudgetKVCache) -> mx.array:
     scores = keydiff_scores(cache.keys)
     return pool_neighbours(scores, cache.positions, POOL_RADIUS)
+
+
+def _blend(cache: BudgetKVCache) -> mx.array:
+    retention = pool_neighbours(cache.retention, cache.positions, POOL_RADIUS)
+    return _standardised(retention) + _standardised(_keydiff(cache))
+
+
+def _standardised(scores: mx.array) -> mx.array:
+    mean, variance = (f(axis=-1, keepdims=True) for f in (scores.mean, scores.var))
+    return (scores - mean) * mx.rsqrt(variance + 1e-12)
+
+
+# Rules by how much a key is like the others: that changes with them.
+_LIKENESS = {"keydiff": _keydiff, "blend": _blend}
+_BY_HEADS = ("retention", "blend")

@@ -32,7 +32,9 @@ def is_dropping(name: str) -> bool:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike, *, suffix: str | None = None) -> Iterator[Path]:
+def replacing(
+    path: str | os.PathLike, *, suffix: str | None = None, durable: bool = True
+) -> Iterator[Path]:
     """Give a file to write to, which at the end replaces another in one step.
 
     On an error it is removed, and the other stays as it was. What killed processes
@@ -41,6 +43,8 @@ def replacing(path: str | os.PathLike, *, suffix: str | None = None) -> Iterator
     Args:
         path (str or PathLike): The file to replace; its folder must be there.
         suffix (str, optional): Of the file to write to. Default: ``None``, that of ``path``.
+        durable (bool): Wait until the disk has it. Without, a killed process loses nothing
+          either, but a power failure may leave a file that is not whole. Default: ``True``.
 
     Yields:
         Path: The file to write to, beside ``path``, of this call alone. It is there
@@ -51,8 +55,9 @@ def replacing(path: str | os.PathLike, *, suffix: str | None = None) -> Iterator
     part, lock = _new_part(path, path.suffix if suffix is None else suffix)
     try:
         yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -288,7 +288,7 @@ def patch_sparse_generate(
 
 def _warn(dtype: mx.Dtype, indexers: Mapping[int, Indexer], config: SparseConfig):
     """Tell what will answer worse than it need."""
-    if config.cache == "budget" and config.evict == "retention":
+    if config.wants_heads:
         if not all(indexer.has_retention for indexer in indexers.values()):
             while_reading = config.prefill == "stream"
             also = ", and more again at every cut" if while_reading else ""

@@ -97,25 +97,12 @@ def save_cache(
           the file can't be written.
     """
     patch.end_prompts(caches)
-    arrays, scalars, classes = {}, {}, []
-    for layer, cache in enumerate(caches):
-        name = type(cache).__name__
-        if name not in _CLASSES:
-            raise ValueError(
-                f"[save_cache] a {name} can't be saved. Use cache 'budget' or 'full'."
-            )
-        if cache.empty():
-            raise ValueError("[save_cache] 'caches' are empty: read a text first.")
-        classes.append(name)
-        for i, value in enumerate(_contents_of(cache)):
-            where = arrays if isinstance(value, mx.array) else scalars
-            where[f"{layer}.{i}"] = value
+    arrays, packed = pack_caches(caches, "save_cache")
     header = {
         "format": _FORMAT,
-        "made by": json.dumps(_maker(patch)),
+        "made by": json.dumps(maker_of(patch)),
         "config": json.dumps(dataclasses.asdict(patch.config)),
-        "classes": json.dumps(classes),
-        "scalars": json.dumps(scalars),
+        **packed,
         "tokens": str(caches[min(patch.layers)].offset),
         "metadata": json.dumps(dict(metadata or {})),
     }
@@ -149,19 +136,8 @@ def load_cache(path: str | os.PathLike, patch: SparsePatch) -> SavedCache:
     path = Path(path)
     arrays, header = _read(path)
     _check_config(path, _settings_of(header), patch)
-    _check_maker(path, json.loads(header["made by"]), _maker(patch))
-    scalars = json.loads(header["scalars"])
-    caches = []
-    for layer, name in enumerate(json.loads(header["classes"])):
-        contents, i = [], 0
-        while (key := f"{layer}.{i}") in arrays or key in scalars:
-            contents.append(arrays[key] if key in arrays else scalars[key])
-            i += 1
-        if header["format"] == _UNNUMBERED and name == BudgetKVCache.__name__:
-            contents[_BEFORE_NUMBERS:_BEFORE_NUMBERS] = [None, 0, 0]
-        caches.append(_rebuilt(name, contents))
-    # All of it, in this thread: what is lazy belongs to it.
-    mx.eval([_contents_of(cache) for cache in caches])
+    _check_maker(path, json.loads(header["made by"]), maker_of(patch))
+    caches = unpack_caches(arrays, header)
     patch.adopt(caches)
     return SavedCache(caches, int(header["tokens"]), json.loads(header["metadata"]))
 
@@ -189,6 +165,62 @@ def _settings_of(header: Mapping[str, str]) -> dict[str, Any]:
     return {"positions": "absolute", **json.loads(header["config"])}
 
 
+def pack_caches(
+    caches: Sequence[Any], where: str
+) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Put caches as they are into what a sealed file takes.
+
+    Args:
+        caches (Sequence): One cache a layer.
+        where (str): Who asks, for the message.
+
+    Returns:
+        tuple: Arrays, and strings for the header.
+
+    Raises:
+        ValueError: If one is empty or of a kind that can't be saved.
+    """
+    arrays, scalars, classes = {}, {}, []
+    for layer, cache in enumerate(caches):
+        name = type(cache).__name__
+        if name not in _CLASSES:
+            raise ValueError(
+                f"[{where}] a {name} can't be saved. Use cache 'budget' or 'full'."
+            )
+        if cache.empty():
+            raise ValueError(f"[{where}] 'caches' are empty: read a text first.")
+        classes.append(name)
+        for i, value in enumerate(_contents_of(cache)):
+            place = arrays if isinstance(value, mx.array) else scalars
+            place[f"{layer}.{i}"] = value
+    return arrays, {"classes": json.dumps(classes), "scalars": json.dumps(scalars)}
+
+
+def unpack_caches(arrays: Mapping[str, mx.array], header: Mapping[str, str]) -> list[Any]:
+    """Rebuild caches from what :func:`pack_caches` gave.
+
+    Args:
+        arrays (Mapping): Its arrays; there may be others.
+        header (Mapping): Its strings, likewise.
+
+    Returns:
+        list: One cache a layer, in memory.
+    """
+    scalars = json.loads(header["scalars"])
+    caches = []
+    for layer, name in enumerate(json.loads(header["classes"])):
+        contents, i = [], 0
+        while (key := f"{layer}.{i}") in arrays or key in scalars:
+            contents.append(arrays[key] if key in arrays else scalars[key])
+            i += 1
+        if header["format"] == _UNNUMBERED and name == BudgetKVCache.__name__:
+            contents[_BEFORE_NUMBERS:_BEFORE_NUMBERS] = [None, 0, 0]
+        caches.append(_rebuilt(name, contents))
+    # All of it, in this thread: what is lazy belongs to it.
+    mx.eval([_contents_of(cache) for cache in caches])
+    return caches
+
+
 def _contents_of(cache: Any) -> list[Any]:
     if isinstance(cache, KVCache):  # whose state differs by version of mlx-lm
         seen = slice(cache.offset)
@@ -212,8 +244,16 @@ def _rebuilt(name: str, contents: Sequence[Any]) -> Any:
     return cache
 
 
-def _maker(patch: SparsePatch) -> dict[str, Any]:
-    """Return what decides the keys and values that a patched model makes of a text."""
+def maker_of(patch: SparsePatch) -> dict[str, Any]:
+    """Return what decides the keys and values that a patched model makes of a text.
+
+    Args:
+        patch (SparsePatch): Of the model.
+
+    Returns:
+        dict: As JSON gives it back: fingerprints of ``"model"`` and ``"indexer"``, and
+        ``"settings"`` that tell models apart by name.
+    """
     modules = patch.dense_modules()
     indexers = {
         f"{i}.{name}": module

@@ -30,7 +30,10 @@ class NotSealed(ValueError):
 
 
 def write_sealed(
-    path: str | os.PathLike, arrays: Mapping[str, mx.array], header: Mapping[str, str]
+    path: str | os.PathLike,
+    arrays: Mapping[str, mx.array],
+    header: Mapping[str, str],
+    durable: bool = True,
 ):
     """Write a safetensors file, as a whole or not at all.
 
@@ -38,12 +41,13 @@ def write_sealed(
         path (str or PathLike): The file; one that exists is replaced in one step.
         arrays (Mapping): What it holds.
         header (Mapping): Strings for its header.
+        durable (bool): As in :func:`replacing`. Default: ``True``.
 
     Raises:
         OSError: If it can't be written.
         RuntimeError: Likewise, from MLX.
     """
-    with replacing(path, suffix=".safetensors") as part:
+    with replacing(path, suffix=".safetensors", durable=durable) as part:
         mx.save_safetensors(str(part), dict(arrays), {**header, _NAME: _BLANK.decode()})
         place, _, digest = _digest(part)
         with part.open("r+b") as file:

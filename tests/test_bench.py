@@ -231,6 +231,22 @@ def test_a_file_holds_the_whole_result(small_shape, tmp_path):
     assert len(notes) == 1 and "sparse attention is dense there" in notes[0]
 
 
+def test_what_is_too_long_for_dense_is_timed_alone(subject, small_shape, tmp_path):
+    lines = []
+    rows = list(bench(*subject, [30, 40], repeats=2, steps=1, beside_dense=False, report=lines.append))
+    assert {line["kind"] for line in lines} == {"sparse"} and len(lines) == 4
+    assert [set(row) for row in rows] == [{"context", "prefill", "sparse"}] * 2
+    out, plot = (str(tmp_path / name) for name in ("alone.json", "alone.png"))
+    options = ["--model-shape", "tiny", "--top-k", "24", "--n-recent", "8", "--contexts", "40"]
+    options += ["--repeats", "1", "--steps", "1", "--alone", "--out", out, "--plot", plot]
+    result = CliRunner().invoke(main, ["bench", *options])
+    assert result.exit_code == 0, result.output
+    assert "dense" not in result.output and "speed-up" not in result.output
+    assert (tmp_path / "alone.png").stat().st_size > 1000
+    refused = CliRunner().invoke(main, ["bench", "--train", "--alone", "--model-shape", "tiny"])
+    assert refused.exit_code == 2 and "--alone has no effect with --train" in refused.output
+
+
 def test_an_interruption_leaves_what_was_measured(small_shape, tmp_path, monkeypatch):
     def stops(*arguments, report, **given):
         report({"context": 80, "kind": "dense", "decode_ms": [1.0], "ttft_s": 1.0})

@@ -17,8 +17,10 @@ from mlx_dsa.evals.tables import table
 from mlx_dsa.presets import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = {"real": "qwen2", "real-small": "llama"}
-LONGER = ("-4k", "-16k", "-32k")
+MODELS = {"real": "qwen2", "real-small": "llama", "real-stream": "qwen2"}
+# Exact selection takes long there.
+LONG = ("exact-16k", "exact-32k")
+LONGER = ("-4k", "-16k", "-32k", "-64k", "-100k")
 cli_suite = sys.modules["mlx_dsa.cli.eval.suite"]  # the package has a command of that name
 
 
@@ -93,9 +95,25 @@ def test_a_copy_of_the_model_in_ones_own_folder_has_the_suites_indexers(tmp_path
     assert given.indexer == str(tmp_path / "indexers")
 
 
-def test_every_cell_has_a_hundred_cases_and_the_policies_one_budget():
+def test_every_cell_has_two_hundred_cases_and_the_policies_one_budget():
     for run in read_suite(ROOT / "eval" / "real.json")["runs"]:
         if run["kind"] in ("needle", "code"):
             n = len(run["depths"]) * run["limit"] * run.get("per_document", 4)
-            assert n >= 100 and run["policies"][0] == "dense"
+            assert n == (100 if run["name"] in LONG else 200) and run["policies"][0] == "dense"
             assert max(run["lengths"]) + 256 <= 32768 or max(run["lengths"]) <= 16384
+
+
+def test_titles_say_whether_replies_are_begun():
+    suite = read_suite(ROOT / "eval" / "real.json")
+    begun = {run["name"]: "stem" in run for run in suite["runs"] if run["kind"] in ("needle", "code")}
+    own = {name for name, with_stem in begun.items() if not with_stem}
+    assert own == {"own-words-8k", "own-words-16k", "own-words-32k"}
+    for run in suite["runs"]:
+        assert run["title"].endswith(", replies begun") == begun.get(run["name"], False)
+    shown = [(p["title"], p["runs"]) for p in suite["pictures"]]
+    for table_of in suite["tables"]:
+        shown.append((table_of["title"], {run for cells in table_of["rows"].values() for run, _ in cells}))
+    for title, runs in shown:
+        # Never both in one table.
+        assert {begun.get(run, False) for run in runs} == {"replies begun" in title}
+        assert ("own words" in title) == (not own.isdisjoint(runs))

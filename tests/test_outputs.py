@@ -46,6 +46,8 @@ WRITERS = {
     "gsm8k --out": ["eval", "gsm8k", "--out"],
     "retrieval --out": ["eval", "retrieval", "--out"],
     "suite --out": ["eval", "suite", "SUITE", "--out"],
+    "compress --out": ["compress", "SUITE", "--out"],
+    "compress --report": ["compress", "SUITE", "--out", "a.kv", "--report"],
     "train --out": ["train", "--data", "x.txt", "--out"],
 }
 

@@ -29,6 +29,7 @@ LAYERS = [
     {"attention"},
     {"patch"},
     {"reach", "saved"},
+    {"unfinished"},
     {"presets"},
     {"train", "evals", "bench"},
     {"cli"},

@@ -85,6 +85,7 @@ def bench(
     repeats: int = 3,
     steps: int = 256,
     chunk: int = 2048,
+    beside_dense: bool = True,
     clock: Callable[[], float] = time.perf_counter,
     report: Callable[[dict[str, Any]], None] = lambda line: None,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
@@ -102,6 +103,8 @@ def bench(
         steps (int): Steps of decode that count, rounded up to blocks of 256.
           Default: ``256``.
         chunk (int): Tokens of the prompt that are read at once. Default: ``2048``.
+        beside_dense (bool): Whether there are dense passes; without them a row has no
+          ``dense``, no ``speedup`` and no ``peak_memory_ratio``. Default: ``True``.
         clock (callable): Seconds. Default: ``time.perf_counter``.
         report (callable): Takes each pass as it is measured, as a dict.
         progress (callable): Takes passes done, their number, and what runs.
@@ -119,18 +122,19 @@ def bench(
     steps = _in_blocks(steps)
     check_contexts(contexts, steps, model)
     unused = _nbytes(indexers)  # not of a dense model, but in memory beside it
-    total = 2 * repeats * len(contexts)
+    kinds = KINDS if beside_dense else KINDS[1:]
+    total = len(kinds) * repeats * len(contexts)
     done = 0
     for context in contexts:
         prompt = mx.random.randint(0, family_of(model).args(model).vocab_size, (context,))
         mx.eval(prompt)
         run = _Runner(model, indexers, config, chunk, clock)
         progress(done, total, f"{context:,} tokens: warming up")
-        for kind in KINDS:
+        for kind in kinds:
             run(kind, prompt[: run.warm_up_tokens()], 0)
-        passes = {kind: [] for kind in KINDS}
+        passes = {kind: [] for kind in kinds}
         for repeat in range(repeats):
-            for kind in KINDS:
+            for kind in kinds:
                 progress(done, total, f"{context:,} tokens: {kind}")
                 result = run(kind, prompt, steps)
                 if kind == "dense":
@@ -227,6 +231,8 @@ def _row(context, prefill, passes) -> dict[str, Any]:
             "active_memory_gb": median(r.active_memory_gb for r in results),
             "peak_memory_gb": median(r.peak_memory_gb for r in results),
         }
+    if "dense" not in row:
+        return row
     dense, sparse = row["dense"], row["sparse"]
     row["speedup"] = {
         name: dense[key] / sparse[key]

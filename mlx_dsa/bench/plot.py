@@ -35,20 +35,18 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: str | os.PathLike):
 
 def _figure(rows, title, plt):
     contexts = [row["context"] for row in rows]
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
+    compared = all("dense" in row for row in rows)
+    figure, axes = plt.subplots(1, 3 + compared, figsize=(14, 3.6), layout="constrained")
     for axis, (key, name, unit) in zip(axes, _PANELS):
         for kind, colour in _COLOURS.items():
+            if kind not in rows[0]:
+                continue
             values = [row[kind][key] for row in rows]
             axis.plot(contexts, values, "o-", color=colour, label=kind)
         axis.set(title=name, ylabel=unit)
         axis.set_ylim(0, _ROOM * axis.dataLim.ymax)
-    for name, colour in _SPEEDUPS.items():
-        values = [row["speedup"][name] for row in rows]
-        line = "o--" if name == "ttft" else "o-"  # it lies close to prefill
-        axes[3].plot(contexts, values, line, color=colour, label=name)
-    axes[3].axhline(1, color="#333333", linewidth=0.8, linestyle=":")
-    axes[3].set(title="Speed-up over dense", ylabel="times as fast")
-    axes[3].set_ylim(0, _ROOM * axes[3].dataLim.ymax)
+    if compared:
+        _speedups(axes[3], contexts, rows)
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks(contexts, [_tokens(n) for n in contexts])
@@ -58,6 +56,16 @@ def _figure(rows, title, plt):
         axis.grid(axis="y", color="#e5e5e5")
     figure.suptitle(title)
     return figure
+
+
+def _speedups(axis, contexts, rows):
+    for name, colour in _SPEEDUPS.items():
+        values = [row["speedup"][name] for row in rows]
+        line = "o--" if name == "ttft" else "o-"  # it lies close to prefill
+        axis.plot(contexts, values, line, color=colour, label=name)
+    axis.axhline(1, color="#333333", linewidth=0.8, linestyle=":")
+    axis.set(title="Speed-up over dense", ylabel="times as fast")
+    axis.set_ylim(0, _ROOM * axis.dataLim.ymax)
 
 
 def _tokens(n: int) -> str:

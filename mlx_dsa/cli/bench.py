@@ -65,6 +65,11 @@ from .subject import Subject, open_subject, subject_options
     help="Tokens of the prompt that are read at once.  [default: 2048; with --train 512]",
 )
 @click.option(
+    "--alone",
+    is_flag=True,
+    help="No dense passes, for prompts that are too long for them.",
+)
+@click.option(
     "--out",
     metavar="FILE.json",
     type=OutputPath(),
@@ -80,6 +85,7 @@ def bench(
     repeats: int | None,
     steps: int | None,
     chunk: int | None,
+    alone: bool,
     out: str | None,
     plot: str | None,
     **given: Any,
@@ -91,12 +97,12 @@ def bench(
     timed but the training of what it needs.
     """
     if train:
-        _refuse("train", ops=ops, repeats=repeats, plot=plot)
+        _refuse("train", ops=ops, repeats=repeats, alone=alone, plot=plot)
         check_options(given)
     elif of:
         raise click.UsageError("--of goes with --train.")
     if ops:
-        _refuse("ops", steps=steps, plot=plot)
+        _refuse("ops", steps=steps, alone=alone, plot=plot)
     subject = open_subject(**given)
     config = {"model": subject.name, **({} if train else asdict(subject.config))}
     config["contexts"] = contexts
@@ -111,7 +117,8 @@ def bench(
                 result = _ops(subject, contexts, repeats, chunk, write)
             else:
                 config["steps"] = steps = steps or 256
-                result = _end_to_end(subject, contexts, repeats, steps, chunk, write)
+                options = {"repeats": repeats, "steps": steps, "chunk": chunk}
+                result = _end_to_end(subject, contexts, alone, options, write)
         result |= {"config": config, "device": device(), "versions": versions()}
         if out:
             write_text(out, json.dumps(result, indent=1) + "\n")
@@ -152,10 +159,10 @@ def _journal(out: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def _end_to_end(
-    subject: Subject, contexts: list[int], repeats: int, steps: int, chunk: int, write: Callable
+    subject: Subject, contexts: list[int], alone: bool, options: dict[str, int], write: Callable
 ) -> dict[str, Any]:
     (model, indexers), config = subject.load(), subject.config
-    check_contexts(contexts, steps, model)
+    check_contexts(contexts, options["steps"], model)
     for context in contexts:
         if context <= config.top_k:
             click.echo(
@@ -182,9 +189,8 @@ def _end_to_end(
             indexers,
             config,
             contexts,
-            repeats=repeats,
-            steps=steps,
-            chunk=chunk,
+            **options,
+            beside_dense=not alone,
             report=report,
             progress=progress,
         )
@@ -247,11 +253,12 @@ def _table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     header += ["memory GB", "peak GB"]
     cells = []
     for row in rows:
-        for kind in ("dense", "sparse"):
+        kinds = [kind for kind in ("dense", "sparse") if kind in row]
+        for kind in kinds:
             r = row[kind]
             cells.append(
                 [
-                    f"{row['context']:,}" if kind == "dense" else "",
+                    f"{row['context']:,}" if kind == kinds[0] else "",
                     kind,
                     f"{r['prefill_s']:.3f}",
                     f"{r['prefill_tokens_s']:,.0f}",
@@ -261,6 +268,8 @@ def _table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
                     f"{r['peak_memory_gb']:.3f}",
                 ]
             )
+        if "dense" not in row:
+            continue
         speedup = row["speedup"]
         times = (f"x{speedup[n]:.2f}" for n in ("prefill", "prefill", "ttft", "decode"))
         cells.append(["", "speed-up", *times, "", ""])

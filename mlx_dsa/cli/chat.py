@@ -14,7 +14,7 @@ from ..evals.facts import user_message
 from ..saved import load_cache
 from .command import Command
 from .conversation import Conversation, check_prompt
-from .documents import check_text, read_texts
+from .documents import check_text, read_document, tell_skipped
 from .errors import one_line
 from .interrupt import Interrupt
 from .lines import LEAVE, PipedLines, TypedLines, open_lines
@@ -49,7 +49,8 @@ Up, Down    earlier questions"""
     "files",
     metavar="FILE",
     multiple=True,
-    help="A text to put before the first question. More than one are put in order.",
+    help="A text to put before the first question. More than one are put in order, each under "
+    "a heading, and so are the text files in a folder.",
 )
 @click.option(
     "--cache-file", metavar="FILE", help="A document that mlx-dsa compress has read."
@@ -87,7 +88,11 @@ def chat(
                 )
     saved = open_saved(cache_file, dense)
     settings = settings_from(dense=dense, saved=saved, **given)
-    document = read_texts(files) if files else None
+    document = None
+    if files:
+        found = read_document(files)
+        tell_skipped(found)
+        document = found.text
     check_text(system or "", "--system")
     for prompt in prompts:
         check_prompt(prompt)

@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..chunks import chunk_size
 from ..reach import reach_of
+from ..unfinished import UnfinishedReading
 from .documents import check_text
 from .stats import Report, measure
 from .template import ChatTemplate
@@ -77,32 +78,58 @@ class Conversation:
         self._ended = False  # whether the model itself ended that answer
         self._unread: list[int] = []  # of a prompt that was stopped
 
-    def read(self, document: str):
+    def read(self, document: str, part: UnfinishedReading | None = None) -> str:
         """Read a document to the end, before any question about it.
 
         Args:
             document (str): The text; it begins the first message.
+            part (UnfinishedReading, optional): Where what is read is kept on the way, and
+              may have been kept by an earlier run, from which this one goes on.
+              Default: ``None``.
+
+        Returns:
+            str: What was read: the document as the chat template renders it.
 
         Raises:
-            ValueError: If the text is empty or longer than the model's positions, or
-              there is no chat template.
+            ValueError: If the text is empty or longer than the model's positions, there
+              is no chat template, or the part is of another reading.
+            KeyboardInterrupt: If ``stopped`` says so; a part then has all that was read.
         """
         check_prompt(document)
         self.template.check()
-        prompt = self.template.document(document)
+        text, done = self.template.document(document), 0
+        left = part.load() if part is not None else None
+        if left is not None:  # some templates tell the date: it stays the first run's
+            text = left.text
+        prompt = self.template.encode(text)
         reach_of(self.model).check_prompt(self.cache, len(prompt))
+        if part is not None:
+            part.begin(text, prompt)
+        if left is not None:
+            self.cache, _, done = left
+
+        def on_chunk(read: int, total: int):
+            self.progress(done + read, done + total)
+            if part is None or not 0 < read < total:
+                return
+            stopped = self.stopped()
+            part.keep(self.cache, done + read, now=stopped)
+            if stopped:
+                raise KeyboardInterrupt
+
         # No token is generated: the last one of the text ends the prompt.
         steps = generate_step(
-            mx.array(prompt),
+            mx.array(prompt[done:]),
             self.model,
             max_tokens=0,
             prompt_cache=self.cache,
             prefill_step_size=chunk_size(),
-            prompt_progress_callback=self.progress,
+            prompt_progress_callback=on_chunk,
         )
         for _ in steps:
             pass
         self._has_document = True
+        return text
 
     def check(self, message: str):
         """Refuse a message as :meth:`ask` would now, without asking it.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeElapsedColumn, TimeRemainingColumn
@@ -25,7 +27,7 @@ def reading_bar(label: str = "Reading") -> Iterator[Callable[[int, int], None]]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("tokens"),
+        TextColumn("tokens, left"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
@@ -43,6 +45,36 @@ def reading_bar(label: str = "Reading") -> Iterator[Callable[[int, int], None]]:
         yield update
     finally:
         bar.stop()
+
+
+class ReadingLines:
+    """Lines on standard error, seldom, that tell how much is read: for a log.
+
+    Called with the tokens read and their number.
+
+    Args:
+        every (float): Seconds between two lines at least.
+    """
+
+    def __init__(self, every: float):
+        self._every = every
+        self._begin: tuple[float, int] | None = None  # when, and what was read by then
+        self._told = 0.0
+
+    def __call__(self, done: int, total: int):
+        now = time.monotonic()
+        if self._begin is None:
+            self._begin, self._told = (now, done), now
+        start, first = self._begin
+        if now - self._told < self._every or not first < done < total:
+            return
+        self._told = now
+        left = round((now - start) * (total - done) / (done - first))
+        hours, minutes = divmod(left // 60, 60)
+        click.echo(
+            f"{done:,} of {total:,} tokens read, {hours}:{minutes:02}:{left % 60:02} left.",
+            err=True,
+        )
 
 
 @contextmanager

@@ -30,7 +30,7 @@ _OPTIONS = (
     ),
     click.option(
         "--evict",
-        type=click.Choice(["retention", "keydiff", "index", "window"]),
+        type=click.Choice(["retention", "blend", "keydiff", "index", "window"]),
         help="What orders entries for eviction.",
     ),
     click.option(

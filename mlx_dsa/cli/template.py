@@ -55,23 +55,31 @@ class ChatTemplate:
 
     def first(self, message: str) -> list[int]:
         """Return the prompt of a conversation's first message."""
-        return self._encode(self._render([*self._begin, _user(message)]))
+        return self.encode(self._render([*self._begin, _user(message)]))
 
-    def document(self, text: str) -> list[int]:
-        """Return the beginning of a first message, which goes on after a document."""
+    def document(self, text: str) -> str:
+        """Render the beginning of a first message, which goes on after a document.
+
+        Args:
+            text (str): The document.
+
+        Returns:
+            str: What the document makes of the prompt, for :meth:`encode`. It ends in the
+            document without its outer white space, and an empty line.
+        """
         text, place = f"{text.strip()}\n\n", self._new_place(text)
-        return self._encode(self._cut([*self._begin, _user(text + place)], place)[0])
+        return self._cut([*self._begin, _user(text + place)], place)[0]
 
     def after_document(self, message: str) -> list[int]:
         """Return what follows :meth:`document`: the message, and its end."""
         place = self._new_place(message)
-        return self._encode(self._cut([_user(place + message)], place)[1])
+        return self.encode(self._cut([_user(place + message)], place)[1])
 
     def after_answer(self, message: str) -> list[int]:
         """Return what follows an answer: its end mark, then the next message."""
         place = self._new_place(message)
         answer = {"role": "assistant", "content": place}
-        return self._encode(self._cut([_user("-"), answer, _user(message)], place)[1])
+        return self.encode(self._cut([_user("-"), answer, _user(message)], place)[1])
 
     def thinks(self, answer: list[int]) -> bool:
         """Whether an answer so far ends inside a block of thoughts.
@@ -83,13 +91,13 @@ class ChatTemplate:
             return False
         # Some templates open the block themselves, where the answer begins.
         place = self._new_place()
-        tokens = self._encode(self._cut([_user(place)], place)[1]) + answer
+        tokens = self.encode(self._cut([_user(place)], place)[1]) + answer
         find_end = self.tokenizer.rfind_think_end
         return self.tokenizer.rfind_think_start(tokens) > find_end(tokens)
 
     def end_of_thoughts(self) -> list[int]:
         """Return what closes a block of thoughts, as Qwen3's template does."""
-        return self._encode(f"\n{self.tokenizer.think_end}\n\n")
+        return self.encode(f"\n{self.tokenizer.think_end}\n\n")
 
     def _cut(self, messages: list[dict], place: str) -> tuple[str, str]:
         before, found, after = self._render(messages).partition(place)
@@ -119,7 +127,8 @@ class ChatTemplate:
                 f"Mend it, or use: mlx-dsa generate --raw"
             ) from error
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of what was rendered."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 

@@ -4,6 +4,7 @@ import platform
 
 from .asking import ask
 from .code_items import CodeSpec, make_code_items
+from .needle_items import fields_of
 from .source import read_source
 from .subject import check_lengths, fingerprint
 
@@ -23,6 +24,7 @@ def code(
     max_tokens=48,
     batch_size=1,
     seed=0,
+    stem=False,
     compare="dense",
     name=None,
     out=None,
@@ -37,7 +39,7 @@ def code(
         lengths (list of int): tokens of the code with its question, as in `make_code_items`.
         depths (list of float): where what is asked for stands. Default: from 0.1 to 0.9.
         limit (int): texts for each length and depth. Default: ``4``.
-        task, setting, value, phrasing, per_document, seed: as in `CodeSpec`.
+        task, setting, value, phrasing, per_document, seed, stem: as in `CodeSpec`.
         max_tokens, batch_size, compare, name, out, world, progress: as in `needle`.
 
     Returns:
@@ -45,11 +47,11 @@ def code(
         Python: the result has its version and a hash of it.
     """
     check_lengths("code", subject, lengths, policies=policies, written=max_tokens)
-    spec = CodeSpec(task, setting, value, phrasing, per_document, seed)
+    spec = CodeSpec(task, setting, value, phrasing, per_document, seed, stem)
     source = read_source()
     items = make_code_items(spec, source, subject.tokenizer, lengths, depths, limit)
     about = {
-        **vars(spec),
+        **fields_of(spec),
         "lengths": list(lengths),
         "depths": list(depths),
         "limit": limit,

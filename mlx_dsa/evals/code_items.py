@@ -60,6 +60,7 @@ QUESTIONS = {
         "Somewhere in these files stands {what}. What is it?",
     ),
 }
+STEM = "The value of {what} is"
 _KEYS = {
     "digits": "limit timeout size count port retries offset threshold capacity budget".split(),
     "word": "label mode prefix alias theme channel tag region profile title".split(),
@@ -80,6 +81,8 @@ class CodeSpec:
         per_document (int): questions about a text, each in a conversation of its own; so many
             constants are planted.
         seed (int): of everything random.
+        stem (bool): whether each reply is begun, for the model to go on: with a sentence up to the
+            value, or with a block of code up to the function's name.
     """
 
     task: str = "constants"
@@ -88,6 +91,7 @@ class CodeSpec:
     phrasing: str = "train"
     per_document: int = 4
     seed: int = 0
+    stem: bool = False
 
     def __post_init__(self):
         allowed = {
@@ -119,11 +123,12 @@ class FunctionTurn(Turn):
 
 @dataclass(frozen=True)
 class _Question:
-    """A question, the values of its answer, and those of other answers."""
+    """A question, the values of its answer, those of other answers, and how the reply begins."""
 
     text: str
     values: tuple
     others: tuple = ()
+    stem: str = ""
 
 
 def make_code_items(spec, source, tokenizer, lengths, depths, n):
@@ -228,10 +233,20 @@ def _ask(spec, source, window, rng, lines, places, before):
     marks = [Mark(x.start, x.stop) for x in chosen]
     if spec.task == "functions":
         ask = "Write the function `{}` as it stands in the code above."
-        return marks, [_Question(ask.format(x.name), x.body) for x in chosen]
-    values = [x.value for x in chosen]
-    asks = [rng.choice(QUESTIONS[spec.phrasing]).format(what=x.what) for x in chosen]
-    return marks, [_Question(a, (v,), _others(values, v)) for a, v in zip(asks, values)]
+        begin = "```python\ndef {}" if spec.stem else ""
+        return marks, [_Question(ask.format(x.name), x.body, (), begin.format(x.name)) for x in chosen]
+    asks = [rng.choice(QUESTIONS[spec.phrasing]) for _ in chosen]
+    return marks, _about_values(spec, [(ask, x.what, x.value) for ask, x in zip(asks, chosen)])
+
+
+def _about_values(spec, asked):
+    """Return questions, given how each is worded, what it is about, and the value of that."""
+    values = [value for *_, value in asked]
+    stem = STEM if spec.stem else ""
+    return [
+        _Question(ask.format(what=what), (value,), _others(values, value), stem.format(what=what))
+        for ask, what, value in asked
+    ]
 
 
 def _apart(first, second):
@@ -276,8 +291,7 @@ def _plant(spec, source, window, rng, lines, places):
         planted = [gap.indent + line for line in text.format(**fields).split("\n")]
         marks.append(Mark(gap.line, gap.line, (*planted, *[""] * gap.blank)))
         ask = rng.choice(QUESTIONS[spec.phrasing])
-        made.append((ask.format(what=what.format(**fields)), value))
+        made.append((ask, what.format(**fields), value))
     else:
         raise ValueError(f"[make_code_items] there is no room for {len(places)} constants in a text.")
-    values = [value for _, value in made]
-    return marks, [_Question(ask, (value,), _others(values, value)) for ask, value in made]
+    return marks, _about_values(spec, made)

@@ -53,6 +53,11 @@ class Task:
     kind: str = "digits"
 
 
+def stem_of(asked):
+    """Return the answer of a Fact or Task up to its values: "The access code of Ada Thorne is"."""
+    return asked.answer[: max(0, asked.answer.rfind(asked.short_answer))].rstrip()
+
+
 try:
     from . import wordlists as w
 except ImportError:  # loaded by its path, with its folder on sys.path

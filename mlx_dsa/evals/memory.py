@@ -74,7 +74,7 @@ def computed_bytes(subject, policy, length, itemsize):
         if config.cache == "full":
             total += length * sparse
             continue
-        if config.evict == "retention" and indexer.has_retention:
+        if config.wants_heads and indexer.has_retention:
             sparse += 8
         places = 8 if config.positions == "compact" else 4
         total += length * sparse if length <= config.top_k else config.top_k * (sparse + places)

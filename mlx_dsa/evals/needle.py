@@ -21,6 +21,7 @@ def needle(
     per_document=1,
     turns=1,
     even=False,
+    stem=False,
     haystack=None,
     numbers=False,
     max_tokens=48,
@@ -40,7 +41,8 @@ def needle(
         lengths (list of int): tokens of the whole prompt, as in `make_items`.
         depths (list of float): where the fact stands: 0 the start of the text, 1 its end.
         limit (int): texts for each length and depth. Default: ``4``.
-        task, setting, value, phrasing, distractors, per_document, turns, even, seed: as in `NeedleSpec`.
+        task, setting, value, phrasing, distractors, per_document, turns, even, stem, seed: as in
+            `NeedleSpec`.
         haystack (str): the prose, as `load_documents` takes it. Default: ``None``, bundled books.
         numbers (bool): whether half of the haystack is word problems. Default: ``False``.
         max_tokens (int): tokens an answer may have. Default: ``48``.
@@ -54,7 +56,9 @@ def needle(
         dict: the result; see docs/evaluation.md.
     """
     check_lengths("needle", subject, lengths, policies=policies, written=max_tokens)
-    spec = NeedleSpec(task, setting, value, phrasing, distractors, per_document, seed, turns, even)
+    spec = NeedleSpec(
+        task, setting, value, phrasing, distractors, per_document, seed, turns, even, stem
+    )
     prose = read_haystack(haystack, subject.tokenizer, numbers, seed)
     items = make_items(spec, prose, subject.tokenizer, lengths, depths, limit)
     about = {

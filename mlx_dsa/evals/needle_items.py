@@ -12,8 +12,8 @@ import re
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from .facts import is_correct, make_facts, make_key_value, make_multi_query, make_multi_value
-from .prompts import evened, frame
+from .facts import is_correct, make_facts, make_key_value, make_multi_query, make_multi_value, stem_of
+from .prompts import CLOSINGS, MORE_CLOSINGS, begun, evened, frame
 
 TASKS = ("single", "multi-key", "multi-value", "multi-query", "key-value")
 SETTINGS = ("in-prompt", "before-question", "two-turns")
@@ -79,6 +79,8 @@ class NeedleSpec:
             the last is judged, the first reported too; only in setting "before-question".
         even (bool): whether questions are made equally long, as `evened` does, which answers many
             at once.
+        stem (bool): whether each reply is begun with the answer up to its value, for the model to go
+            on; not for task "multi-query", whose answer has a stem for each value.
     """
 
     task: str = "single"
@@ -90,6 +92,7 @@ class NeedleSpec:
     seed: int = 0
     turns: int = 1
     even: bool = False
+    stem: bool = False
 
     def __post_init__(self):
         for name, allowed in (("task", TASKS), ("setting", SETTINGS)):
@@ -99,6 +102,10 @@ class NeedleSpec:
                 )
         if self.setting == "two-turns" and self.task != "single":
             raise ValueError("[NeedleSpec] setting 'two-turns' goes with task 'single' only.")
+        if self.stem and self.task == "multi-query":
+            raise ValueError(
+                "[NeedleSpec] 'stem' does not go with task 'multi-query': its answer has several stems."
+            )
         single, n_facts = self.task == "single", self.distractors + 1
         several = self.setting != "two-turns" and single and 1 <= self.per_document <= n_facts
         if self.per_document != 1 and not several:
@@ -121,30 +128,35 @@ class NeedleSpec:
 
 def fields_of(spec):
     """Return what a spec says; what it leaves as it always was stays out of the results' identity."""
-    before = {"turns": 1, "even": False}
+    before = {"turns": 1, "even": False, "stem": False}
     return {k: v for k, v in asdict(spec).items() if k not in before or v != before[k]}
 
 
 @dataclass(frozen=True)
 class _Question:
-    """A question, its answer, values of other facts, and the sentences that hold the answer."""
+    """A question, its answer, values of other facts, the sentences that hold it, and how it begins."""
 
     text: str
     values: tuple
     others: tuple
     held_by: tuple
+    stem: str = ""
 
 
 def _case(rng, spec):
     """Return the sentences to hide, and the conversations about them: lists of questions."""
     options = {"value": spec.value, "entities": "heldout", "phrasing": spec.phrasing}
+
+    def stem(asked):
+        return stem_of(asked) if spec.stem else ""
+
     if spec.task in ("single", "multi-key"):
         many = spec.task == "multi-key"
         two = spec.setting == "two-turns"
         n = 1 + max(spec.distractors, 7 if many else 0, 1 if two else 0)
         facts = make_facts(rng, n, same_template=True if many else None, **options)
         questions = [
-            _Question(f.question, (f.value,), tuple(g.value for g in facts if g is not f), (i,))
+            _Question(f.question, (f.value,), tuple(g.value for g in facts if g is not f), (i,), stem(f))
             for i, f in enumerate(facts)
         ]
         talks = [questions[1::-1]] if two else _talks(questions, spec)
@@ -162,7 +174,7 @@ def _case(rng, spec):
     # What holds an answer comes first: the first sentence is the one whose depth is given.
     hidden = sorted(task.sentences, key=lambda s: not any(is_correct(s, v) for v in task.values))
     needed = sum(any(is_correct(s, v) for v in task.values) for s in hidden)
-    return hidden, [[_Question(task.question, task.values, others, tuple(range(needed)))]]
+    return hidden, [[_Question(task.question, task.values, others, tuple(range(needed)), stem(task))]]
 
 
 def _talks(questions, spec):
@@ -221,7 +233,9 @@ class _Draft(NamedTuple):
 
 
 def tokens_of(talks, even, encode, around):
-    """Return the tokens of each question with what the chat format puts around it, a list a talk.
+    """Return the tokens of each question, of what the chat format puts around it, and of its stem.
+
+    That is a list a talk.
 
     Args:
         talks (list): of lists of questions, equally many in each.
@@ -233,10 +247,12 @@ def tokens_of(talks, even, encode, around):
     for number, questions in enumerate(zip(*talks)):
         before = around.again if number else ""
         texts = [question.text for question in questions]
+        afters = [begun(around.tail, question.stem) for question in questions]
         if even:
-            turns.append(evened(texts, encode, before, around.tail))
+            begins = any(question.stem for question in questions)
+            turns.append(evened(texts, encode, before, afters, MORE_CLOSINGS if begins else CLOSINGS))
         else:
-            turns.append([encode(before + text + around.tail) for text in texts])
+            turns.append([encode(before + text + after) for text, after in zip(texts, afters)])
     return [list(tokens) for tokens in zip(*turns)]
 
 

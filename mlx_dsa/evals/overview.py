@@ -61,12 +61,15 @@ def _cell(result, label):
     pairs = [p for p in result["pairs"] if p["policy"] == label]
     if result["kind"] == "ppl":
         pair = next((p for p in pairs if p["against"] == "dense"), None)
-        if pair is None:  # nothing was dropped
-            return "-"
+        if pair is None:
+            row = next(r for r in result["rows"] if r["policy"] == label)
+            return f"{row['value']:.1f}" if row["n"] else "-"  # nothing was dropped
         ends = (f"{100 * (pair[k] - 1):+.1f}" for k in ("ratio_low", "ratio_high") if pair[k] is not None)
         return f"{100 * (pair['ratio'] - 1):+.1f}% [{', '.join(ends) or 'one text'}]"
     rows = {r["policy"]: r for r in result["rows"] if r.get("depth") is None}
     if label == "dense":
         return percent(rows["dense"]["value"], rows["dense"]["low"], rows["dense"]["high"])
     pair = next((p for p in pairs if p["against"] == "dense"), None)
+    if "dense" not in rows:
+        return f"{percent(rows[label]['value'], rows[label]['low'], rows[label]['high'])} of all"
     return f"{of_dense(pair)}; {percent(rows[label]['value'])} of all"

@@ -46,7 +46,11 @@ def _setting(result):
     lengths = {row["length"] for row in result["rows"]}
     config = result["config"]
     turns = f", question {config['turns']}" if "turns" in config else ""
-    return f"{config['setting']}{turns}, {min(lengths):,} tokens"
+    return f"{config['setting']}{turns}{_begun(config)}, {min(lengths):,} tokens"
+
+
+def _begun(config):
+    return ", replies begun" if config.get("stem") else ""
 
 
 def _needle(result, plt):
@@ -62,7 +66,7 @@ def _needle(result, plt):
 
 def _about(result):
     config = result["config"]
-    return f"{result['kind'].capitalize()} ({config['task']}, {config['setting']})"
+    return f"{result['kind'].capitalize()} ({config['task']}, {config['setting']}{_begun(config)})"
 
 
 def _kind(label):
@@ -193,19 +197,26 @@ def _legend(axis, *handles):
 
 
 def _ppl(result, plt):
-    """The ratio of perplexities against K, one line a kind of policy."""
+    """The ratio of perplexities against K, one line a kind of policy; without the dense model
+    the perplexities."""
     series = {}
     top_k = {r["policy"]: r.get("top_k") for r in result["rows"]}
-    for pair in (p for p in result["pairs"] if p["against"] == "dense"):
-        point = (top_k[pair["policy"]], pair["ratio"], pair["ratio_low"], pair["ratio_high"])
-        series.setdefault(_kind(pair["policy"]), []).append(point)
+    beside_dense = result["config"].get("beside_dense", True)
+    if beside_dense:
+        pairs = (p for p in result["pairs"] if p["against"] == "dense")
+        found = [(p["policy"], p["ratio"], p["ratio_low"], p["ratio_high"]) for p in pairs]
+    else:
+        found = [(r["policy"], r["value"], r["low"], r["high"]) for r in result["rows"] if r["n"]]
+    for policy, *point in found:
+        series.setdefault(_kind(policy), []).append((top_k[policy], *point))
     if not series:
         raise ValueError("[plot] the result has no sparse policy to draw.")
     figure, axis = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
     _lines(axis, series)
-    axis.axhline(1, color=_INK, linewidth=1, linestyle="--")
+    if beside_dense:
+        axis.axhline(1, color=_INK, linewidth=1, linestyle="--")
     axis.set_xlabel("top_k, keys a query")
-    axis.set_ylabel("perplexity over dense, bootstrap 95%")
+    axis.set_ylabel(f"perplexity{' over dense' if beside_dense else ''}, bootstrap 95%")
     _legend(axis)
     config = result["config"]
     axis.set_title(f"Perplexity ({config['path']}, {config['length']:,} tokens)", fontsize=10)

@@ -139,6 +139,7 @@ _NAMED = {
     "tiered": ("index", {"cache": "tiered", **_KEEPS_ALL}),
     "stream": ("index", {"cache": "budget", "prefill": "stream"}),
     "retention": ("index", {"evict": "retention"}),
+    "blend": ("index", {"evict": "blend"}),
     "index": ("index", {"evict": "index"}),
     "keydiff": ("index", {"evict": "keydiff"}),
     "snapkv": ("snapkv", {"evict": "index", "prefill": "dense"}),
@@ -151,7 +152,7 @@ _NAMED = {
 }
 NAMES = tuple(_NAMED)
 # Orders of eviction: where nothing is evicted, what they name is not there.
-_ORDERS = ("retention", "index", "keydiff", "snapkv")
+_ORDERS = ("retention", "blend", "index", "keydiff", "snapkv")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ def ppl(
     batch_size=1,
     seed=0,
     compare="dense",
+    beside_dense=True,
+    context=None,
     name=None,
     out=None,
     world=None,
@@ -49,7 +51,7 @@ def ppl(
 
     Args:
         subject (Preset): the model with its tokenizer and indexers.
-        policies (list of Policy): what to run; the dense model always is run beside them.
+        policies (list of Policy): what to run; the dense model is run beside them.
         length (int): tokens of a window. Default: ``4096``.
         stride (int): tokens from one window's start to the next; where less than `length`, only the
             last `stride` tokens of a window are scored. Default: ``None``, `length`.
@@ -63,6 +65,10 @@ def ppl(
         seed (int): of the bootstrap. Default: ``0``.
         compare (str or list of str): what is compared with what, as in `pairings`, besides all
             with the dense model. Default: ``"dense"``.
+        beside_dense (bool): whether the dense model is run too; not where a text is longer than
+            its positions. Default: ``True``.
+        context (int): in "decode", read only so many tokens before those that are fed: what the
+            others are worth. Default: ``None``, all `length`.
         name, out, world, progress: as in `needle`.
 
     Returns:
@@ -75,9 +81,14 @@ def ppl(
         raise ValueError(
             f"[ppl] 'stride' must be between 1 and length = {length} but got {stride}."
         )
+    if context is not None and (path != "decode" or not 0 < context <= length):
+        raise ValueError(
+            f"[ppl] 'context' goes with path decode and is between 1 and length = {length} but got {context}."
+        )
     size = length + (decode_tokens if path == "decode" else 0)
-    check_lengths("ppl", subject, [size], "--lengths or --decode-tokens")
-    last = size - 1 if path == "prefill" else length
+    read_by = [DENSE, *policies] if beside_dense else policies
+    check_lengths("ppl", subject, [size], "--lengths or --decode-tokens", read_by)
+    last = size - 1 if path == "prefill" else context or length
     blind = [p for p in policies if p.top_k and p.top_k >= last]
     if blind and all(p.top_k is None or p in blind for p in policies):
         raise ValueError(
@@ -85,6 +96,9 @@ def ppl(
             f"dropped. Use a smaller --top-k or longer --lengths."
         )
     windows = windows_of(load_documents(data, documents), subject.tokenizer, size, stride, limit)
+    if context is not None:
+        windows = [{**w, "ids": w["ids"][length - context :]} for w in windows]
+        length = context
     sparse = [p for p in policies if p.config is not None]
     config = {
         **describe(subject, name),
@@ -99,6 +113,8 @@ def ppl(
         "policies": policies_config(sparse),
         "compare": compare,
         "windows": fingerprint([w["ids"] for w in windows]),
+        **({} if beside_dense else {"beside_dense": False}),
+        **({} if context is None else {"context": context}),
     }
     units = [
         Unit(f"windows {i}", windows[i : i + batch_size])
@@ -108,10 +124,10 @@ def ppl(
 
     def work(batch):
         first = size - stride if stride < length else 1
-        return _score(subject, sparse, batch, hidden, length, first, buckets)
+        return _score(subject, sparse, batch, hidden, length, first, buckets, beside_dense)
 
     def summarise(records):
-        rows, pairs = _tables(records, sparse, seed)
+        rows, pairs = _tables(records, sparse, seed, beside_dense)
         return rows, pairs + _between(records, sparse, compare, seed), records
 
     return evaluate("ppl", config, units, work, summarise, out=out, world=world, progress=progress)
@@ -141,12 +157,13 @@ def _decode_states(model, ids, length):
     return mx.concatenate(states, axis=1)
 
 
-def _score(subject, policies, batch, hidden, length, first, buckets):
+def _score(subject, policies, batch, hidden, length, first, buckets, beside_dense):
     """Return the records of a batch of windows: one a window and policy."""
     model = subject.model
     ids = mx.array([w["ids"] for w in batch])
-    with DENSE.apply(subject):
-        dense = hidden(model, ids, length)
+    if beside_dense:
+        with DENSE.apply(subject):
+            dense = hidden(model, ids, length)
     records = []
     for policy in policies:
         with policy.apply(subject, None):
@@ -158,7 +175,8 @@ def _score(subject, policies, batch, hidden, length, first, buckets):
         low = max(first - 1, policy.top_k)
         skip = min(max(0, low - begin), states.shape[1] - 1)  # what doesn't count
         begin += skip
-        scored = _compare(model, dense[:, skip:], states[:, skip:], ids[:, begin + 1 :])
+        states = states[:, skip:]
+        scored = _compare(model, dense[:, skip:] if beside_dense else states, states, ids[:, begin + 1 :])
         records += [_record(policy, *of, begin, low, buckets) for of in zip(batch, scored)]
     return records
 
@@ -206,15 +224,18 @@ def _sums(scored):
     return dict(zip(names, (float(x) for x in scored.sum(axis=1))))
 
 
-def _tables(records, policies, seed):
+def _tables(records, policies, seed, beside_dense):
     rows, pairs = [], []
     for policy in policies:
         mine = [r for r in records if r["policy"] == policy.label]
         if not sum(r["n"] for r in mine):
             rows.append({"policy": policy.label, "top_k": policy.top_k, "n": 0, "value": None})
             continue
-        rows.append({"policy": "dense", "beside": policy.label, **_row(mine, "dense_nll", seed)})
         row = {"policy": policy.label, "top_k": policy.top_k, **_row(mine, "nll", seed)}
+        if not beside_dense:
+            rows.append({**row, "buckets": _buckets(mine)})
+            continue
+        rows.append({"policy": "dense", "beside": policy.label, **_row(mine, "dense_nll", seed)})
         n = row["n"]
         row["kl"] = sum(r["kl"] for r in mine) / n
         row["same_top"] = sum(r["same_top"] for r in mine) / n

@@ -7,7 +7,7 @@ _MARKS = ("\x02first\x02", "\x02second\x02", "\x02third\x02")
 
 
 # Said after a question to make it longer: none says anything of the answer.
-_CLOSINGS = (
+CLOSINGS = (
     "Please answer.",
     "Use what stands above.",
     "Be exact.",
@@ -15,6 +15,12 @@ _CLOSINGS = (
     "It stands somewhere in the text above.",
     "Take the time that you need.",
     "Thanks.",
+)
+# For questions whose replies are begun: beginnings differ in length too.
+MORE_CLOSINGS = (
+    *CLOSINGS,
+    "I have read it, but I don't recall what it was.",
+    "Look it up once more if that helps you.",
 )
 
 
@@ -55,7 +61,13 @@ def frame(tokenizer):
     return Frame(head, tail, again)
 
 
-def evened(texts, encode, before="", after=""):
+def begun(tail, stem):
+    """Return what leads to a reply that is begun: the chat format's tail, and how the reply begins."""
+    blank = " " if stem and tail and not tail[-1].isspace() else ""
+    return tail + blank + stem
+
+
+def evened(texts, encode, before="", after="", closings=CLOSINGS):
     """Return the tokens of questions made equally long by what a person may say after one.
 
     Caches hold rows of one length: equally long questions are answered as one batch.
@@ -63,24 +75,28 @@ def evened(texts, encode, before="", after=""):
     Args:
         texts (list of str): the questions.
         encode (callable): from a text to its tokens.
-        before, after (str): what stands around each. Default: ``""``.
+        before (str), after (str or list of str): what stands around them: the same for all, or after
+            each its own. Default: ``""``.
+        closings (tuple of str): what may be said. Default: a few.
 
     Returns:
         list: of token lists; as different as they were where no closings make them equal.
     """
     # How many tokens more -> what is said: the least of it.
     said = {}
-    for n in range(len(_CLOSINGS) + 1):
-        for closings in itertools.combinations(_CLOSINGS, n):
-            closing = "".join(f" {closing}" for closing in closings)
+    for n in range(len(closings) + 1):
+        for some in itertools.combinations(closings, n):
+            closing = "".join(f" {closing}" for closing in some)
             said.setdefault(len(encode(closing)), closing)
-    plain = [encode(before + text + after) for text in texts]
+    afters = [after] * len(texts) if isinstance(after, str) else after
+    plain = [encode(before + text + after) for text, after in zip(texts, afters)]
     longest = max(map(len, plain), default=0)
     for length in range(longest, longest + max(said) + 1):
         more = [said.get(length - len(ids)) for ids in plain]
         if None in more:
             continue
-        found = [encode(before + text + closing + after) for text, closing in zip(texts, more)]
+        parts = zip(texts, more, afters)
+        found = [encode(before + text + closing + after) for text, closing, after in parts]
         if {len(ids) for ids in found} == {length}:
             return found
     return plain

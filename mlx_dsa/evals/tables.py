@@ -22,6 +22,8 @@ def markdown(header, rows):
 
 def caption(result):
     """Return what a table must not be read without, or ``None``."""
+    if result["config"].get("stem"):
+        return "Each reply is begun for the model, up to the value or to the function's name."
     if result["kind"] != "gsm8k":
         return None
     return f"{result['rows'][0]['n']:,} word problems: {problems_name(result)}."
@@ -131,13 +133,19 @@ def _ppl(result):
         if not row["n"]:
             rows.append([row["policy"], str(row["top_k"]), "0", *["-"] * 5])
             continue
-        pair = pairs[row["policy"]]
+        found = [
+            row["policy"],
+            str(row["top_k"]),
+            f"{row['n']:,}",
+            _with_interval(row["value"], row["low"], row["high"], ".2f"),
+        ]
+        pair = pairs.get(row["policy"])
+        if pair is None:  # the dense model was not run
+            rows.append([*found, *["-"] * 4])
+            continue
         rows.append(
             [
-                row["policy"],
-                str(row["top_k"]),
-                f"{row['n']:,}",
-                _with_interval(row["value"], row["low"], row["high"], ".2f"),
+                *found,
                 f"{dense[row['policy']]['value']:.2f}",
                 _with_interval(pair["ratio"], pair["ratio_low"], pair["ratio_high"], ".4f"),
                 f"{row['kl']:.4f}",

@@ -59,6 +59,11 @@ from .show import run_and_show
     show_default=True,
     help="Questions about each text, which is read once.",
 )
+@click.option(
+    "--stem",
+    is_flag=True,
+    help="Begin each reply with the answer up to its value, or a function up to its name.",
+)
 @max_tokens_option(48)
 @eval_options()
 def code(lengths: list[int] | None, limit: int | None, quick: bool, **given: Any):

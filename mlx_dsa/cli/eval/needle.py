@@ -84,6 +84,11 @@ from .show import run_and_show
     help="Make the questions of a run equally long, by words of no weight: they are answered at once.",
 )
 @click.option(
+    "--stem",
+    is_flag=True,
+    help="Begin each reply with the answer up to its value; not with --task multi-query.",
+)
+@click.option(
     "--haystack",
     "--data",
     "haystack",

@@ -1,0 +1,58 @@
+"""Perplexity without the dense model, for texts that it has no positions for."""
+
+import json
+
+import pytest
+from evals_subject import make_subject
+
+from mlx_dsa.evals.overview import overview
+from mlx_dsa.evals.plots import plot
+from mlx_dsa.evals.policies import make_policies
+from mlx_dsa.evals.ppl import ppl
+from mlx_dsa.evals.tables import table
+
+OPTIONS = dict(length=300, path="decode", decode_tokens=40, limit=2)
+
+
+@pytest.fixture(scope="module")
+def results():
+    subject = make_subject()
+    policies = make_policies(["sparse"], subject.config, [64, 96])
+    return [ppl(subject, policies, beside_dense=beside, **OPTIONS) for beside in (True, False)]
+
+
+def test_it_scores_the_same_tokens_alike(results):
+    beside, alone = ({r["policy"]: r for r in result["rows"]} for result in results)
+    assert set(alone) == set(beside) - {"dense"} != set(beside)
+    for label, row in alone.items():
+        assert row["value"] == pytest.approx(beside[label]["value"]) and row["n"] == beside[label]["n"]
+        assert "kl" not in row
+    assert results[0]["pairs"] and not results[1]["pairs"]
+
+
+def test_it_is_shown(results, tmp_path):
+    alone = results[1]
+    header, rows = table(alone)
+    assert len(header) == len(rows[0]) and rows[0][4:] == ["-"] * 4
+    label = rows[0][0]
+    shown = overview({"columns": ["40"], "rows": {"one": [["run", label]]}}, {"run": alone})[1]
+    assert shown == [["one", f"{alone['rows'][0]['value']:.1f}"]]
+    plot(alone, tmp_path / "alone.png")
+    assert (tmp_path / "alone.png").stat().st_size > 1000
+    assert "NaN" not in json.dumps(alone)
+
+
+def test_a_context_scores_the_same_tokens_with_less_before_them():
+    subject = make_subject()
+    policies = make_policies(["sparse"], subject.config, [64])
+    options = dict(OPTIONS, beside_dense=False)
+    whole, none_cut = (ppl(subject, policies, context=c, **options) for c in (None, 300))
+    assert none_cut["rows"] == whole["rows"]
+    last = ppl(subject, policies, context=100, **options)
+    assert last["rows"][0]["n"] == whole["rows"][0]["n"]
+    assert last["rows"][0]["value"] != whole["rows"][0]["value"]
+    for wrong in (0, 301):
+        with pytest.raises(ValueError, match="'context'.*between 1 and length"):
+            ppl(subject, policies, context=wrong, **options)
+    with pytest.raises(ValueError, match="path decode"):
+        ppl(subject, policies, context=100, length=300, path="prefill")
