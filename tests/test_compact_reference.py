@@ -12,7 +12,7 @@ from mlx_dsa import patch_sparse_generate
 from numpy_reference import ReferenceModel
 from numpy_reference.model import LayerCache, ReferenceRun
 
-ORDERS = ("retention", "keydiff", "index", "window")
+ORDERS = ("retention", "blend", "keydiff", "index", "window")
 RULES = dict(n_sink=3, observation_window=8, positions="compact")
 # stream_chunk, top_k, n_recent, tokens of a call: plans of 5 and 9 steps, and none.
 SIZES = ((16, 24, 5, 32), (10, 32, 9, 7), (32, 40, 3, 200))
@@ -77,7 +77,7 @@ def test_other_shapes_and_scaled_rope_are_the_reference(shape, evict):
 
 
 @pytest.mark.parametrize("prefill", ["dense", "exact", "stream"])
-@pytest.mark.parametrize("evict", ["retention", "keydiff"])
+@pytest.mark.parametrize("evict", ["retention", "blend", "keydiff"])
 def test_orders_that_are_decided_early_are_the_reference_with_absolute_positions(small, evict, prefill):
     model, indexers, reference = small
     for size in SIZES:

@@ -87,7 +87,8 @@ def ppl(
         )
     size = length + (decode_tokens if path == "decode" else 0)
     read_by = [DENSE, *policies] if beside_dense else policies
-    check_lengths("ppl", subject, [size], "--lengths or --decode-tokens", read_by)
+    written = size - (context or length) if path == "decode" else 0
+    check_lengths("ppl", subject, [size], "--lengths or --decode-tokens", read_by, written)
     last = size - 1 if path == "prefill" else context or length
     blind = [p for p in policies if p.top_k and p.top_k >= last]
     if blind and all(p.top_k is None or p in blind for p in policies):

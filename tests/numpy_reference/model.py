@@ -126,7 +126,7 @@ class ReferenceRun:
         rules = self.rules
         merit = self._merit(cache, i)
         stays = rules.prune(cache.positions, merit, cache.offset - 1)
-        if rules.evict in ("retention", "keydiff"):
+        if rules.evict in ("retention", "keydiff", "blend"):
             cache.worth = merit
         cache.keep(stays)
         cache.planned = 0
@@ -138,8 +138,11 @@ class ReferenceRun:
         rules, layer = self.rules, self.model.layers[i]
         if rules.evict == "retention":
             return pooled(cache.entries[3], cache.positions)
-        if rules.evict == "keydiff":
-            return pooled(keydiff(layer.rope(cache.entries[0], cache.numbers)), cache.positions)
+        if rules.evict in ("keydiff", "blend"):
+            unlike = pooled(keydiff(layer.rope(cache.entries[0], cache.numbers)), cache.positions)
+            if rules.evict == "keydiff":
+                return unlike
+            return sum((s - s.mean()) / s.std() for s in (pooled(cache.entries[3], cache.positions), unlike))
         return eviction_scores(self.model.indexers[i], cache.observed, cache)
 
     def _plan(self, cache, i):
@@ -149,7 +152,7 @@ class ReferenceRun:
         """
         rules = self.rules
         plans = rules.evict != "index" and rules.n_recent >= PLANNED_FROM
-        if rules.evict == "keydiff" and not (plans and cache.planned):
+        if rules.evict in ("keydiff", "blend") and not (plans and cache.planned):
             cache.worth = self._merit(cache, i)
         if plans and not cache.planned:
             cache.planned = min(rules.n_recent, PLANNED)
