@@ -120,9 +120,21 @@ def turn(rope: nn.Module, x: mx.array, by: mx.array) -> mx.array:
     B, H, n, D = x.shape
     # A key is turned often: in float32, so that it is rounded once each time.
     rows = x.astype(mx.float32).transpose(0, 2, 1, 3).reshape(B * n, H, 1, D)
-    turned = rope(rows, offset=by.reshape(-1))
+    # CUDA takes no negative offsets (docs/log.md). To turn (a, b) back is to turn (a, -b).
+    backwards = (by < 0).reshape(B * n, 1, 1, 1) & _second_of_pairs(rope, D)
+    sign = mx.where(backwards, -1.0, 1.0)
+    turned = sign * rope(sign * rows, offset=mx.abs(by).reshape(-1))
     if not isinstance(rope, nn.RoPE):
         # Some scalings also stretch what they turn: once is enough.
         turned = turned / rope(mx.ones((1, 1, 1, D)), offset=0)
     # In the layout of other keys: attention rounds alike, and copies nothing at every step.
     return mx.contiguous(turned.astype(x.dtype).reshape(B, n, H, D).transpose(0, 2, 1, 3))
+
+
+def _second_of_pairs(rope: nn.Module, head_dim: int) -> mx.array:
+    """Return which dims ``[head_dim]`` are the second of a pair that a RoPE turns."""
+    dims = getattr(rope, "dims", None) or getattr(rope, "dim", head_dim)
+    place = mx.arange(head_dim)
+    if getattr(rope, "traditional", False):
+        return (place % 2 == 1) & (place < dims)
+    return (place >= dims // 2) & (place < dims)
