@@ -19,7 +19,7 @@ from .ops import (
     tile_attention,
     tile_scores,
 )
-from .positions import PositionLimit
+from .positions import PositionLimit, check_turn
 from .projections import JoinedProjections
 from .selectors import select_topk
 
@@ -52,6 +52,7 @@ class SparseAttention(nn.Module):
         self.indexer = indexer
         self.config = config
         self.prefill, self.dense_until = plan
+        check_turn(layer.module.rope, config.positions)
         self.eviction = Eviction(indexer, config, layer.turn)
         self.starts = False
         self.limit = PositionLimit(None)
@@ -210,8 +211,7 @@ class SparseAttention(nn.Module):
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2), gate
 
     def _prefill(self, x, queries, keys, values, cache) -> mx.array:
-        L = x.shape[1]
-        offset = cache.offset
+        L, offset = x.shape[1], cache.offset
         is_budget = isinstance(cache, BudgetKVCache)
         self._append(x, keys, values, cache)
         cuts = cut_chunk(

@@ -105,6 +105,24 @@ def fit_scaling(scaling: dict | None, dims: int) -> dict | None:
     return fitted
 
 
+def check_turn(rope: nn.Module, positions: str):
+    """Refuse compact positions with a RoPE whose keys can't be rotated on.
+
+    Args:
+        rope (nn.Module): Of an attention layer.
+        positions (str): As in :class:`SparseConfig`.
+
+    Raises:
+        ValueError: If its angles are not in proportion to the position.
+    """
+    if positions == "compact" and not isinstance(rope, nn.RoPE) and not hasattr(rope, "_freqs"):
+        raise ValueError(
+            f"[SparseConfig] positions 'compact' can't be had of this model: the angles of its "
+            f"{type(rope).__name__} are not in proportion to the position. Use "
+            f"positions='absolute'."
+        )
+
+
 def turn(rope: nn.Module, x: mx.array, by: mx.array) -> mx.array:
     """Rotate keys on by a number of positions each.
 

@@ -20,6 +20,7 @@ from .sealed import Damaged, NotSealed, read_sealed, write_sealed
 
 _CLASSES = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache, ArraysCache)}
 _FORMAT = "mlx-dsa cache 4"
+PART = "mlx-dsa part"  # how the format of what is half read begins
 # What a kept cache depends on; how it was computed may differ.
 KEPT_BY = ("top_k", "cache", "n_sink", "n_recent", "evict", "dense_layers", "positions")
 # And so does this, where a prompt is cut while it is read.
@@ -320,6 +321,11 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         raise ValueError(
             f"[load_cache] {path} can't be read: {error.strerror}."
         ) from None
+    if str(header.get("format")).startswith(PART):
+        raise ValueError(
+            f"[load_cache] {path} is of a document that is half read. Run the same mlx-dsa "
+            f"compress again, which goes on from there."
+        )
     if header.get("format") not in (_FORMAT, _UNNUMBERED):
         raise ValueError(
             f"[load_cache] {path} was saved by another version of mlx-dsa. {_AGAIN}"

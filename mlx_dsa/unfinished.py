@@ -16,11 +16,11 @@ import numpy as np
 
 from . import __version__, blas
 from .patch import SparsePatch
-from .saved import maker_of, pack_caches, unpack_caches
+from .saved import PART, maker_of, pack_caches, unpack_caches
 from .sealed import Damaged, NotSealed, read_sealed, write_sealed
 from .versions import package_version
 
-_FORMAT = "mlx-dsa part 1"
+_FORMAT = f"{PART} 1"
 # Reading takes this many times as long as writing what was read, where nothing else is asked.
 _TIMES = 25
 

@@ -39,6 +39,14 @@ ROPES = {
         }
     },
     "linear": {"scaling_config": {"rope_type": "linear", "factor": 4.0}},
+    "longrope": {
+        "scaling_config": {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": 128,
+            "short_factor": 1.0,
+            "long_factor": 3.0,
+        }
+    },
     "yarn": {
         "scaling_config": {
             "rope_type": "yarn",
@@ -47,6 +55,20 @@ ROPES = {
         }
     },
 }
+
+
+def test_a_rope_that_changes_with_the_length_is_refused():
+    model = make_model(**SHAPES["gqa2"], vocab=1024)
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    for layer in model.layers:
+        layer.self_attn.rope = initialize_rope(16, 10000.0, False, scaling, 512)
+    before = [layer.self_attn for layer in model.layers]
+    heads = with_heads(model)
+    with pytest.raises(ValueError, match="positions='absolute'"):
+        patch_sparse_generate(model, heads, positions="compact", **RULES)
+    assert all(layer.self_attn is module for layer, module in zip(model.layers, before))
+    with patch_sparse_generate(model, heads, positions="absolute", **RULES):
+        model(make_text(40), cache=make_prompt_cache(model))
 
 
 @pytest.mark.parametrize("dims", (16, 8))

@@ -63,6 +63,17 @@ def test_what_is_left_out_is_named(notes, capsys):
     assert len(lines) == 11
 
 
+def test_a_link_in_a_folder_is_no_second_file(notes):
+    (notes / "b" / "latest.txt").symlink_to("a.txt")
+    (notes / "0.txt").symlink_to("c.txt")  # it comes first, so its name stands
+    document = read_document([str(notes)])
+    assert [name for name, _ in document.sections] == ["0.txt", "a.md", "b/a.txt"]
+    for name in ("b/latest.txt", "c.txt"):
+        assert f"{notes / name} is there under another name." in document.skipped
+    with pytest.raises(ValueError, match="a.txt is there twice"):
+        read_document([str(notes / "b" / "a.txt"), str(notes / "b")])
+
+
 def test_files_stand_in_their_order_under_headings(notes):
     document = read_document([str(notes / "c.txt"), str(notes / "b" / "a.txt")])
     assert document.text == "# c.txt\n\nThe third.\n\n# b/a.txt\n\nThe second.\n\n"

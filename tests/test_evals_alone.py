@@ -56,3 +56,21 @@ def test_a_context_scores_the_same_tokens_with_less_before_them():
             ppl(subject, policies, context=wrong, **options)
     with pytest.raises(ValueError, match="path decode"):
         ppl(subject, policies, context=100, length=300, path="prefill")
+
+
+def test_a_context_needs_positions_for_what_is_read_alone():
+    subject = make_subject()
+    subject.model.args.max_position_embeddings = 150
+    policies = make_policies(["sparse"], subject.config, [64])
+    options = dict(OPTIONS, beside_dense=False)
+    assert ppl(subject, policies, context=100, **options)["rows"][0]["n"] > 0
+    with pytest.raises(ValueError, match="160 tokens are more than the model's 150 positions"):
+        ppl(subject, policies, context=120, **options)
+
+
+def test_a_context_leaves_what_is_scored_where_windows_overlap():
+    subject = make_subject()
+    policies = make_policies(["sparse"], subject.config, [64])
+    options = dict(OPTIONS, beside_dense=False, stride=30)
+    rows = [ppl(subject, policies, context=c, **options)["rows"][0] for c in (None, 100, 20 + 64)]
+    assert [row["n"] for row in rows] == [2 * 30] * 3

@@ -392,3 +392,11 @@ def test_bad_input_is_refused_before_anything_is_read(folder, tmp_path):
     part_of(file).mkdir()
     refused(run(*words, *STREAM), 1, "a.kv.part is a folder")
     refused(run("compress", "--out", file), 2, "Missing argument")
+
+
+def test_a_part_file_is_no_cache(folder, tmp_path):
+    out = tmp_path / "a.kv"
+    start("after a call of the model", 3, arguments_for(folder, out))
+    assert part_of(out).exists()
+    for words in (["chat", "--prompt", "Who?"], ["info"]):
+        refused(run(*words, "--cache-file", part_of(out)), 1, "half read. Run the same mlx-dsa compress")

@@ -70,7 +70,7 @@ def read_document(paths: Sequence[str], but: Iterable[str | os.PathLike] = ()) -
     """Read files, and the text files in folders, as one document.
 
     A folder's files come in the order of their paths, those of folders in it too; hidden
-    ones, and what is no text, are left out. A heading is a file's path from the folder that
+    ones, what is no text, and a file under a second name, are left out. A heading is a file's path from the folder that
     holds all of them.
 
     Args:
@@ -82,15 +82,15 @@ def read_document(paths: Sequence[str], but: Iterable[str | os.PathLike] = ()) -
         Document: The text, and what is not in it.
 
     Raises:
-        ValueError: If a path can't be read, a file that is named is no text, one is there
-          twice, or a folder holds no text file.
+        ValueError: If a path can't be read, a file that is named is no text, two paths hold
+          the same one, or a folder holds no text file.
     """
     written = {os.path.realpath(path) for path in but}
     texts: dict[str, str] = {}
     names: list[str] = []
     skipped: list[str] = []
     for path in paths:
-        n_read, n_skipped = len(texts), len(skipped)
+        n_read, n_skipped, earlier = len(texts), len(skipped), set(texts)
         is_folder = os.path.isdir(path)
         for file in _files_in(path, skipped) if is_folder else [path]:
             place = os.path.realpath(file)
@@ -98,8 +98,11 @@ def read_document(paths: Sequence[str], but: Iterable[str | os.PathLike] = ()) -
                 continue
             if place in written:
                 raise ValueError(f"{file} would be written over. Name another output.")
-            if place in texts:
+            if place in earlier:
                 raise ValueError(f"{file} is there twice. Name it once.")
+            if place in texts:  # a link, or what one leads to: nobody named it
+                skipped.append(f"{file} is there under another name.")
+                continue
             try:
                 texts[place] = read_text(file)
                 names.append(os.path.abspath(file))

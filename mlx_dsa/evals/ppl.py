@@ -85,18 +85,20 @@ def ppl(
         raise ValueError(
             f"[ppl] 'context' goes with path decode and is between 1 and length = {length} but got {context}."
         )
-    size = length + (decode_tokens if path == "decode" else 0)
+    fed = decode_tokens if path == "decode" else 0
+    whole, seen = length + fed, (context or length) + fed
     read_by = [DENSE, *policies] if beside_dense else policies
-    written = size - (context or length) if path == "decode" else 0
-    check_lengths("ppl", subject, [size], "--lengths or --decode-tokens", read_by, written)
-    last = size - 1 if path == "prefill" else context or length
+    check_lengths("ppl", subject, [seen], "--lengths or --decode-tokens", read_by, fed)
+    last = seen - 1 if path == "prefill" else context or length
     blind = [p for p in policies if p.top_k and p.top_k >= last]
     if blind and all(p.top_k is None or p in blind for p in policies):
         raise ValueError(
             f"[ppl] top_k = {blind[0].top_k} is no smaller than the context of {last} tokens: nothing would be "
             f"dropped. Use a smaller --top-k or longer --lengths."
         )
-    windows = windows_of(load_documents(data, documents), subject.tokenizer, size, stride, limit)
+    windows = windows_of(load_documents(data, documents), subject.tokenizer, whole, stride, limit)
+    # Where windows overlap, the last tokens of each are scored.
+    first = max(1, seen - stride) if stride < length else 1
     if context is not None:
         windows = [{**w, "ids": w["ids"][length - context :]} for w in windows]
         length = context
@@ -124,7 +126,6 @@ def ppl(
     hidden = _prefill_states if path == "prefill" else _decode_states
 
     def work(batch):
-        first = size - stride if stride < length else 1
         return _score(subject, sparse, batch, hidden, length, first, buckets, beside_dense)
 
     def summarise(records):
