@@ -279,3 +279,22 @@ def test_a_demo_keeps_all_beside_a_compact_budget(folder):
     told = run("demo", "--prompt", "How many sheep?", *options(folder), *COMPACT)
     assert told.exit_code == 0, told.output
     assert "prefill stream" in told.output and "sparse, all kept" in told.output
+
+
+def test_every_command_takes_the_way_out(folder, tmp_path):
+    named = ["--preset", PRESET, *options(folder), "--cache", "full"]
+    few = ["--max-tokens", 2]
+    assert answer_of(run("chat", "--prompt", "How many?", *few, *named))
+    assert answer_of(run("generate", "--file", folder / "book.txt", *few, *named))
+    assert run("compress", folder / "book.txt", "--out", tmp_path / "a.kv", *named).exit_code == 0
+    out = tmp_path / "a.json"
+    sizes = ["--contexts", 200, "--steps", 1, "--repeats", 1, "--alone", "--out", out]
+    assert run("bench", *named, *sizes).exit_code == 0
+    said = json.loads(out.read_text())["config"]
+    assert (said["cache"], said["positions"], said["prefill"]) == ("full", "absolute", "auto")
+    out.unlink()
+    lengths = ["--lengths", 200, "--depths", 1, "--limit", 1, "--policies", "sparse", "--compare", "sparse"]
+    told = run("eval", "needle", *named, *lengths, *few, "--out", out)
+    assert told.exit_code == 0, told.output
+    (policy,) = json.loads(out.read_text())["config"]["policies"]
+    assert (policy["config"]["cache"], policy["config"]["positions"]) == ("full", "absolute")
