@@ -214,7 +214,7 @@ def unpack_caches(arrays: Mapping[str, mx.array], header: Mapping[str, str]) -> 
             contents.append(arrays[key] if key in arrays else scalars[key])
             i += 1
         if header["format"] == _UNNUMBERED and name == BudgetKVCache.__name__:
-            contents[_BEFORE_NUMBERS:_BEFORE_NUMBERS] = [None, 0, 0]
+            contents[_BEFORE_NUMBERS:_BEFORE_NUMBERS] = [None, 0, 0, None]
         caches.append(_rebuilt(name, contents))
     # All of it, in this thread: what is lazy belongs to it.
     mx.eval([_contents_of(cache) for cache in caches])

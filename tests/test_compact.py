@@ -12,6 +12,7 @@ from test_cuts import make_text, same
 from test_retention import with_heads
 
 from mlx_dsa import load_cache, patch_sparse_generate, save_cache
+from mlx_dsa.cache.numbers import Numbers
 from mlx_dsa.positions import turn
 
 RULES = dict(n_sink=3, n_recent=5, observation_window=8, top_k=24, stream_chunk=16)
@@ -87,6 +88,45 @@ def test_many_turns_in_16_bits_lose_little():
     assert 1e-4 < gaps[0] < 0.002 and gaps[-1] < 0.025
     other = turn(rope, start.astype(mx.float32), by.sum(axis=0))  # one turn more
     assert mx.linalg.norm(keys - other) / mx.linalg.norm(other) > 0.1
+
+
+@pytest.mark.parametrize("dtype", (mx.bfloat16, mx.float16))
+def test_keys_of_16_bits_are_not_worn_by_many_numberings(dtype):
+    """Entries that live on while two before them go at each of 256 cuts."""
+    rope = nn.RoPE(64, base=1e6)
+    n, cuts, new = 32, 256, 4
+    raw = mx.random.normal((1, 2, 2 * cuts + n + new * cuts, 64), key=mx.random.key(2))
+
+    def places(x):
+        return mx.array(x.astype(np.int32))[None]
+
+    def rotated(positions, numbers):
+        return turn(rope, raw[:, :, mx.array(positions)], places(numbers))
+
+    def onwards(x, by):
+        return turn(rope, x, by)
+
+    numbers, positions = Numbers(), np.arange(2 * cuts + n)
+    keys = worn = rotated(positions, positions).astype(dtype)
+    for cut in range(cuts):
+        offset = 2 * cuts + n + new * (cut + 1)
+        more = np.arange(offset - new, offset)
+        born = rotated(more, more - numbers.shift).astype(dtype)
+        keys, worn = (mx.concatenate([x, born], axis=2) for x in (keys, worn))
+        positions = np.concatenate([positions, more])
+        slots = np.arange(2, len(positions) - new)
+        numbers.take(places(positions), places(slots))
+        keys, worn, positions = keys[:, :, 2:-new], worn[:, :, 2:-new], positions[slots]
+        worn = turn(rope, worn, places(np.arange(len(slots))) - numbers.of(places(positions)))
+        keys = numbers.renew(places(positions), offset, keys, onwards)
+        mx.eval(keys, worn)
+    exact = rotated(positions, np.arange(n))
+
+    def error(x):
+        return (mx.linalg.norm(x.astype(mx.float32) - exact) / mx.linalg.norm(exact)).item()
+
+    assert error(keys) < 2 * error(exact.astype(dtype)) < 0.01
+    assert error(worn) > 4 * error(keys)
 
 
 def first_keys(model, tokens, positions, numbers):

@@ -198,7 +198,7 @@ class BudgetKVCache(FullKVCache):
     def renumber(self, turn: Callable[[mx.array, mx.array], mx.array]):
         """Number entries from 0 on, in the order of the text, after a prune or a plan;
         ``turn`` rotates keys ``[B, Hkv, n, D]`` on by ``[B, n]`` positions."""
-        self._buffers[0] = turn(self.keys, self._numbers.renew(self.positions, self.offset))
+        self._buffers[0] = self._numbers.renew(self.positions, self.offset, self.keys, turn)
         self._tie(*self._numbers.arrays)
 
     def _set_planned(self, n: int):
@@ -324,7 +324,7 @@ class BudgetKVCache(FullKVCache):
         self.prompt = PromptPhase.from_code(prompt, getattr(self, "prompt", None))
         self._positions, in_order, self.budget, self.n_planned, *rest = rest
         self._numbers = Numbers()
-        self._numbers.contents, rest = rest[:3], rest[3:]
+        self._numbers.contents, rest = rest[:4], rest[4:]
         *window, late, late_slots = rest[:5]
         self._late = LateStates(self.most_late)
         if late is not None:

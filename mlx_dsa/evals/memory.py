@@ -58,7 +58,7 @@ def computed_bytes(subject, policy, length, itemsize):
 
     A layer without attention counts for nothing. A dense layer keeps every key and value. A sparse layer has an index key for each entry besides;
     with a budget also the retention head's two scores (4 bytes each), if there is a head, and, once
-    it has evicted, the entries' positions (4 bytes each) and their numbers, if these are others (4 more). What waits to be scored, up to 64 hidden
+    it has evicted, the entries' positions (4 bytes each) and their numbers, if these are others (4 more, and in 16 bits the keys unrotated). What waits to be scored, up to 64 hidden
     states a layer, is not counted. ``None`` for a tiered cache, whose cold entries are quantised.
     """
     config, total = policy.config, 0
@@ -76,7 +76,9 @@ def computed_bytes(subject, policy, length, itemsize):
             continue
         if config.wants_heads and indexer.has_retention:
             sparse += 8
-        places = 8 if config.positions == "compact" else 4
+        places = 4
+        if config.positions == "compact":
+            places += 4 + (entry // 2 if itemsize < 4 else 0)
         total += length * sparse if length <= config.top_k else config.top_k * (sparse + places)
     return total
 
