@@ -162,7 +162,7 @@ def as_before(monkeypatch):
     contents = BudgetKVCache.contents
     monkeypatch.setattr(saved_module, "_FORMAT", "mlx-dsa cache 3")
     monkeypatch.setattr(
-        saved_module, "_contents_of", lambda c: (lambda held: [*held[:9], *held[12:]])(contents.fget(c))
+        saved_module, "_contents_of", lambda c: (lambda held: [*held[:9], *held[13:]])(contents.fget(c))
     )
     fields = saved_module.dataclasses.asdict
     monkeypatch.setattr(
