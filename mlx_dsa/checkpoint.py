@@ -33,6 +33,7 @@ _HIDDEN_STATE, _WEIGHTED, _UNWEIGHTED = "hidden_state", "weighted", "unweighted"
 # Matrices stored in fewer bits, as MLX quantises; each with its scales and biases beside it.
 _BITS, _GROUP_SIZE = "bits", 64
 _QUANTISED = (".scales", ".biases")
+_HEAD = "retention.up.weight"  # of a layer that has a retention head
 _SIZES = {  # argument -> its key in run_config.json
     "dim": "hidden_size",
     "proj_dim": "proj_dim",
@@ -93,6 +94,20 @@ def load_indexers(
         indexer.eval()
     evaluate(*indexers.values())
     return indexers
+
+
+def has_heads(path: str | os.PathLike) -> bool:
+    """Return whether the indexers of a file have retention heads; all have, or none.
+
+    Only the file's header is read.
+
+    Args:
+        path (str or PathLike): As in :func:`load_indexers`.
+
+    Raises:
+        ValueError: If the file is missing or damaged.
+    """
+    return any(name.endswith(_HEAD) for name in _read_header(_find_file(Path(path)))[1])
 
 
 def save_indexers(
@@ -203,15 +218,8 @@ def _complete_sizes(given: dict[str, int | None], run_config: Path) -> dict[str,
 
 def _read_tensors(file: Path) -> tuple[dict[str, mx.array], bool]:
     """Return the tensors, and whether they read the unweighted hidden state."""
-    try:
-        # mx.load reads lazily and would find a short file only in use.
-        with safe_open(file, framework="numpy") as header:
-            metadata = header.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"[load_indexers] {file} is damaged or not a safetensors file ({error}). "
-            f"Download or copy it again."
-        ) from None
+    # mx.load reads lazily and would find a short file only in use.
+    metadata, _ = _read_header(file)
     form, bits = metadata.get(_HIDDEN_STATE, _WEIGHTED), metadata.get(_BITS)
     if form not in (_WEIGHTED, _UNWEIGHTED) or bits not in (None, "8"):
         told = f"a hidden state {form!r}" if bits in (None, "8") else f"matrices of {bits!r} bits"
@@ -222,6 +230,18 @@ def _read_tensors(file: Path) -> tuple[dict[str, mx.array], bool]:
     if not tensors:
         raise ValueError(f"[load_indexers] {file} holds no tensors.")
     return _dequantise(tensors, int(bits)) if bits else tensors, form == _UNWEIGHTED
+
+
+def _read_header(file: Path) -> tuple[dict[str, str], list[str]]:
+    """Return a file's metadata, and the names of its tensors."""
+    try:
+        with safe_open(file, framework="numpy") as header:
+            return header.metadata() or {}, list(header.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"[load_indexers] {file} is damaged or not a safetensors file ({error}). "
+            f"Download or copy it again."
+        ) from None
 
 
 def _quantise(tensors: Mapping[str, mx.array], bits: int) -> dict[str, mx.array]:
@@ -261,7 +281,7 @@ def _infer_args(sizes: dict, tensors: dict[str, mx.array], file: Path) -> Indexe
         index_rope_dim=sizes["rope_dim"],
         norm=any("norm" in name for name in tensors),
         retention_dim=next(
-            (t.shape[0] for n, t in tensors.items() if n.endswith("retention.up.weight")), 0
+            (t.shape[0] for n, t in tensors.items() if n.endswith(_HEAD)), 0
         ),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 
@@ -24,8 +24,9 @@ class SparseConfig:
         n_recent (int): Newest tokens, likewise. Default: ``64``.
         prefill (str): ``"dense"``, ``"exact"`` (one selection a query),
           ``"tile"`` (one selection a tile of queries), ``"stream"`` (cut to the budget
-          while it is read) or ``"auto"`` (tile where ``top_k`` has room for it, else
-          exact). Default: ``"auto"``.
+          while it is read) or ``"auto"``: stream where a budget has positions
+          ``"compact"``, evict ``"retention"`` and a retention head in every sparse layer;
+          elsewhere tile where ``top_k`` has room for it, else exact. Default: ``"auto"``.
         tile_size (int): Queries that share one selection in ``"tile"``.
           Default: ``64``.
         stream_chunk (int): Tokens of a text between two cuts in ``"stream"``.
@@ -130,6 +131,22 @@ class SparseConfig:
         return self.cache == "budget" and self.evict in ("retention", "blend")
 
     @property
+    def auto_may_stream(self) -> bool:
+        """Whether ``"auto"`` is ``"stream"`` once every sparse layer has a retention head."""
+        return (self.prefill, self.cache, self.positions, self.evict) == (
+            "auto", "budget", "compact", "retention"
+        )  # fmt: skip
+
+    def resolved(self, has_heads: bool) -> SparseConfig:
+        """Return the config with ``"stream"`` in place of an ``"auto"`` that takes it.
+
+        Args:
+            has_heads (bool): Whether every sparse layer has a retention head.
+        """
+        streams = has_heads and self.auto_may_stream
+        return replace(self, prefill="stream") if streams else self
+
+    @property
     def tile_fits(self) -> bool:
         """Whether ``top_k`` has room for a tile's own keys and the forced ones."""
         return self.top_k >= self.tile_size + self.n_sink + self.n_recent
@@ -154,7 +171,8 @@ def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     """Put settings over others.
 
     Where ``changes`` name ``top_k`` alone, the ``n_recent`` of ``values`` is at most half
-    of it, and a warning says so where that changes something.
+    of it, and a warning says so where that changes something. Where they name a cache that
+    keeps everything and no positions, these are absolute.
 
     Args:
         values (Mapping): Fields of :class:`SparseConfig` and others.
@@ -164,6 +182,9 @@ def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
         dict: Both together.
     """
     merged = {**values, **changes}
+    if changes.get("cache", "budget") != "budget" and "positions" not in changes:
+        if values.get("positions") == "compact":  # of a budget that is not asked for
+            merged["positions"] = SparseConfig.positions
     top_k, n_recent = changes.get("top_k"), values.get("n_recent")
     n_sink = merged.get("n_sink", SparseConfig.n_sink)
     if "n_recent" in changes or not all(isinstance(n, int) for n in (top_k, n_recent, n_sink)):

@@ -190,6 +190,19 @@ def forget(description: Mapping[str, Any] | None = None) -> bool:
     return len(others) < len(entries)
 
 
+def resolve_auto(config: SparseConfig, indexers: Mapping[int, Indexer]) -> SparseConfig:
+    """Return a config with ``"stream"`` in place of an ``"auto"`` that takes it.
+
+    Args:
+        config (SparseConfig): What is asked for.
+        indexers (Mapping): Layer number to :class:`Indexer`.
+    """
+    if not config.auto_may_stream:
+        return config
+    sparse = [x for i, x in indexers.items() if i not in config.dense_layers]
+    return config.resolved(bool(sparse) and all(x.has_retention for x in sparse))
+
+
 def plan_prefill(
     crossovers: Mapping[str, int | None] | None, config: SparseConfig
 ) -> PrefillPlan:
@@ -197,7 +210,8 @@ def plan_prefill(
 
     Args:
         crossovers (Mapping, optional): From :func:`lookup`, for ``prefill="auto"``.
-        config (SparseConfig): What is asked for, and what fits ``top_k``.
+        config (SparseConfig): What is asked for, from :func:`resolve_auto`, and what fits
+          ``top_k``.
 
     Returns:
         PrefillPlan: As the config says. ``"auto"`` is tile where that wins, else

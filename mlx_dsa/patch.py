@@ -18,7 +18,7 @@ from .attention import SparseAttention
 from .cache import BudgetKVCache, ColdFile, FullKVCache, make_cache
 from .cache.callers import find_caller
 from .config import SparseConfig
-from .crossovers import describe, lookup, plan_prefill
+from .crossovers import describe, lookup, plan_prefill, resolve_auto
 from .families import Layer, family_of
 from .files import HeldFile
 from .indexer import Indexer
@@ -39,7 +39,8 @@ class SparsePatch:
     every cache that it has made.
 
     Attributes:
-        config (SparseConfig): What the patch does.
+        config (SparseConfig): What the patch does, with ``"stream"`` in place of a
+          prefill ``"auto"`` that takes it.
         layers (dict): Layer number to the :class:`SparseAttention` in its place.
         keeps_all (bool): Whether a layer with attention is left as it is.
     """
@@ -47,7 +48,7 @@ class SparsePatch:
     def __init__(
         self, model: nn.Module, indexers: Mapping[int, Indexer], config: SparseConfig
     ):
-        self.config = config
+        self.config = config = resolve_auto(config, indexers)
         self._model = model
         # Each with an empty one as mlx-lm would make it.
         self._caches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

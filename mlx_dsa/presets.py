@@ -15,7 +15,7 @@ from mlx_lm import load
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .arrays import evaluate
-from .checkpoint import INDEXERS, load_indexers
+from .checkpoint import INDEXERS, has_heads, load_indexers
 from .config import SparseConfig, override
 from .hub import INDEXER_FILES, fetch, first_line, flawed_json, is_repository
 from .indexer import Indexer
@@ -181,6 +181,42 @@ def resolve(name: str | None = "tiny", **overrides: Any) -> Settings:
     if not model:
         raise ValueError("[mlx-dsa] no model is named: give 'model', or a preset.")
     return Settings(str(model), indexer and str(indexer), SparseConfig.from_dict(values))
+
+
+def heads_of(settings: Settings, *, download: bool = True) -> bool | None:
+    """Return whether the indexers that settings name have retention heads.
+
+    Args:
+        settings (Settings): From :func:`resolve`.
+        download (bool): Whether what is on the hub may be fetched. Default: ``True``.
+
+    Returns:
+        bool, optional: ``None`` if none are named, or they are not on this machine.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    name = settings.indexer
+    if name is None:
+        return None
+    try:
+        return has_heads(fetch(name, INDEXER_FILES, download=download))
+    except FileNotFoundError:
+        if download or not is_repository(name):
+            raise
+        return None
+
+
+def resolve_auto_of(settings: Settings, *, download: bool = True) -> Settings:
+    """Return settings with ``"stream"`` in place of an ``"auto"`` that takes it.
+
+    Args:
+        settings, download: As in :func:`heads_of`.
+    """
+    if not settings.config.auto_may_stream:
+        return settings
+    heads = heads_of(settings, download=download)
+    return settings._replace(config=settings.config.resolved(bool(heads)))
 
 
 def names_of(settings: Settings) -> dict[str, str]:

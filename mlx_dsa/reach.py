@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
 from .cache import FullKVCache
 from .config import SparseConfig
+from .crossovers import resolve_auto
 from .eviction import steps_planned
 from .families import family_of, positions_of
+from .indexer import Indexer
 from .patch import patch_of
 from .positions import check_positions
 
@@ -131,16 +133,19 @@ def reach_of(model: nn.Module) -> Reach:
     return Reach(limit, patch.config, patch.keeps_all)
 
 
-def reach_with(model: nn.Module, indexers: Collection[int], config: SparseConfig | None) -> Reach:
+def reach_with(
+    model: nn.Module, indexers: Mapping[int, Indexer], config: SparseConfig | None
+) -> Reach:
     """Return which positions texts of a model take once it is patched.
 
     Args:
         model (nn.Module): From mlx-lm, of a known family.
-        indexers (Collection): Layers with an indexer.
+        indexers (Mapping): Layer number to :class:`Indexer`.
         config (SparseConfig, optional): How it will be patched; ``None`` if it will not.
     """
     limit = positions_of(model)
     if config is None:
         return Reach(limit)
     layers = family_of(model).layers(model)
-    return Reach(limit, config, not set(layers) <= set(indexers) - set(config.dense_layers))
+    keeps_all = not set(layers) <= set(indexers) - set(config.dense_layers)
+    return Reach(limit, resolve_auto(config, indexers), keeps_all)

@@ -302,9 +302,12 @@ def _check_config(path: Path, stored: Mapping[str, Any], patch: SparsePatch):
     mine = json.loads(json.dumps(dataclasses.asdict(patch.config)))
     for name in kept_by(stored, mine):
         if stored.get(name) != mine[name]:
+            wanted = stored.get(name)
+            if (name, wanted) == ("prefill", "auto"):  # which is "stream" here, not there
+                wanted = "tile, exact or dense"
             raise ValueError(
                 f"[load_cache] {path} was made with {name} = {stored.get(name)} but the "
-                f"patch has {mine[name]}. Set {name} to {stored.get(name)}."
+                f"patch has {mine[name]}. Set {name} to {wanted}."
             )
 
 

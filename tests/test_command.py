@@ -109,7 +109,7 @@ def message(made, **fields):
         ),
         (
             message(SparseConfig, evict="no", n_recent=9),
-            "'evict' must be one of retention, keydiff, index, window but got 'no'. Set evict in a "
+            "'evict' must be one of retention, blend, keydiff, index, window but got 'no'. Set evict in a "
             "--config file.",
         ),
         ("[save] 'prefill' of my_top_k/top_k.txt", "--prefill of my_top_k/top_k.txt"),

@@ -23,7 +23,7 @@ from mlx_dsa.saved import read_saved
 COMPACT = ["--positions", "compact"]
 
 
-@pytest.mark.parametrize("way", [[], ["--prefill", "stream", "--stream-chunk", 64]], ids=["once", "stream"])
+@pytest.mark.parametrize("way", [["--prefill", "exact"], ["--prefill", "stream", "--stream-chunk", 64]], ids=["once", "stream"])
 def test_a_document_is_numbered_anew_and_asked(folder, tmp_path, way):
     file = tmp_path / "book.kv"
     result = compress(folder, file, *way, *COMPACT)
@@ -47,7 +47,8 @@ def test_chat_and_generate_take_it_and_say_it(folder):
 
 
 def test_info_and_files_of_settings_name_it(folder, tmp_path):
-    assert "prefill auto, positions compact, " in run("info", *options(folder), *COMPACT).output
+    told = run("info", *options(folder), *COMPACT, "--prefill", "exact").output
+    assert "prefill exact, positions compact, " in told
     assert "positions compact" not in run("info", *options(folder)).output
     file = tmp_path / "settings.json"
     file.write_text(json.dumps({"positions": "compact"}))
@@ -161,7 +162,7 @@ def as_before(monkeypatch):
     contents = BudgetKVCache.contents
     monkeypatch.setattr(saved_module, "_FORMAT", "mlx-dsa cache 3")
     monkeypatch.setattr(
-        saved_module, "_contents_of", lambda c: (lambda held: [*held[:9], *held[12:]])(contents.fget(c))
+        saved_module, "_contents_of", lambda c: (lambda held: [*held[:9], *held[13:]])(contents.fget(c))
     )
     fields = saved_module.dataclasses.asdict
     monkeypatch.setattr(

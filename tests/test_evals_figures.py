@@ -89,7 +89,7 @@ def needle_result(*names):
     policies = make_policies(["dense", *names], CONFIG)
     cell = dict(length=1024, depth=None, n=4, value=1.0, low=0.5, high=1.0, read_s=1.0, peak_gb=None)
     rows = [{"policy": p.label, "top_k": p.top_k, **cell} for p in policies]
-    return {"kind": "needle", "config": {"policies": policies_config(policies)}, "rows": rows, "pairs": []}
+    return {"kind": "needle", "config": {"policies": policies_config(policies, {})}, "rows": rows, "pairs": []}
 
 
 def test_what_keeps_everything_is_not_said_to_keep_a_share():

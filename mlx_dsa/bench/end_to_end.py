@@ -15,6 +15,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..config import SparseConfig
+from ..crossovers import resolve_auto
 from ..families import family_of, positions_of
 from ..indexer import Indexer
 from ..patch import SparsePatch, patch_sparse_generate
@@ -155,7 +156,7 @@ class _Runner:
     def __init__(self, model, indexers, config, chunk, clock):
         self._model = model
         self._indexers = indexers
-        self._config = config
+        self._config = resolve_auto(config, indexers)
         self._chunk = chunk
         self._clock = clock
         with self._patched("sparse") as patch:

@@ -16,6 +16,7 @@ from rich.console import Console
 from ..bench import TRAINED, OpsShape, bench_ops, check_contexts
 from ..bench import bench as run_bench
 from ..bench.plot import plot as draw
+from ..crossovers import resolve_auto
 from ..evals.results import device, versions, write_text
 from ..families import family_of
 from ..presets import runs_float32
@@ -119,6 +120,7 @@ def bench(
                 config["steps"] = steps = steps or 256
                 options = {"repeats": repeats, "steps": steps, "chunk": chunk}
                 result = _end_to_end(subject, contexts, alone, options, write)
+                config |= result.pop("config")
         result |= {"config": config, "device": device(), "versions": versions()}
         if out:
             write_text(out, json.dumps(result, indent=1) + "\n")
@@ -161,7 +163,8 @@ def _journal(out: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
 def _end_to_end(
     subject: Subject, contexts: list[int], alone: bool, options: dict[str, int], write: Callable
 ) -> dict[str, Any]:
-    (model, indexers), config = subject.load(), subject.config
+    model, indexers = subject.load()
+    config = resolve_auto(subject.config, indexers)
     check_contexts(contexts, options["steps"], model)
     for context in contexts:
         if context <= config.top_k:
@@ -198,7 +201,7 @@ def _end_to_end(
             rows.append(row)
             write(row)
     print_table(*_table(rows))
-    return {"rows": rows, "passes": passes}
+    return {"rows": rows, "passes": passes, "config": asdict(config)}
 
 
 def _ops(

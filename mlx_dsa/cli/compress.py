@@ -16,7 +16,7 @@ import numpy as np
 
 from ..cache import BudgetKVCache
 from ..patch import SparsePatch
-from ..presets import Settings, names_of
+from ..presets import Settings, names_of, resolve_auto_of
 from ..saved import load_cache, save_cache
 from ..unfinished import UnfinishedReading
 from .command import Command
@@ -57,8 +57,8 @@ _LINES = 30.0  # seconds between two lines of a log
     "--save-every",
     metavar="SECONDS",
     type=FiniteRange(min=0),
-    help="With --prefill stream: write the part file as often; 0: after every chunk. Default: "
-    "after every chunk, or as seldom as makes that 1/25 of the time.",
+    help="Where it is read by stream: write the part file as often; 0: after every chunk. "
+    "Default: after every chunk, or as seldom as makes that 1/25 of the time.",
 )
 @click.option("--system", metavar="TEXT", help="A system message.")
 @model_options
@@ -80,7 +80,8 @@ def compress(
     mlx-dsa chat --cache-file goes on from it, with the same model, indexers and
     settings, which it finds in the file.
 
-    With --prefill stream a document may be long: memory does not grow with it, and
+    With --prefill stream, which auto takes with --positions compact where indexers have
+    retention heads, a document may be long: memory does not grow with it, and
     what is read is kept on the way in a part file, the cache file's name and .part.
     Where the command is stopped or killed, the same command goes on from there, to the
     same result; what was read since the part file was last written is read again. At
@@ -88,7 +89,7 @@ def compress(
     """
     path, page = Path(out), Path(report) if report else None
     part_path = path.with_name(f"{path.name}.part")
-    settings = settings_from(**given)
+    settings = resolve_auto_of(settings_from(**given))
     streams = _check(settings, path, page, save_every, force)
     if streams:
         check_output(part_path)

@@ -13,6 +13,8 @@ from mlx_lm.sample_utils import make_sampler
 from rich.console import Console
 from rich.live import Live
 
+from ..config import override
+from ..crossovers import resolve_auto
 from ..evals.facts import user_message
 from ..patch import patch_sparse_generate
 from ..presets import Preset, load_settings, resource
@@ -81,7 +83,8 @@ def demo(prompt: str | None, interactive: bool, file: str | None, **given: Any):
     hint_at_blas()
     preset = load_settings(settings)
     console = Console()
-    console.print(f"{settings.model}: {describe_config(preset.config)}", soft_wrap=True)
+    config = resolve_auto(preset.config, preset.indexers)
+    console.print(f"{settings.model}: {describe_config(config)}", soft_wrap=True)
     own = prompt is not None or interactive
     for item in _own(prompt, interactive, document) if own else _bundled():
         _compare(preset, caches, item, console)
@@ -155,7 +158,7 @@ def _compare(preset: Preset, caches: tuple[str, ...], prompt: Prompt, console: C
 
         _answer(preset, prompt, dense, show)
         for cache, column in zip(caches, sparse):
-            config = {**vars(preset.config), "cache": cache}
+            config = override(vars(preset.config), {"cache": cache})
             with patch_sparse_generate(preset.model, preset.indexers, **config):
                 _answer(preset, prompt, column, show)
     if not console.is_terminal:

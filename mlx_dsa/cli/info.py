@@ -18,7 +18,8 @@ from ..crossovers import plan_prefill
 from ..hub import INDEXER_FILES, MODEL_FILES, fetch, is_repository, read_object
 from ..indexer import Indexer
 from ..ops import check_backend
-from ..presets import Settings, preset_names, read_indexers, resource, runs_float32
+from ..presets import Settings, preset_names, read_indexers, resolve_auto_of, resource
+from ..presets import runs_float32
 from ..saved import SavedSettings
 from ..versions import package_version
 from .command import Command
@@ -26,6 +27,9 @@ from .options import dense_option, describe_config, model_options, open_saved
 from .options import settings_from, sparse_options
 from .session import hint_at_blas
 from .tune import describe_crossovers, describe_measured
+
+
+_STREAMS = "not needed: prefill auto is stream (positions compact, retention heads)"
 
 
 @click.command(cls=Command)
@@ -86,11 +90,13 @@ def _model(settings: Settings) -> str:
 
 def _sparse_rows(settings: Settings) -> list[tuple[str, str]]:
     check_backend(settings.config.backend)
+    config = resolve_auto_of(settings, download=False).config
+    streams = config.prefill == "stream" != settings.config.prefill
     return [
         ("Indexers", _indexers(settings)),
-        ("Config", describe_config(settings.config)),
+        ("Config", describe_config(config)),
         ("Backend", settings.config.backend),
-        ("Tuned", _tuned(settings)),
+        ("Tuned", _STREAMS if streams else _tuned(settings)),
     ]
 
 

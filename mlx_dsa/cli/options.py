@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..config import SparseConfig, override
-from ..presets import Settings, preset_names, read_settings, resolve
+from ..presets import Settings, heads_of, preset_names, read_settings, resolve
 from ..saved import SavedSettings, kept_by, read_saved
 from .outputs import OutputPath
 
@@ -55,6 +55,10 @@ positions_option = click.option(
     help="With --cache budget: what is kept stays where it stood in the text; or it is "
     "numbered anew whenever something is dropped.",
 )
+PREFILL_HELP = (
+    "How the prompt is read; stream drops what does not fit top-k on the way. auto: stream "
+    "with --positions compact where indexers have retention heads, else tile where it is fast."
+)
 _SPARSE = (
     click.option("--top-k", type=int, help="Keys that a query attends to."),
     click.option(
@@ -83,13 +87,14 @@ _SPARSE = (
     click.option(
         "--prefill",
         type=click.Choice(["auto", "dense", "exact", "tile", "stream"]),
-        help="How the prompt is read; stream drops what does not fit top-k on the way.",
+        help=PREFILL_HELP,
     ),
     click.option(
         "--stream-chunk",
         type=int,
         metavar="N",
-        help="With --prefill stream: tokens of the text between two cuts. Default: 2048.",
+        help="Where a prompt is read by stream: tokens of the text between two cuts. "
+        "Default: 2048.",
     ),
     positions_option,
 )
@@ -196,11 +201,17 @@ def settings_from(
     if preset is None and "model" not in values:
         preset = "tiny"
     settings = resolve(preset, **values)
-    if "stream_chunk" in given and settings.config.prefill != "stream":
+    if "stream_chunk" in given and not _may_stream(settings):
         raise click.UsageError(
             "--stream-chunk has no effect without --prefill stream. Leave it out."
         )
     return settings
+
+
+def _may_stream(settings: Settings) -> bool:
+    if settings.config.auto_may_stream:
+        return heads_of(settings, download=False) is not False
+    return settings.config.prefill == "stream"
 
 
 def open_saved(cache_file: str | None, dense: bool) -> SavedSettings | None:
@@ -224,6 +235,8 @@ def _with_saved(
 ) -> tuple[str | None, dict[str, Any]]:
     """Fill settings up with those that a saved cache was made with."""
     made, about = saved.config, saved.metadata
+    if values.get("prefill") == "auto" and _auto_streamed(made):
+        values = {name: value for name, value in values.items() if name != "prefill"}
     for name in kept_by(made, values):
         if name in values and values[name] != made.get(name):
             raise ValueError(
@@ -236,6 +249,12 @@ def _with_saved(
         values = {**names, **values}
     how = {key: value for key, value in made.items() if key not in _OF_THE_MACHINE}
     return preset, {**how, **values}
+
+
+def _auto_streamed(made: dict[str, Any]) -> bool:
+    """Return whether ``"auto"`` may have made a cache that was streamed."""
+    how = SparseConfig.from_dict({**made, "prefill": "auto"})
+    return made["prefill"] == "stream" and how.auto_may_stream
 
 
 def subject_name(

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from ..bench import tune as run_tune
-from ..crossovers import CROSSING, Measured, crossover_file, describe, forget
+from ..crossovers import CROSSING, Measured, crossover_file, describe, forget, resolve_auto
 from .command import Command
 from .eval.show import print_table
 from .options import FiniteRange
@@ -39,7 +39,7 @@ def tune(chunk: int, seconds: float, reset: bool, everything: bool, **given: Any
     """Measure from which length on sparse attention is faster than dense, and store it.
 
     --prefill auto then follows it for the same model shape, settings, device and
-    versions.
+    versions, unless it is stream: with --positions compact and retention heads.
     """
     if everything and not reset:
         raise click.UsageError("--all needs --reset.")
@@ -50,8 +50,10 @@ def tune(chunk: int, seconds: float, reset: bool, everything: bool, **given: Any
     subject = open_subject(**given)
     console = Console(stderr=True)
     with console.status("Measuring"):
+        model, indexers = subject.load()
         result = run_tune(
-            *subject.load(),
+            model,
+            indexers,
             subject.config,
             chunk=chunk,
             seconds=seconds,
@@ -63,6 +65,8 @@ def tune(chunk: int, seconds: float, reset: bool, everything: bool, **given: Any
     lengths = [row["keys"] for row in rows]
     for line in describe_crossovers(result["crossovers"], lengths, result["left_out"]):
         click.echo(line)
+    if resolve_auto(subject.config, indexers) != subject.config:
+        click.echo("Note: with these settings prefill auto is stream, at every length.", err=True)
     if result["file"]:
         click.echo(f"Wrote {result['file']}")
     else:

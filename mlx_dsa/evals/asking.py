@@ -45,7 +45,7 @@ def ask(kind, subject, policies, items, about, *, max_tokens, batch_size, compar
         **about,
         "max_tokens": max_tokens,
         "batch_size": batch_size,
-        "policies": policies_config(policies),
+        "policies": policies_config(policies, subject.indexers),
         "compare": compare,
         "cases": fingerprint([[t.ids for t in item.turns] for item in items]),
     }

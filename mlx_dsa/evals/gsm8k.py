@@ -99,7 +99,7 @@ def gsm8k(
         "max_tokens": max_tokens,
         "batch_size": batch_size,
         "seed": seed,
-        "policies": policies_config(policies),
+        "policies": policies_config(policies, subject.indexers),
         "compare": compare,
         "cases": fingerprint([[p.key, ids, p.answer] for p, ids in items]),
     }

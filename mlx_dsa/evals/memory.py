@@ -37,7 +37,7 @@ def memory(
         **describe(subject, name),
         "lengths": list(lengths),
         "steps": _STEPS,
-        "policies": policies_config(policies),
+        "policies": policies_config(policies, subject.indexers),
     }
     units = [Unit(f"{p.label}/{length}", (p, length)) for p in policies for length in lengths]
 

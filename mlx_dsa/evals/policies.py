@@ -6,11 +6,12 @@ needle) it puts into the token's index key, which the cache keeps, moves and dro
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from ..config import SparseConfig, override
+from ..crossovers import resolve_auto
 from ..patch import patch_sparse_generate
 from .snapkv import SnapEviction, SnapIndexer
 
@@ -181,6 +182,17 @@ class Policy:
     def streams(self):
         """Whether texts are cut to the budget while they are read."""
         return self.config is not None and self.config.prefill == "stream"
+
+    def resolved(self, indexers):
+        """Return the policy with the prefill that "auto" takes with these indexers.
+
+        Args:
+            indexers (Mapping): layer number to Indexer.
+        """
+        if self.config is None:
+            return self
+        # What stands in for an indexer orders eviction by "index", which "auto" never streams.
+        return replace(self, config=resolve_auto(self.config, indexers))
 
     @property
     def wants_marks(self):

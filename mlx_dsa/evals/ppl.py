@@ -113,7 +113,7 @@ def ppl(
         "data": data or "bundled books",
         "batch_size": batch_size,
         "seed": seed,
-        "policies": policies_config(sparse),
+        "policies": policies_config(sparse, subject.indexers),
         "compare": compare,
         "windows": fingerprint([w["ids"] for w in windows]),
         **({} if beside_dense else {"beside_dense": False}),

@@ -43,11 +43,11 @@ def _fingerprint_of(parameters):
     return fingerprint(beginnings)
 
 
-def policies_config(policies):
-    """Return what a result file says of its policies."""
+def policies_config(policies, indexers):
+    """Return what a result file says of its policies, with the prefill that "auto" takes."""
     return [
         {"label": p.label, "scorer": p.scorer, "config": p.config and dict(vars(p.config))}
-        for p in policies
+        for p in (policy.resolved(indexers) for policy in policies)
     ]
 
 

@@ -11,8 +11,9 @@ import click
 
 from ...evals.policies import NAMES, Policy, followed, make_policies
 from ...evals.runner import World, connect
-from ...presets import Preset, load_settings
-from ..options import SEED, add_options, model_options, plot_option, positions_option
+from ...presets import Preset, Settings, heads_of, load_settings
+from ..options import PREFILL_HELP, SEED, add_options, model_options, plot_option
+from ..options import positions_option
 from ..options import settings_from, subject_name
 from ..outputs import OutputPath
 from ..session import hint_at_blas
@@ -76,13 +77,13 @@ _SPARSE = (
     click.option(
         "--prefill",
         type=click.Choice(["auto", "dense", "exact", "tile", "stream"]),
-        help="How the prompt is read; stream drops what does not fit top-k on the way.",
+        help=PREFILL_HELP,
     ),
     click.option(
         "--stream-chunk",
         type=click.IntRange(min=1),
         metavar="N",
-        help="With policy or --prefill stream: tokens between two cuts.  [default: the preset's]",
+        help="Where a policy reads by stream: tokens between two cuts.  [default: the preset's]",
     ),
     positions_option,
 )
@@ -194,7 +195,7 @@ def open_run(
     recent = {} if n_recent is None else {"n_recent": n_recent}
     budgets = [{"top_k": k, **recent} for k in top_k or ()]
     chosen = make_policies(policies, start, budgets)
-    if stream_chunk is not None and not any(p.streams for p in chosen):
+    if stream_chunk is not None and not _any_streams(chosen, settings):
         raise click.UsageError(
             f"--stream-chunk has no effect on {', '.join(policies)}. Leave it out, or use "
             f"policy stream."
@@ -203,6 +204,13 @@ def open_run(
     hint_at_blas()
     name = subject_name(settings, preset, model, config)
     return Run(load_settings(settings), chosen, {"name": name, "out": out, "world": world, **own})
+
+
+def _any_streams(policies: list[Policy], settings: Settings) -> bool:
+    if any(p.streams for p in policies):
+        return True
+    may = any(p.config and p.config.auto_may_stream for p in policies)
+    return may and heads_of(settings, download=False) is not False
 
 
 def open_world() -> World:
