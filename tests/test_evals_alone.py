@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from click.testing import CliRunner
 from evals_subject import make_subject
 
+from mlx_dsa.cli import main
 from mlx_dsa.evals.overview import overview
 from mlx_dsa.evals.plots import plot
 from mlx_dsa.evals.policies import make_policies
@@ -26,8 +28,11 @@ def test_it_scores_the_same_tokens_alike(results):
     assert set(alone) == set(beside) - {"dense"} != set(beside)
     for label, row in alone.items():
         assert row["value"] == pytest.approx(beside[label]["value"]) and row["n"] == beside[label]["n"]
-        assert "kl" not in row
+        assert "kl" not in row and "dense" not in row["buckets"][0]
     assert results[0]["pairs"] and not results[1]["pairs"]
+    records = [result["items"][0] for result in results]
+    assert "dense_nll" in records[0] and not {"dense_nll", "kl", "same_top"} & set(records[1])
+    assert records[1]["nll"] == pytest.approx(records[0]["nll"])
 
 
 def test_it_is_shown(results, tmp_path):
@@ -74,3 +79,15 @@ def test_a_context_leaves_what_is_scored_where_windows_overlap():
     options = dict(OPTIONS, beside_dense=False, stride=30)
     rows = [ppl(subject, policies, context=c, **options)["rows"][0] for c in (None, 100, 20 + 64)]
     assert [row["n"] for row in rows] == [2 * 30] * 3
+
+
+def test_the_command_takes_both(tmp_path):
+    options = ["--lengths", "400", "--path", "decode", "--decode-tokens", "8", "--limit", "1", "--top-k", "128"]
+    options += ["--alone", "--context", "300", "--out", str(tmp_path / "ppl.json")]
+    done = CliRunner().invoke(main, ["eval", "ppl", "--policies", "retention", *options])
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "ppl.json").read_text())
+    assert result["config"]["context"] == 300 and [r["policy"] for r in result["rows"]] == ["retention@128"]
+    refused = CliRunner().invoke(main, ["eval", "ppl", "--path", "prefill", *options[:2], "--context", "300"])
+    assert refused.exit_code == 2 or "path decode" in refused.output
+    assert refused.exit_code and "Traceback" not in refused.output

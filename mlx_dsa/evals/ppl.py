@@ -178,25 +178,28 @@ def _score(subject, policies, batch, hidden, length, first, buckets, beside_dens
         skip = min(max(0, low - begin), states.shape[1] - 1)  # what doesn't count
         begin += skip
         states = states[:, skip:]
-        scored = _compare(model, dense[:, skip:] if beside_dense else states, states, ids[:, begin + 1 :])
+        read_by = [dense[:, skip:], states] if beside_dense else [states]
+        scored = _compare(model, read_by, ids[:, begin + 1 :])
         records += [_record(policy, *of, begin, low, buckets) for of in zip(batch, scored)]
     return records
 
 
-def _compare(model, dense, sparse, targets):
-    """Return, for each row, an array `[4, L]`: NLL dense and sparse, KL, same top token."""
+def _compare(model, read_by, targets):
+    """Return, for each row, an array `[4, L]`: NLL dense and sparse, KL, same top token; `[1, L]`,
+    the NLL, where there are no states of the dense model."""
     parts = []
     for at in range(0, targets.shape[1], _BLOCK):
-        both = []
-        for states in (dense, sparse):
+        found = []
+        for states in read_by:
             logits = family_of(model).logits(model, states[:, at : at + _BLOCK]).astype(mx.float32)
-            both.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        p, q = both
+            found.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
         target = targets[:, at : at + _BLOCK, None]
-        nll = [-mx.take_along_axis(x, target, axis=-1)[..., 0] for x in both]
-        kl = (mx.exp(p) * (p - q)).sum(axis=-1)
-        same = (mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)).astype(mx.float32)
-        parts.append(mx.stack([*nll, kl, same], axis=1))
+        scored = [-mx.take_along_axis(x, target, axis=-1)[..., 0] for x in found]
+        if len(found) == 2:
+            p, q = found
+            scored.append((mx.exp(p) * (p - q)).sum(axis=-1))
+            scored.append((mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)).astype(mx.float32))
+        parts.append(mx.stack(scored, axis=1))
         mx.eval(parts[-1])
     return np.array(mx.concatenate(parts, axis=2), dtype=np.float64)
 
@@ -222,7 +225,7 @@ def _record(policy, window, scored, begin, low, buckets):
 
 
 def _sums(scored):
-    names = ("dense_nll", "nll", "kl", "same_top")
+    names = ("nll",) if len(scored) == 1 else ("dense_nll", "nll", "kl", "same_top")
     return dict(zip(names, (float(x) for x in scored.sum(axis=1))))
 
 
@@ -312,13 +315,9 @@ def _buckets(records):
         n = sum(b["n"] for b in same)
         if n == 0:
             continue
-        found.append(
-            {
-                "from": same[0]["from"],
-                "to": same[0]["to"],
-                "n": n,
-                "value": math.exp(sum(b["nll"] for b in same) / n),
-                "dense": math.exp(sum(b["dense_nll"] for b in same) / n),
-            }
-        )
+        means = {"value": "nll", "dense": "dense_nll"}
+        if "dense_nll" not in same[0]:
+            del means["dense"]
+        place = {"from": same[0]["from"], "to": same[0]["to"], "n": n}
+        found.append(place | {k: math.exp(sum(b[of] for b in same) / n) for k, of in means.items()})
     return found

@@ -41,6 +41,17 @@ from .show import run_and_show
     help="With --path decode: tokens fed one by one.  [default: 256]",
 )
 @click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --path decode: read only the last N tokens of a window.  [default: all]",
+)
+@click.option(
+    "--alone",
+    is_flag=True,
+    help="Without the dense model, for texts that are longer than its positions.",
+)
+@click.option(
     "--data",
     metavar="FILE|NAME",
     help="A .txt or .jsonl file, wikitext2, c4, or a hub data set.  [default: bundled books]",
@@ -54,6 +65,7 @@ def ppl(
     length: int | None,
     decode_tokens: int | None,
     limit: int | None,
+    alone: bool,
     quick: bool,
     **given: Any,
 ):
@@ -63,6 +75,7 @@ def ppl(
     """
     run_and_show(
         run_ppl,
+        beside_dense=not alone,
         length=length or (1024 if quick else 4096),
         decode_tokens=decode_tokens or (32 if quick else 256),
         limit=limit or (2 if quick else 16),
