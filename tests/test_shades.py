@@ -13,6 +13,7 @@ from local_models import write_indexers, write_model
 from test_compress import options, refused, run
 
 from mlx_dsa.cli.shades import places_of, share_of, tenths, write_page
+from mlx_dsa.cli.template import ChatTemplate
 from mlx_dsa.presets import load_model, resource
 
 TEXT = 'One <b>&amp;</b> "two" \u00e9\u65e5\u672c \U0001f600\U0001f469\u200d\U0001f680.\n\n  End\x1b of\x7fit \ufb01'
@@ -190,6 +191,16 @@ def test_compress_writes_what_its_cache_keeps(folder, tmp_path, more):
     assert rows["kept in no layer"] == f"{100 * (counts == 0).mean():.1f}%"
     # The newest are kept everywhere.
     assert {level for _, level in shown.shown[-20:]} == {2}
+
+
+def test_a_template_that_changes_a_text_leaves_a_report_of_tenths(folder, tmp_path, monkeypatch):
+    whole = ChatTemplate.document
+    monkeypatch.setattr(ChatTemplate, "document", lambda self, text: whole(self, text).replace("mill", "m-i-l-l"))
+    page, source = tmp_path / "page.html", tmp_path / "mill.txt"
+    source.write_text("The mill is old. The river is wide, and the mill turns. " * 20)
+    result = run("compress", source, "--out", tmp_path / "mill.kv", "--report", page, *options(folder))
+    assert result.exit_code == 0, result.output
+    assert "m-i-l-l" in page.read_text(encoding="utf-8")
 
 
 def test_a_report_that_can_not_be_is_refused_first(folder, tmp_path, monkeypatch):

@@ -235,9 +235,10 @@ def _write_report(
 ):
     share = share_of(_kept(session.patch, caches), figures.seen)
     body = document.text.strip()
-    start = text.rindex(body)
-    sections = document.sections or tenths(body)
-    sections = [(name, start + at) for name, at in sections]
+    start, sections = text.rfind(body), document.sections
+    if start < 0:  # the model's template has changed the text: nobody knows where its files begin
+        start, body, sections = 0, text, None
+    sections = [(name, start + at) for name, at in sections or tenths(body)]
     if start:
         sections.insert(0, ("Before the document", 0))
     of = share.counts.mean() / share.n_layers
