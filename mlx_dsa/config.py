@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
+# Orders of eviction that retention heads decide, alone or among others.
+BY_HEADS = ("retention", "blend")
+
 
 @dataclass(frozen=True)
 class SparseConfig:
@@ -128,7 +131,7 @@ class SparseConfig:
     @property
     def wants_heads(self) -> bool:
         """Whether retention heads decide, alone or among others, what is dropped."""
-        return self.cache == "budget" and self.evict in ("retention", "blend")
+        return self.cache == "budget" and self.evict in BY_HEADS
 
     @property
     def auto_may_stream(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from .cache import BudgetKVCache
-from .config import SparseConfig
+from .config import BY_HEADS, SparseConfig
 from .indexer import Indexer
 from .ops import index_scores
 from .selectors import (
@@ -50,7 +50,7 @@ class Eviction:
         self._turn = turn if config.positions == "compact" else None
         self._forced = config.n_sink, config.n_recent
         self.rule = config.evict
-        if config.evict in _BY_HEADS and not indexer.has_retention:
+        if config.evict in BY_HEADS and not indexer.has_retention:
             self.rule = "keydiff"
 
     def project(self, x: mx.array, offset: int) -> list[mx.array]:
@@ -64,7 +64,7 @@ class Eviction:
             list of mx.array: Index keys ``[B, 1, L, Di]``, and where they decide the
             scores of the retention head, twice, ``[B, 1, L, 2]`` in float32.
         """
-        if self.rule not in _BY_HEADS:
+        if self.rule not in BY_HEADS:
             return [self._indexer.project_keys(x, offset)]
         index_keys, retention = self._indexer.project_entries(x, offset)
         twice = (x.shape[0], 1, x.shape[1], 2)
@@ -104,7 +104,7 @@ class Eviction:
 
     @property
     def _plans(self) -> bool:
-        return self.rule != "index" and self._config.n_recent >= _PLANNED_FROM
+        return steps_planned(self._config) > 0
 
     def _plan(self, worth, size) -> tuple[mx.array, int]:
         n_steps = min(self._config.n_recent, _PLANNED)
@@ -212,4 +212,3 @@ def _standardised(scores: mx.array) -> mx.array:
 
 # Rules by how much a key is like the others: that changes with them.
 _LIKENESS = {"keydiff": _keydiff, "blend": _blend}
-_BY_HEADS = ("retention", "blend")

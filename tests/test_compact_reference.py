@@ -88,26 +88,20 @@ def test_orders_that_are_decided_early_are_the_reference_with_absolute_positions
         assert difference(logits, expected) < LOGITS and kept == stays
 
 
-def never_in_decode(monkeypatch):
-    plan = ReferenceRun._plan
+def never_in(name):
+    """Return a change of the reference: one of its methods numbers nothing anew."""
 
-    def planned(self, cache, i):
-        before, cache.renumber = cache.renumber, lambda: None
-        plan(self, cache, i)
-        cache.renumber = before
+    def change(monkeypatch):
+        of = getattr(ReferenceRun, name)
 
-    monkeypatch.setattr(ReferenceRun, "_plan", planned)
+        def without(self, cache, i):
+            before, cache.renumber = cache.renumber, lambda: None
+            of(self, cache, i)
+            cache.renumber = before
 
+        monkeypatch.setattr(ReferenceRun, name, without)
 
-def never_in_prompts(monkeypatch):
-    prune = ReferenceRun._prune
-
-    def pruned(self, cache, i):
-        before, cache.renumber = cache.renumber, lambda: None
-        prune(self, cache, i)
-        cache.renumber = before
-
-    monkeypatch.setattr(ReferenceRun, "_prune", pruned)
+    return change
 
 
 def counted_from_the_text(monkeypatch):
@@ -117,7 +111,7 @@ def counted_from_the_text(monkeypatch):
     monkeypatch.setattr(LayerCache, "renumber", renumber)
 
 
-@pytest.mark.parametrize("wrong", [never_in_decode, never_in_prompts, counted_from_the_text])
+@pytest.mark.parametrize("wrong", [never_in("_plan"), never_in("_prune"), counted_from_the_text])
 def test_other_ways_to_number_are_seen(small, wrong, monkeypatch):
     model, indexers, reference = small
     rules, calls = rules_for("window", "stream", SIZES[0])

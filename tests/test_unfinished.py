@@ -13,8 +13,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
-from local_models import write_indexers, write_model
 from test_compress import answer_of, ask, options, refused, run
+from test_compress import folder as folder
 
 from mlx_dsa import unfinished
 from mlx_dsa.cli import main, progress
@@ -73,21 +73,6 @@ mx.save_safetensors, os.replace = half, put
 unfinished.UnfinishedReading.keep, unfinished.UnfinishedReading.remove = kept, removed
 main(arguments)
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A small model, indexers, and a document of 15 calls."""
-    root = tmp_path_factory.mktemp("local")
-    for seed, name in enumerate(("model", "other-model")):
-        mx.random.seed(seed)
-        write_model(root / name, tie_word_embeddings=False)
-    for seed, name in enumerate(("indexer", "other-indexer")):
-        mx.random.seed(seed)
-        write_indexers(root / name, retention_dim=4)
-    lines = (f"Line {i} tells of {i * i} sheep and a goat." for i in range(60))
-    (root / "book.txt").write_text(" ".join(lines))
-    return root
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,6 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..config import SparseConfig
-from ..crossovers import resolve_auto
 from ..families import family_of, positions_of
 from ..indexer import Indexer
 from ..patch import SparsePatch, patch_sparse_generate
@@ -156,10 +155,11 @@ class _Runner:
     def __init__(self, model, indexers, config, chunk, clock):
         self._model = model
         self._indexers = indexers
-        self._config = resolve_auto(config, indexers)
+        self._config = config
         self._chunk = chunk
         self._clock = clock
         with self._patched("sparse") as patch:
+            self._config = patch.config  # with what "auto" takes
             layer = next(iter(patch.layers.values()))
             self.prefill = {"mode": layer.prefill, "dense_until": layer.dense_until}
 

@@ -201,17 +201,23 @@ def settings_from(
     if preset is None and "model" not in values:
         preset = "tiny"
     settings = resolve(preset, **values)
-    if "stream_chunk" in given and not _may_stream(settings):
+    if "stream_chunk" in given and not may_stream(settings.config, settings):
         raise click.UsageError(
             "--stream-chunk has no effect without --prefill stream. Leave it out."
         )
     return settings
 
 
-def _may_stream(settings: Settings) -> bool:
-    if settings.config.auto_may_stream:
+def may_stream(config: SparseConfig, settings: Settings) -> bool:
+    """Return whether a prompt is read by stream, as far as can be told without fetching.
+
+    Args:
+        config (SparseConfig): How it is read.
+        settings (Settings): What is loaded.
+    """
+    if config.auto_may_stream:
         return heads_of(settings, download=False) is not False
-    return settings.config.prefill == "stream"
+    return config.prefill == "stream"
 
 
 def open_saved(cache_file: str | None, dense: bool) -> SavedSettings | None:

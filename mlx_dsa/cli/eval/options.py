@@ -11,10 +11,9 @@ import click
 
 from ...evals.policies import NAMES, Policy, followed, make_policies
 from ...evals.runner import World, connect
-from ...presets import Preset, Settings, heads_of, load_settings
-from ..options import PREFILL_HELP, SEED, add_options, model_options, plot_option
-from ..options import positions_option
-from ..options import settings_from, subject_name
+from ...presets import Preset, load_settings
+from ..options import PREFILL_HELP, SEED, add_options, may_stream, model_options
+from ..options import plot_option, positions_option, settings_from, subject_name
 from ..outputs import OutputPath
 from ..session import hint_at_blas
 
@@ -195,7 +194,7 @@ def open_run(
     recent = {} if n_recent is None else {"n_recent": n_recent}
     budgets = [{"top_k": k, **recent} for k in top_k or ()]
     chosen = make_policies(policies, start, budgets)
-    if stream_chunk is not None and not _any_streams(chosen, settings):
+    if stream_chunk is not None and not any(p.config and may_stream(p.config, settings) for p in chosen):
         raise click.UsageError(
             f"--stream-chunk has no effect on {', '.join(policies)}. Leave it out, or use "
             f"policy stream."
@@ -204,13 +203,6 @@ def open_run(
     hint_at_blas()
     name = subject_name(settings, preset, model, config)
     return Run(load_settings(settings), chosen, {"name": name, "out": out, "world": world, **own})
-
-
-def _any_streams(policies: list[Policy], settings: Settings) -> bool:
-    if any(p.streams for p in policies):
-        return True
-    may = any(p.config and p.config.auto_may_stream for p in policies)
-    return may and heads_of(settings, download=False) is not False
 
 
 def open_world() -> World:
