@@ -19,15 +19,16 @@ from .patch import SparsePatch
 from .sealed import Damaged, NotSealed, read_sealed, write_sealed
 
 _CLASSES = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache, ArraysCache)}
-_FORMAT = "mlx-dsa cache 4"
+_FORMAT = "mlx-dsa cache 5"
 PART = "mlx-dsa part"  # how the format of what is half read begins
 # What a kept cache depends on; how it was computed may differ.
 KEPT_BY = ("top_k", "cache", "n_sink", "n_recent", "evict", "dense_layers", "positions")
 # And so does this, where a prompt is cut while it is read.
 _STREAMED_BY = ("prefill", "stream_chunk")
 _OLD_FORMAT = re.compile(rb'"format":"mlx-dsa cache [12]"')
-# Before entries could be numbered anew: how many of a budget's contents come before.
-_UNNUMBERED, _BEFORE_NUMBERS = "mlx-dsa cache 3", 9
+# Of a budget's contents numbers come after so many. Before entries could be numbered anew
+# there were none; then keys that were turned were kept unrotated: rotated by 0.
+_BEFORE_NUMBERS, _UNNUMBERED, _UNROTATED = 9, "mlx-dsa cache 3", "mlx-dsa cache 4"
 _AGAIN = "Make it again: mlx-dsa compress, or save_cache."
 
 
@@ -185,9 +186,7 @@ def pack_caches(
     for layer, cache in enumerate(caches):
         name = type(cache).__name__
         if name not in _CLASSES:
-            raise ValueError(
-                f"[{where}] a {name} can't be saved. Use cache 'budget' or 'full'."
-            )
+            raise ValueError(f"[{where}] a {name} can't be saved. Use cache 'budget' or 'full'.")
         if cache.empty():
             raise ValueError(f"[{where}] 'caches' are empty: read a text first.")
         classes.append(name)
@@ -214,12 +213,23 @@ def unpack_caches(arrays: Mapping[str, mx.array], header: Mapping[str, str]) -> 
         while (key := f"{layer}.{i}") in arrays or key in scalars:
             contents.append(arrays[key] if key in arrays else scalars[key])
             i += 1
-        if header["format"] == _UNNUMBERED and name == BudgetKVCache.__name__:
-            contents[_BEFORE_NUMBERS:_BEFORE_NUMBERS] = [None, 0, 0, None]
+        if name == BudgetKVCache.__name__:
+            contents = _with_numbers(contents, header["format"])
         caches.append(_rebuilt(name, contents))
     # All of it, in this thread: what is lazy belongs to it.
     mx.eval([_contents_of(cache) for cache in caches])
     return caches
+
+
+def _with_numbers(contents: list[Any], form: str) -> list[Any]:
+    """Return the contents of a budget cache as they are saved now."""
+    numbers, rest = contents[_BEFORE_NUMBERS:], contents[:_BEFORE_NUMBERS]
+    if form == _UNNUMBERED:
+        return [*rest, None, 0, 0, None, None, *numbers]
+    if form != _UNROTATED:
+        return contents
+    zeros = None if numbers[3] is None else mx.zeros(numbers[0].shape, mx.int32)
+    return [*rest, *numbers[:4], zeros, *numbers[4:]]
 
 
 def _contents_of(cache: Any) -> list[Any]:
@@ -321,18 +331,14 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     except Damaged:
         raise ValueError(f"[load_cache] {path} is damaged. {_AGAIN}") from None
     except OSError as error:
-        raise ValueError(
-            f"[load_cache] {path} can't be read: {error.strerror}."
-        ) from None
+        raise ValueError(f"[load_cache] {path} can't be read: {error.strerror}.") from None
     if str(header.get("format")).startswith(PART):
         raise ValueError(
             f"[load_cache] {path} is of a document that is half read. Run the same mlx-dsa "
             f"compress again, which goes on from there."
         )
-    if header.get("format") not in (_FORMAT, _UNNUMBERED):
-        raise ValueError(
-            f"[load_cache] {path} was saved by another version of mlx-dsa. {_AGAIN}"
-        )
+    if header.get("format") not in (_FORMAT, _UNNUMBERED, _UNROTATED):
+        raise ValueError(f"[load_cache] {path} was saved by another version of mlx-dsa. {_AGAIN}")
     return arrays, header
 
 

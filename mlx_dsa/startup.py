@@ -11,11 +11,17 @@ from . import blas
 # MLX's CUDA backend compiles a graph of every new sequence of operations and keeps the
 # last 400. A long prompt and the steps after it have more, and so made all anew.
 _CUDA_GRAPHS = 3000
+# It lets go of a command's arrays when a batch of commands is done, and a batch may hold
+# gigabytes. With this, reading a long prompt takes as long and 4 to 8 GB less (docs/log.md).
+_CUDA_BATCH_MB = 100
 
 
 def prepare():
-    """Load OpenBLAS, and let MLX's CUDA backend keep the graphs of a whole prompt."""
+    """Load OpenBLAS; let MLX's CUDA backend keep the graphs of a whole prompt, and few of
+    the arrays that it is done with."""
     os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", str(_CUDA_GRAPHS))
+    if sys.platform != "darwin":  # Metal's own batches are smaller
+        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", str(_CUDA_BATCH_MB))
     late = _mlx_has_another_blas()
     if blas.preload() and late:
         warnings.warn(blas.TOO_LATE, stacklevel=3)  # where mlx_dsa is imported

@@ -140,7 +140,7 @@ def test_keys_of_16_bits_are_not_worn_by_many_numberings(dtype):
         numbers.take(places(positions), places(slots))
         keys, worn, positions = keys[:, :, 2:-new], worn[:, :, 2:-new], positions[slots]
         worn = turn(rope, worn, places(np.arange(len(slots))) - numbers.of(places(positions)))
-        keys = numbers.renew(places(positions), offset, keys, onwards)
+        keys = numbers.renew(places(positions), offset, keys, onwards, in_order=True)
         mx.eval(keys, worn)
     exact = rotated(positions, np.arange(n))
 

@@ -162,7 +162,7 @@ def as_before(monkeypatch):
     contents = BudgetKVCache.contents
     monkeypatch.setattr(saved_module, "_FORMAT", "mlx-dsa cache 3")
     monkeypatch.setattr(
-        saved_module, "_contents_of", lambda c: (lambda held: [*held[:9], *held[13:]])(contents.fget(c))
+        saved_module, "_contents_of", lambda c: (lambda held: [*held[:9], *held[14:]])(contents.fget(c))
     )
     fields = saved_module.dataclasses.asdict
     monkeypatch.setattr(
@@ -186,7 +186,7 @@ def test_files_from_before_go_on_with_absolute_positions(tmp_path, monkeypatch, 
             as_before(then)
             path = save_cache(tmp_path / "old.kv", cache, patch)
         now = save_cache(tmp_path / "new.kv", cache, patch)
-        assert b'"mlx-dsa cache 3"' in path.read_bytes() and b'"mlx-dsa cache 4"' in now.read_bytes()
+        assert b'"mlx-dsa cache 3"' in path.read_bytes() and b'"mlx-dsa cache 5"' in now.read_bytes()
         assert path.read_bytes().count(b"positions") < now.read_bytes().count(b"positions")
         for file in (path, now):
             assert read_saved(file).config["positions"] == "absolute"
@@ -199,3 +199,38 @@ def test_files_from_before_go_on_with_absolute_positions(tmp_path, monkeypatch, 
     with patch_sparse_generate(model, indexers, **rules, positions="compact") as patch:
         with pytest.raises(ValueError, match="made with positions = absolute but the patch has compact"):
             load_cache(path, patch)
+
+
+@pytest.mark.parametrize("n_steps", [0, 3])
+def test_files_from_before_that_hold_unrotated_keys_go_on(tmp_path, monkeypatch, n_steps):
+    model = make_model(**SHAPES["gqa2"], vocab=1024)
+    model.set_dtype(mx.float16)
+    tokens = make_text(200)
+    rules = dict(top_k=24, n_sink=3, n_recent=5, positions="compact", prefill="dense")
+    contents = BudgetKVCache.contents
+
+    def as_then(cache, turn, keeps=True):
+        held = contents.fget(cache)
+        unrotated = turn(held[12], -held[13]) if keeps else mx.zeros_like(held[12])
+        return [*held[:12], unrotated, *held[14:]]
+
+    with patch_sparse_generate(model, with_heads(model), **rules) as patch:
+        cache = make_prompt_cache(model)
+        model(tokens[:, :90], cache=cache)
+        patch.prune(cache)
+        for i in range(90, 90 + n_steps):
+            model(tokens[:, i : i + 1], cache=cache)
+        files = {"now": save_cache(tmp_path / "now.kv", cache, patch)}
+        turn = patch.layers[0].layer.turn
+        for name, keeps in (("then", True), ("lost", False)):
+            with monkeypatch.context() as then:
+                then.setattr(saved_module, "_FORMAT", "mlx-dsa cache 4")
+                then.setattr(saved_module, "_contents_of", lambda c: as_then(c, turn, keeps))
+                files[name] = save_cache(tmp_path / f"{name}.kv", cache, patch)
+        logits = {}
+        for name, file in files.items():
+            loaded = load_cache(file, patch).caches
+            for i in range(100, 130):  # numbered anew several times
+                logits[name] = model(tokens[:, i : i + 1], cache=loaded)
+    assert mx.allclose(logits["then"], logits["now"], atol=0.02)
+    assert not mx.allclose(logits["lost"], logits["now"], atol=0.02)

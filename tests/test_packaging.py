@@ -112,7 +112,7 @@ def test_openblas_is_loaded_before_mlx():
 
 
 def ask_a_new_process(code, variables):
-    names = (*blas._THREADS, "MLX_CUDA_GRAPH_CACHE_SIZE")
+    names = (*blas._THREADS, *CUDA_SETTINGS)
     environment = {k: v for k, v in os.environ.items() if k not in names}
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -124,11 +124,16 @@ def ask_a_new_process(code, variables):
     return run.stdout.split()
 
 
+CUDA_SETTINGS = {"MLX_CUDA_GRAPH_CACHE_SIZE": "3000"}
+if sys.platform != "darwin":
+    CUDA_SETTINGS["MLX_MAX_MB_PER_BUFFER"] = "100"
+
+
 @pytest.mark.parametrize("own", [None, "7"])
-def test_the_number_of_graphs_that_the_user_has_set_stays(own):
-    name = "MLX_CUDA_GRAPH_CACHE_SIZE"
+@pytest.mark.parametrize("name", CUDA_SETTINGS)
+def test_what_the_user_has_set_for_cuda_stays(name, own):
     code = f"import mlx_dsa, os; print(os.environ[{name!r}])"
-    assert ask_a_new_process(code, {name: own} if own else {}) == [own or "3000"]
+    assert ask_a_new_process(code, {name: own} if own else {}) == [own or CUDA_SETTINGS[name]]
 
 
 @pytest.mark.skipif(not blas.preload(), reason="OpenBLAS is not on this machine")
@@ -145,7 +150,7 @@ def test_openblas_has_the_threads_that_the_user_has_set(own):
     variables = {own: str(n_cores)} if own else {}
     threads, *new = ask_a_new_process(code, variables)
     assert int(threads) == (n_cores if own else max(1, n_cores - 1))
-    assert new == ["MLX_CUDA_GRAPH_CACHE_SIZE"]
+    assert set(new) == set(CUDA_SETTINGS)
 
 
 @pytest.mark.skipif(not blas.preload(), reason="OpenBLAS is not on this machine")

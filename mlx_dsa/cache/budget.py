@@ -47,9 +47,7 @@ class BudgetKVCache(FullKVCache):
 
     def __init__(self, budget: int, phase: int = 0):
         if budget < 1:
-            raise ValueError(
-                f"[BudgetKVCache] 'budget' must be at least 1 but got {budget}."
-            )
+            raise ValueError(f"[BudgetKVCache] 'budget' must be at least 1 but got {budget}.")
         self.budget = budget
         self.phase = phase
         super().__init__()
@@ -198,7 +196,8 @@ class BudgetKVCache(FullKVCache):
     def renumber(self, turn: Callable[[mx.array, mx.array], mx.array]):
         """Number entries from 0 on, in the order of the text, after a prune or a plan;
         ``turn`` rotates keys ``[B, Hkv, n, D]`` on by ``[B, n]`` positions."""
-        self._buffers[0] = self._numbers.renew(self.positions, self.offset, self.keys, turn)
+        held = self.positions, self.offset, self.keys
+        self._buffers[0] = self._numbers.renew(*held, turn, self._sorted)
         self._tie(*self._numbers.arrays)
 
     def _set_planned(self, n: int):
@@ -324,7 +323,7 @@ class BudgetKVCache(FullKVCache):
         self.prompt = PromptPhase.from_code(prompt, getattr(self, "prompt", None))
         self._positions, in_order, self.budget, self.n_planned, *rest = rest
         self._numbers = Numbers()
-        self._numbers.contents, rest = rest[:4], rest[4:]
+        self._numbers.contents, rest = rest[:5], rest[5:]
         *window, late, late_slots = rest[:5]
         self._late = LateStates(self.most_late)
         if late is not None:

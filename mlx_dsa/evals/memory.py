@@ -58,7 +58,7 @@ def computed_bytes(subject, policy, length, itemsize):
 
     A layer without attention counts for nothing. A dense layer keeps every key and value. A sparse layer has an index key for each entry besides;
     with a budget also the retention head's two scores (4 bytes each), if there is a head, and, once
-    it has evicted, the entries' positions (4 bytes each) and their numbers, if these are others (4 more, and in 16 bits the keys unrotated). What waits to be scored, up to 64 hidden
+    it has evicted, the entries' positions (4 bytes each) and their numbers, if these are others (4 more, and in 16 bits the keys as they were first rotated, with 4 bytes each). What waits to be scored, up to 64 hidden
     states a layer, is not counted. ``None`` for a tiered cache, whose cold entries are quantised.
     """
     config, total = policy.config, 0
