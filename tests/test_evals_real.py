@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"real": "qwen2", "real-small": "llama", "real-stream": "qwen2"}
 # Exact selection takes long there.
 LONG = ("exact-16k", "exact-32k")
+ALONE = [("million", "qwen2", ("facts-1m", "ppl-1m-last-16k")), ("real-small", "llama", ("ppl-after-8k-of-64k",))]
 LONGER = ("-4k", "-16k", "-32k", "-64k", "-100k")
 cli_suite = sys.modules["mlx_dsa.cli.eval.suite"]  # the package has a command of that name
 
@@ -66,7 +67,24 @@ def test_each_run_is_made_and_reported(made):
             assert all(row["n"] for row in result["rows"])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, family, runs", ALONE)
+def test_runs_beyond_the_models_positions_are_quick_on_the_bundled_books(name, family, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no all.txt
+    write_family(tmp_path, family)
+    options = [ROOT / "eval" / f"{name}.json", "--model", "model", "--indexer", "indexers", "--out", "out"]
+    options += [o for run in runs for o in ("--run", run)]
+    done = CliRunner().invoke(main, ["eval", "suite", "--quick", *map(str, options)])
+    assert done.exit_code == 0, done.output
+    for run in runs:
+        result = read_result(tmp_path / "out" / f"{run}.json")
+        assert all(row["n"] for row in result["rows"]) and "dense" not in {r["policy"] for r in result["rows"]}
+        assert result["config"].get("data", result["config"].get("haystack")) == "bundled books"
+    if name == "million":
+        whole = CliRunner().invoke(main, ["eval", "suite", *map(str, options[:-2])])
+        assert whole.exit_code == 1 and "'all.txt' is not there" in whole.output
+
+
+@pytest.mark.parametrize("name", [*MODELS, "million"])
 def test_what_the_tables_show_is_run(name):
     suite, labels = read_suite(ROOT / "eval" / f"{name}.json"), {}
     for run in suite["runs"]:
