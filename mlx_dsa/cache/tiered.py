@@ -182,11 +182,7 @@ class TieredKVCache(FullKVCache):
         others = [self._fetch(i) for i in range(2, len(self._buffers))]
         entries, positions = [self._fetch(0), self._fetch(1)], None
         if self.split:
-            entries, n_hot = self._hot, self._hot[0].shape[2]
-            at = self._slots_in_hot[:, : self._size]
-            # Hot entries are in the order of their positions.
-            order = mx.argsort(mx.where(at < 0, n_hot, at), axis=1)
-            positions = order[:, :n_hot].astype(mx.int32)
+            entries, positions = self._hot, self.hot_positions
             others = [gather_rows(x, positions) for x in others]
         for scores in others[1:]:
             others[1:] = [mx.broadcast_to(scores, (*scores.shape[:3], 2))]
@@ -223,6 +219,19 @@ class TieredKVCache(FullKVCache):
         # mlx-lm's own loop over a prompt may call with one token, too.
         caller = find_caller("mlx_lm.generate", "_step", "generate_step")
         return caller is None or caller.f_code.co_name == "_step"
+
+    @property
+    def hot_positions(self) -> mx.array | None:
+        """Positions of the entries at hand ``[B, n]``, int32, ascending; ``None`` when empty."""
+        if self._reader is not None:
+            return self._reader.positions
+        if not self.split:
+            return self.positions
+        n_hot = self._hot[0].shape[2]
+        at = self._slots_in_hot[:, : self._size]
+        # They lie in this order, too.
+        order = mx.argsort(mx.where(at < 0, n_hot, at), axis=1)
+        return order[:, :n_hot].astype(mx.int32)
 
     @property
     def keys(self) -> mx.array | None:
