@@ -20,6 +20,14 @@ def evaluate(*modules: nn.Module) -> None:
     mx.eval([list(_arrays(module)) for root in modules for module in root.modules()])
 
 
+def start_on(array: mx.array) -> None:
+    """Let the device start on an array, while Python goes on."""
+    try:
+        mx.async_eval(array)
+    except ValueError:  # MLX traces a function: there is nothing to start
+        pass
+
+
 def _arrays(module: nn.Module):
     # Submodules come by themselves.
     own = {k: v for k, v in module.items() if not isinstance(v, nn.Module)}

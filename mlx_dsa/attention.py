@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from .arrays import start_on
 from .cache import BudgetKVCache, FullKVCache, TieredKVCache
 from .chunks import cut_chunk, stream_cuts
 from .config import SparseConfig
@@ -86,23 +87,28 @@ class SparseAttention(nn.Module):
                 f"[SparseAttention] 'cache' must be made after patching, with "
                 f"make_prompt_cache(model), but got a {type(cache).__name__}."
             )
-        if isinstance(cache, BudgetKVCache) and cache.budget != self.config.top_k:
+        if getattr(cache, "budget", self.config.top_k) != self.config.top_k:
             raise ValueError(
                 f"[SparseAttention] 'cache' keeps {cache.budget} entries but top_k is "
                 f"{self.config.top_k}. Make one with make_prompt_cache(model)."
             )
-        if streams and not isinstance(cache, BudgetKVCache):
+        if streams and not isinstance(cache, (BudgetKVCache, TieredKVCache)):
             raise ValueError(
-                "[SparseAttention] 'cache' keeps all entries but prefill 'stream' drops some. "
+                "[SparseAttention] 'cache' keeps all entries but prefill 'stream' cuts it. "
                 "Make one with make_prompt_cache(model)."
             )
         if x.shape[1] > 1 and cache.prompt.held == "decode":
             steps = [self(step, mask, cache) for step in mx.split(x, x.shape[1], axis=1)]
             return mx.concatenate(steps, axis=1)
         in_prompt = cache.prompt.call(x.shape[1])
+        is_tiered = isinstance(cache, TieredKVCache)
+        if streams and is_tiered and cache.asks():
+            in_prompt = False  # what is cold is recalled for it, as for a step of decode
         if in_prompt and streams:
             output, gate = self._stream(x, cache)
         else:
+            if is_tiered:
+                cache.end_stream()
             if not in_prompt and isinstance(cache, BudgetKVCache):
                 self._make_room(cache)  # which may number entries anew
             self.limit.check(cache, x.shape[1])
@@ -113,7 +119,7 @@ class SparseAttention(nn.Module):
             queries, keys, values, gate = self.layer.project(x, cache.number, linear)
             output = read(x, queries, keys, values, cache)
         if self.starts and x.shape[1] > 1:
-            _start(output)
+            start_on(output)
         return self.layer.output(output, gate)
 
     def join(self):
@@ -129,6 +135,7 @@ class SparseAttention(nn.Module):
         if isinstance(cache, BudgetKVCache):
             cache.settle(self.eviction.project)
             cache.sort()
+        if isinstance(cache, BudgetKVCache) or self.prefill == "stream":
             cache.append(keys, values, *self.eviction.project(x, cache.offset))
         else:
             cache.append(keys, values, self.indexer.project_keys(x, cache.offset))
@@ -152,8 +159,12 @@ class SparseAttention(nn.Module):
         if cache.size() < self.config.top_k:
             self._append(x, keys, values, cache)
             return self._attend_all(queries, cache.keys, cache.values, causal=False)
-        index_keys, index_queries, weights = self.indexer.project(x, cache.offset)
-        cache.append(keys, values, index_keys)
+        if self.prefill == "stream":  # a later prompt's cuts need more than index keys
+            index_queries, weights = self.indexer.project_queries(x, cache.offset)
+            self._append(x, keys, values, cache)
+        else:
+            index_keys, index_queries, weights = self.indexer.project(x, cache.offset)
+            cache.append(keys, values, index_keys)
         scores = self.score(index_queries, weights, cache.index_keys)
         slots = self._select(scores, self.config.top_k, mx.array([cache.size()]))
         return self.attend_selected(queries, cache, slots)
@@ -177,21 +188,16 @@ class SparseAttention(nn.Module):
         """
         cache.prompt.reopen()
         self._append(x, keys, values, cache)
-        self._observe(x, cache)
+        if isinstance(cache, BudgetKVCache):
+            self.eviction.observe(x, cache)
 
-    def _observe(self, x, cache: FullKVCache):
-        """Remember the last queries of a prompt, after their append, where they decide."""
-        if isinstance(cache, BudgetKVCache) and self.eviction.rule == "index":
-            n = min(x.shape[1], self.config.observation_window)
-            window = self.indexer.project_queries(x[:, -n:], cache.offset - n)
-            cache.observe(*window, self.config.observation_window)
-
-    def _stream(self, x, cache: BudgetKVCache) -> tuple[mx.array, mx.array | None]:
+    def _stream(self, x, cache: FullKVCache) -> tuple[mx.array, mx.array | None]:
         """Attend in parts to what was kept and to the part's own tokens, and cut the cache
         after each but the last, which waits for its cut; return the gate, too."""
         L = x.shape[1]
-        sizes = L, cache.offset, cache.size()
-        cuts = stream_cuts(self.config.stream_chunk, cache.budget, sizes)
+        tiers = cache if isinstance(cache, TieredKVCache) else None
+        hot = cache if tiers is None else tiers.begin_stream()
+        cuts = stream_cuts(self.config.stream_chunk, hot.budget, (L, hot.offset, hot.size()))
         outputs, gates = [], []
         for start, stop in zip([0, *cuts], [*cuts, L]):
             if start == L:  # a cut stands at the end
@@ -200,12 +206,13 @@ class SparseAttention(nn.Module):
             self.limit.check(cache, stop - start)
             queries, keys, values, gate = self.layer.project(part, cache.number)
             self._append(part, keys, values, cache)
-            self._observe(part, cache)
-            entries = cache.keys, cache.values
-            outputs.append(self._attend_all(queries, *entries, causal=stop - start > 1))
+            self.eviction.observe(part, hot)
+            outputs.append(self._attend_all(queries, hot.keys, hot.values, causal=stop - start > 1))
             gates.append(gate)
             if stop in cuts:
-                self.eviction.cut(cache)
+                if tiers is not None:
+                    tiers.store()
+                self.eviction.cut(hot)
         if len(outputs) > 1:
             gate = None if gate is None else mx.concatenate(gates, axis=1)
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2), gate
@@ -341,10 +348,3 @@ class SparseAttention(nn.Module):
     @property
     def _forced(self) -> tuple[int, int]:
         return self.config.n_sink, self.config.n_recent
-
-
-def _start(array: mx.array):
-    try:
-        mx.async_eval(array)
-    except ValueError:  # MLX traces a function: there is nothing to start
-        pass

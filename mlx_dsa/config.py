@@ -91,11 +91,11 @@ class SparseConfig:
                 f"[SparseConfig] 'top_k' must be at least n_sink + n_recent = "
                 f"{protected} but got {self.top_k}. Raise top_k, or lower n_recent."
             )
-        if self.prefill == "stream" and self.cache != "budget":
+        if self.prefill == "stream" and self.cache == "full":
             raise ValueError(
-                f"[SparseConfig] prefill 'stream' drops what does not fit the budget, so it "
-                f"is for cache 'budget' only, not for {self.cache!r}. Use cache='budget', or "
-                f"another prefill."
+                "[SparseConfig] prefill 'stream' cuts the cache while it reads, so it is for "
+                "caches 'budget' and 'tiered', not for 'full'. Use cache='tiered', which "
+                "loses nothing, or another prefill."
             )
         if self.positions == "compact" and self.cache != "budget":
             raise ValueError(
@@ -130,8 +130,10 @@ class SparseConfig:
 
     @property
     def wants_heads(self) -> bool:
-        """Whether retention heads decide, alone or among others, what is dropped."""
-        return self.cache == "budget" and self.evict in BY_HEADS
+        """Whether retention heads decide, alone or among others, what is dropped, or what a
+        stream sends to a cold store."""
+        evicts = self.cache == "budget" or self.prefill == "stream"
+        return evicts and self.evict in BY_HEADS
 
     @property
     def auto_may_stream(self) -> bool:

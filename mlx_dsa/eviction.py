@@ -70,6 +70,18 @@ class Eviction:
         twice = (x.shape[0], 1, x.shape[1], 2)
         return [index_keys, mx.broadcast_to(retention[:, None, :, None], twice)]
 
+    def observe(self, x: mx.array, cache: BudgetKVCache):
+        """Remember the last queries of a prompt, after their append, where they decide.
+
+        Args:
+            x (mx.array): Normalised hidden states ``[B, L, dim]``.
+            cache (BudgetKVCache): Changed in place.
+        """
+        if self.rule == "index":
+            n = min(x.shape[1], self._config.observation_window)
+            window = self._indexer.project_queries(x[:, -n:], cache.offset - n)
+            cache.observe(*window, self._config.observation_window)
+
     def make_room(self, cache: BudgetKVCache):
         """Decide which entries the next steps replace, where that is planned, and nothing
         is planned yet.

@@ -34,4 +34,4 @@ def make_cache(
             return MemoryStore(config.cold_bits or 8)
         return FileStore(cold_file)
 
-    return TieredKVCache(config.top_k, make_store)
+    return TieredKVCache(config.top_k, make_store, phase=layer)

@@ -8,10 +8,13 @@ from typing import Any
 import mlx.core as mx
 
 from ..ops import gather_rows
+from .budget import BudgetKVCache
+from .callers import find_caller
 from .cold import MemoryStore
 from .cold_file import FileStore
-from .full import FullKVCache
+from .full import FullKVCache, snapshot
 from .prompt import PromptPhase
+from .reader import Reader
 
 
 class TieredKVCache(FullKVCache):
@@ -22,16 +25,27 @@ class TieredKVCache(FullKVCache):
     From then on each new entry is hot and cold; :meth:`recall` makes a selection
     hot. Index keys of all tokens stay in memory: they say what to recall.
 
+    A prompt that is cut while it is read is read by what :meth:`begin_stream` returns:
+    entries are hot until a cut, before which :meth:`store` writes them to the cold store.
+    Scores of a retention head, which cuts may need, stay in memory as index keys do.
+
     Args:
         budget (int): Hot entries.
         make_store (callable): Makes an empty cold store.
+        phase (int): As of a :class:`BudgetKVCache`. Default: ``0``.
     """
 
     _saves_memory = "for less memory use cold_bits=4, or cold_file"
 
-    def __init__(self, budget: int, make_store: Callable[[], MemoryStore | FileStore]):
+    def __init__(
+        self,
+        budget: int,
+        make_store: Callable[[], MemoryStore | FileStore],
+        phase: int = 0,
+    ):
         self.budget = budget
         self._make_store = make_store
+        self._phase = phase
         super().__init__()
 
     def reset(self):
@@ -40,13 +54,14 @@ class TieredKVCache(FullKVCache):
         self.cold = self._make_store()
         self._hot: list[mx.array] | None = None
         self._slots_in_hot: mx.array | None = None  # [B, capacity], -1: not hot
-        self._recalled: mx.array | None = None
+        self._reader: Reader | None = None  # has the hot entries while a prompt is cut
+        self._recalled = mx.array(0)
         self.n_selections = 0  # since the split
 
     @property
     def split(self) -> bool:
         """Whether entries have gone to the cold store."""
-        return self._hot is not None
+        return self.cold.size > 0
 
     @property
     def recalls_exactly(self) -> bool:
@@ -56,26 +71,38 @@ class TieredKVCache(FullKVCache):
     @property
     def recalled(self) -> int:
         """Entries brought back from the cold store since the split, over the batch."""
-        return 0 if self._recalled is None else self._recalled.item()
+        return self._recalled.item()
 
     def append(self, *entries: mx.array):
-        """Add entries after those there are: see :meth:`FullKVCache.append`."""
-        if not self.split:
-            super().append(*entries)
+        """Add entries after those there are: see :meth:`FullKVCache.append`.
+
+        Args:
+            *entries (mx.array): As there, and for cuts by a retention head its scores,
+              twice, ``[B, 1, L, 2]`` in float32.
+        """
+        keys, values, *others = entries
+        # Once is enough here: the second is for what a cut makes of them.
+        others[1:] = [scores[..., :1] for scores in others[1:]]
+        if self._reader is not None:
+            self._reader.append(*entries)
+        elif not self.split:
+            super().append(keys, values, *others)
             return
-        keys, values, index_keys = entries
-        self.cold.append((keys, values))
-        L = keys.shape[2]
-        n_hot = self._hot[0].shape[2]
-        # What has just been read stays hot until a selection leaves it out.
-        self._hot = [
-            mx.concatenate([hot, new], axis=2) for hot, new in zip(self._hot, entries)
-        ]
-        self._grow_map(L)
-        self._slots_in_hot[:, self._size : self._size + L] = mx.arange(
-            n_hot, n_hot + L, dtype=mx.int32
-        )
-        super().append(*(e[:, :, :, :0] for e in (keys, values)), index_keys)
+        else:
+            self.cold.append((keys, values))
+            L = keys.shape[2]
+            n_hot = self._hot[0].shape[2]
+            # What has just been read stays hot until a selection leaves it out.
+            self._hot = [
+                mx.concatenate([hot, new], axis=2) for hot, new in zip(self._hot, entries)
+            ]
+            self._grow_map(L)
+            self._slots_in_hot[:, self._size : self._size + L] = mx.arange(
+                n_hot, n_hot + L, dtype=mx.int32
+            )
+        super().append(*(e[:, :, :, :0] for e in (keys, values)), *others)
+        if self._reader is not None:
+            self._reader.tie(self._buffers[2:])
 
     def recall(self, slots: mx.array) -> list[mx.array]:
         """Make a selection hot, and only it.
@@ -106,10 +133,12 @@ class TieredKVCache(FullKVCache):
         keys, values = self._fetch(0), self._fetch(1)
         self.cold.append((keys, values))
         self._hot = [gather_rows(x, slots) for x in (keys, values)]
-        self._buffers[:2] = [x[:, :, :, :0] for x in self._buffers[:2]]
-        self._recalled = mx.array(0)
+        self._empty_buffers()
         self._map(slots)
         self._tie_all()
+
+    def _empty_buffers(self):
+        self._buffers[:2] = [x[:, :, :, :0] for x in self._buffers[:2]]
 
     def _map(self, slots: mx.array):
         B, n_hot = slots.shape
@@ -131,19 +160,93 @@ class TieredKVCache(FullKVCache):
             self._hot[0],
             [
                 *(self._hot[1], self._slots_in_hot, self._recalled),
-                *(self._buffers[2], *self.cold.arrays),
+                *(*self._buffers[2:], *self.cold.arrays),
             ],
         )
+
+    # A prompt that is cut while it is read.
+
+    def begin_stream(self) -> BudgetKVCache:
+        """Return the hot entries as a budget cache, to be cut; what is appended here comes
+        to it, until :meth:`end_stream`."""
+        if self._reader is None:
+            entries = positions = None
+            if not self.empty():
+                entries, positions = self._at_hand()
+                self._empty_buffers()
+            self._reader = Reader(self.budget, self._phase, self.offset, entries, positions)
+            self._hot = self._slots_in_hot = None
+        return self._reader
+
+    def _at_hand(self) -> tuple[list[mx.array], mx.array | None]:
+        others = [self._fetch(i) for i in range(2, len(self._buffers))]
+        entries, positions = [self._fetch(0), self._fetch(1)], None
+        if self.split:
+            entries, positions = self._hot, self.hot_positions
+            others = [gather_rows(x, positions) for x in others]
+        for scores in others[1:]:
+            others[1:] = [mx.broadcast_to(scores, (*scores.shape[:3], 2))]
+        return [*entries, *others], positions
+
+    def store(self):
+        """Write to the cold store what is not there yet, before a cut."""
+        n = self.offset - self.cold.size
+        if n:
+            self.cold.append([x[:, :, -n:] for x in (self._reader.keys, self._reader.values)])
+            self._reader.tie(self.cold.arrays)
+
+    def end_stream(self):
+        """Go on without cuts, as for decode; where there was none, nothing is cold."""
+        reader = self._reader
+        if reader is None:
+            return
+        if self.split:
+            self.store()
+            self._hot = [reader.keys, reader.values]
+            self._map(reader.positions)
+        elif not reader.empty():
+            others = [self._fetch(i) for i in range(2, len(self._buffers))]
+            self._buffers = [reader.keys, reader.values, *others]
+        self._reader = None
+        if self.split:
+            self._tie_all()
+
+    def asks(self) -> bool:
+        """Return whether the call of one token that the prompt's phase has just seen ends a
+        prompt, as far as is known, and something is cold."""
+        if not (self.split and self.prompt.ended):
+            return False
+        # mlx-lm's own loop over a prompt may call with one token, too.
+        caller = find_caller("mlx_lm.generate", "_step", "generate_step")
+        return caller is None or caller.f_code.co_name == "_step"
+
+    @property
+    def hot_positions(self) -> mx.array | None:
+        """Positions of the entries at hand ``[B, n]``, int32, ascending; ``None`` when empty."""
+        if self._reader is not None:
+            return self._reader.positions
+        if not self.split:
+            return self.positions
+        n_hot = self._hot[0].shape[2]
+        at = self._slots_in_hot[:, : self._size]
+        # They lie in this order, too.
+        order = mx.argsort(mx.where(at < 0, n_hot, at), axis=1)
+        return order[:, :n_hot].astype(mx.int32)
 
     @property
     def keys(self) -> mx.array | None:
         """Keys at hand ``[B, Hkv, n, D]``; ``None`` when empty."""
-        return self._hot[0] if self.split else self._fetch(0)
+        return self._hot_entries()[0]
 
     @property
     def values(self) -> mx.array | None:
         """Values at hand, likewise."""
-        return self._hot[1] if self.split else self._fetch(1)
+        return self._hot_entries()[1]
+
+    def _hot_entries(self) -> list[mx.array | None]:
+        if self._reader is not None:
+            return [self._reader.keys, self._reader.values]
+        return self._hot if self.split else [self._fetch(0), self._fetch(1)]
 
     def assembled(self) -> FullKVCache:
         """Return a full cache of all entries, for one use: a prompt reads everything."""
@@ -164,43 +267,61 @@ class TieredKVCache(FullKVCache):
     def hot_nbytes(self) -> int:
         """Bytes of the keys and values that attention reads."""
         hot = self._hot if self.split else (self._buffers or ())[:2]
+        if self._reader is not None:
+            hot = [x for x in self._hot_entries() if x is not None]
         return sum(a.nbytes for a in hot)
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory: hot and cold entries, index keys and the map."""
+        if self._reader is not None:
+            return super().nbytes + self._reader.nbytes + self.cold.nbytes
         if not self.split:
             return super().nbytes
         return (
             self.hot_nbytes
             + self.cold.nbytes
-            + self._buffers[2].nbytes
+            + sum(b.nbytes for b in self._buffers[2:])
             + self._slots_in_hot.nbytes
         )
 
     @property
     def contents(self) -> list[Any]:
-        """What a copy needs; of one that is split, with its store."""
+        """What a copy needs; where something is cold or may soon be, with its store."""
+        scores = self._fetch(3) if self._buffers and len(self._buffers) > 3 else None
+        everywhere = [self.index_keys, self.offset, self.prompt.code, scores]
+        if self._reader is not None:
+            arrays = self.cold.arrays
+            rest = [None, self._recalled, len(arrays), *arrays, *self._reader.contents]
+            return snapshot([None, None, *everywhere, *rest])
+        at_hand = [*self._hot_entries(), *everywhere]
         if not self.split:
-            return super().contents
-        at_hand = [*self._hot, self.index_keys, self.offset, self.prompt.code]
-        return [*at_hand, self._slots_in_hot, self._recalled, *self.cold.arrays]
+            return snapshot(at_hand)
+        arrays = self.cold.arrays
+        return snapshot([*at_hand, self._slots_in_hot, self._recalled, len(arrays), *arrays])
 
     @contents.setter
     def contents(self, contents: Sequence[Any]):
-        self._hot = self._slots_in_hot = self._recalled = None
-        self.n_selections = 0
-        store, self.cold = self.cold, self._make_store()
-        if len(contents) == 5:
-            FullKVCache.contents.fset(self, contents)
+        store, before = self.cold, self.prompt
+        self.reset()
+        *hot, index_keys, self.offset, phase, scores = contents[:6]
+        self.prompt = PromptPhase.from_code(phase, before)
+        self._size = self.offset
+        others = [x for x in (index_keys, scores) if x is not None]
+        if len(contents) == 6:
+            self._buffers = [*hot, *others] if others else None
             return
-        *hot, index_keys, self.offset, prompt = contents[:5]
-        self._slots_in_hot, self._recalled, *arrays = contents[5:]
-        self.prompt = PromptPhase.from_code(prompt, getattr(self, "prompt", None))
-        self.cold = store.copy(arrays)
-        self._hot, self._size = hot, self.offset
-        nothing = mx.zeros((*hot[0].shape[:2], self._size, 0), hot[0].dtype)
-        self._buffers = [nothing, nothing, index_keys]
+        self._slots_in_hot, self._recalled, n, *rest = contents[6:]
+        self.cold = store.copy(rest[:n]) if n else self.cold
+        if self._slots_in_hot is not None:
+            self._hot = hot
+        else:
+            self._reader = Reader(self.budget, self._phase)
+            self._reader.contents = rest[n:]
+            hot = [self._reader.keys]
+        if others:
+            nothing = mx.zeros((*hot[0].shape[:2], self._size, 0), hot[0].dtype)
+            self._buffers = [nothing, nothing, *others]
 
     @classmethod
     def from_state(cls, state):
@@ -212,3 +333,10 @@ class TieredKVCache(FullKVCache):
 
     def _is_trimmable(self) -> bool:
         return not self.split
+
+    def trim(self, n: int) -> int:
+        """Take back the newest ``n`` tokens; return how many were."""
+        n = super().trim(n)
+        if self._reader is not None:
+            self._reader.trim(n)
+        return n
