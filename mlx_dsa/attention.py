@@ -13,31 +13,29 @@ from .crossovers import PrefillPlan
 from .eviction import Eviction
 from .families import Layer
 from .indexer import Indexer
-from .ops import (
-    gather_rows,
-    index_scores,
-    sparse_attention,
-    tile_attention,
-    tile_scores,
-)
+from .ops import gather_rows, sparse_attention, tile_attention
 from .positions import PositionLimit, check_turn
 from .projections import JoinedProjections
+from .rules import EvictRule, make_rule
 from .selectors import select_topk
 
 
 class SparseAttention(nn.Module):
-    """Attend to the keys that an indexer selects.
+    """Attend to the keys that a rule selects.
 
     While a query sees at most ``top_k`` keys, the result is the wrapped layer's
-    own. Index keys are cached from the first token on.
+    own. What the rule keeps of a token is cached from the first one on.
 
     Args:
         layer (Layer): The attention layer of a model.
-        indexer (Indexer): Its indexer, bound to the model.
+        indexer (Indexer, optional): Its indexer, bound to the model; ``None`` where no
+          rule reads one.
         config (SparseConfig): What to select and keep.
         plan (PrefillPlan): How a prompt is read.
+        evict (EvictRule, optional): In place of the config's. Default: ``None``.
 
     Attributes:
+        selecting (SelectRule): What selects keys.
         eviction (Eviction): What keeps a budget cache to its budget.
         limit (PositionLimit): Warns where a text has more positions than the model.
         starts (bool): Whether the device starts on a chunk of a prompt at this layer,
@@ -45,7 +43,12 @@ class SparseAttention(nn.Module):
     """
 
     def __init__(
-        self, layer: Layer, indexer: Indexer, config: SparseConfig, plan: PrefillPlan
+        self,
+        layer: Layer,
+        indexer: Indexer | None,
+        config: SparseConfig,
+        plan: PrefillPlan,
+        evict: EvictRule | None = None,
     ):
         super().__init__()
         self.layer = layer
@@ -54,7 +57,8 @@ class SparseAttention(nn.Module):
         self.config = config
         self.prefill, self.dense_until = plan
         check_turn(layer.module.rope, config.positions)
-        self.eviction = Eviction(indexer, config, layer.turn)
+        self.selecting = make_rule("select", config.select).bind(layer, indexer, config.backend)
+        self.eviction = Eviction(self._evict_rule(evict), config, layer.turn)
         self.starts = False
         self.limit = PositionLimit(None)
         self._joined = JoinedProjections(layer.module)
@@ -138,7 +142,7 @@ class SparseAttention(nn.Module):
         if isinstance(cache, BudgetKVCache) or self.prefill == "stream":
             cache.append(keys, values, *self.eviction.project(x, cache.offset))
         else:
-            cache.append(keys, values, self.indexer.project_keys(x, cache.offset))
+            cache.append(keys, values, self.selecting.entry(x, cache.offset))
 
     def _attend_all(self, queries, keys, values, causal: bool) -> mx.array:
         # The very call of mlx-lm's dense layer, so that the result is the same bits.
@@ -159,15 +163,13 @@ class SparseAttention(nn.Module):
         if cache.size() < self.config.top_k:
             self._append(x, keys, values, cache)
             return self._attend_all(queries, cache.keys, cache.values, causal=False)
-        if self.prefill == "stream":  # a later prompt's cuts need more than index keys
-            index_queries, weights = self.indexer.project_queries(x, cache.offset)
+        if self.prefill == "stream":  # a later prompt's cuts need more than an entry
+            probe = self.selecting.probe(x, cache.offset, queries)
             self._append(x, keys, values, cache)
         else:
-            index_keys, index_queries, weights = self.indexer.project(x, cache.offset)
-            cache.append(keys, values, index_keys)
-        scores = self.score(index_queries, weights, cache.index_keys)
-        slots = self._select(scores, self.config.top_k, mx.array([cache.size()]))
-        return self.attend_selected(queries, cache, slots)
+            entry, probe = self.selecting.step(x, cache.offset, queries)
+            cache.append(keys, values, entry)
+        return self._attend_exact(queries, probe, cache, cache.size())
 
     def _make_room(self, cache: BudgetKVCache):
         """Cut a cache to its budget where a prompt has left more; decide what a step drops."""
@@ -228,19 +230,13 @@ class SparseAttention(nn.Module):
             (x.shape[0], L, offset, cache.size()),
         )
         n_dense = cuts[0]
-        n_window = 0
-        if is_budget and self.eviction.rule == "index":
-            n_window = min(L, self.config.observation_window)
-        # Index queries are made for the sparse part and for the window alone.
-        first = min(n_dense, L - n_window)
-        index_queries = weights = None
-        if first < L:
-            index_queries, weights = self.indexer.project_queries(
-                x[:, first:], offset + first
-            )
-        if n_window:
-            window = (index_queries[:, :, -n_window:], weights[:, -n_window:])
-            cache.observe(*window, self.config.observation_window)
+        if is_budget:
+            self.eviction.observe(x, cache)
+        # What selects is made of the queries of the sparse part alone.
+        probe = None
+        if n_dense < L:
+            rest = slice(n_dense, L)
+            probe = self.selecting.probe(x[:, rest], offset + n_dense, queries[:, :, rest])
 
         T = cache.size()
         if isinstance(cache, TieredKVCache):
@@ -254,58 +250,35 @@ class SparseAttention(nn.Module):
             rows = queries[:, :, :n_dense]
             outputs.append(self._attend_all(rows, *entries, causal=n_dense > 1))
         for start, stop in zip(cuts, cuts[1:]):
-            part = slice(start - first, stop - first)
             # A tile of one query is that query's own selection: a call of one token does
             # not show whether it ends the prompt.
             shares = self.prefill == "tile" and stop - start > 1
             attend = self._attend_tiles if shares else self._attend_exact
-            outputs.append(
-                attend(
-                    queries[:, :, start:stop],
-                    index_queries[:, :, part],
-                    weights[:, part],
-                    cache,
-                    T - L + stop,
-                )
-            )
+            part = probe.rows(start - n_dense, stop - n_dense)
+            outputs.append(attend(queries[:, :, start:stop], part, cache, T - L + stop))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
-    def _attend_exact(self, queries, index_queries, weights, cache, end) -> mx.array:
+    def _attend_exact(self, queries, probe, cache, end) -> mx.array:
         """Attend with one selection a query; the last query sees ``end`` slots."""
         L = queries.shape[2]
-        scores = self.score(index_queries, weights, cache.index_keys[:, :, :end])
         n_visible = mx.arange(end - L + 1, end + 1)
-        slots = self._select(scores, self.config.top_k, n_visible)
+        top_k = self.config.top_k
+        slots = self.selecting.select(probe, cache, top_k, n_visible, end, self._forced)
         return self.attend_selected(queries, cache, slots)
 
-    def _attend_tiles(self, queries, index_queries, weights, cache, end) -> mx.array:
+    def _attend_tiles(self, queries, probe, cache, end) -> mx.array:
         """Attend with one selection a tile; the last query sees ``end`` slots."""
         L = queries.shape[2]
         size = min(self.config.tile_size, L)
         n_visible = mx.array(list(range(end - L, end, size)))
-        scores = tile_scores(
-            index_queries,
-            weights,
-            cache.index_keys[:, :, : end - size],
-            size,
-            end - L - self.config.n_recent,
-            self.config.backend,
-        )
+        first = end - L - self.config.n_recent
+        scores = self.selecting.tile_scores(probe, cache, size, end, first)
         # A tile's own keys count inside top_k, whole tile or not.
         top_k = self.config.top_k - self.config.tile_size
-        slots = self._select(scores, top_k, n_visible)
-        return tile_attention(
-            queries,
-            cache.keys[:, :, :end],
-            cache.values[:, :, :end],
-            slots,
-            self.layer.scale,
-            self.config.backend,
-        )
-
-    def _select(self, scores, top_k, n_visible) -> mx.array:
         backend = self.config.backend
-        return select_topk(scores, top_k, n_visible, *self._forced, backend)
+        slots = select_topk(scores, top_k, n_visible, *self._forced, backend)
+        entries = cache.keys[:, :, :end], cache.values[:, :, :end]
+        return tile_attention(queries, *entries, slots, self.layer.scale, backend)
 
     def attend_selected(self, queries, cache, slots) -> mx.array:
         """Attend from each query to its own slots: the evaluators look in here.
@@ -332,19 +305,15 @@ class SparseAttention(nn.Module):
             backend=self.config.backend,
         )
 
-    def score(self, index_queries, weights, index_keys) -> mx.array:
-        """Score keys for queries.
-
-        Args:
-            index_queries (mx.array): ``[B, Hi, L, Di]``.
-            weights (mx.array): Head weights ``[B, L, Hi]``.
-            index_keys (mx.array): ``[B, 1, T, Di]``.
-
-        Returns:
-            mx.array: ``[B, L, T]``, float32.
-        """
-        return index_scores(index_queries, weights, index_keys, self.config.backend)
-
     @property
     def _forced(self) -> tuple[int, int]:
         return self.config.n_sink, self.config.n_recent
+
+    def _evict_rule(self, given: EvictRule | None) -> EvictRule:
+        """Return what orders entries, bound; KeyDiff where it wants a head that is not there."""
+        has_head = self.indexer is not None and getattr(self.indexer, "has_retention", False)
+        rule = make_rule("evict", self.config.evict) if given is None else given
+        if rule.wants_head and not has_head:
+            rule = make_rule("evict", "keydiff")
+        own = self.layer, self.indexer, self.config.backend
+        return rule.bind(*own, self.selecting, self.config.observation_window)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
-# Orders of eviction that retention heads decide, alone or among others.
-BY_HEADS = ("retention", "blend")
+from .registry import make_rule, rule_class
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,15 @@ class SparseConfig:
         dense_layers (tuple of int): Layers left as they are. Default: ``()``.
         observation_window (int): Last prompt queries whose scores decide what
           prefill leaves in the budget. Default: ``32``.
-        evict (str): What orders entries for eviction: ``"retention"`` (the score
+        select (str): The rule by which keys are selected, and behind a colon its options:
+          ``"lightning"`` (trained indexers), or another of :mod:`mlx_dsa.rules`.
+          Default: ``"lightning"``.
+        evict (str): The rule that orders entries for eviction, likewise: ``"retention"`` (the score
           of the retention head, decided when a token is read; ``"keydiff"`` where
           a layer has no head), ``"blend"`` (that score and KeyDiff's, each standardised,
           added; likewise), ``"keydiff"`` (keys most like the others go first),
-          ``"index"`` (the scores of the last queries), or ``"window"`` (oldest
-          first). Default: ``"retention"``.
+          ``"index"`` (the scores of the last queries), ``"window"`` (oldest
+          first), or another of :mod:`mlx_dsa.rules`. Default: ``"retention"``.
         cold_bits (int, optional): Bits of a cold entry's numbers in memory: 4, 8, or
           16 for entries as they are. Default: ``None`` (8).
         cold_file (str, optional): A new file that holds the cold entries, as they
@@ -69,7 +71,8 @@ class SparseConfig:
     positions: Literal["absolute", "compact"] = "absolute"
     dense_layers: tuple[int, ...] = ()
     observation_window: int = 32
-    evict: Literal["retention", "blend", "keydiff", "index", "window"] = "retention"
+    select: str = "lightning"
+    evict: str = "retention"
     cold_bits: int | None = None
     cold_file: str | None = None
     backend: Literal["auto", "reference", "metal", "cuda"] = "auto"
@@ -83,6 +86,8 @@ class SparseConfig:
                     f"[SparseConfig] '{name}' must be one of {', '.join(choices)} "
                     f"but got {getattr(self, name)!r}."
                 )
+        for kind in ("select", "evict"):
+            make_rule(kind, getattr(self, kind))
         object.__setattr__(self, "dense_layers", _layers(self.dense_layers))
         self._check_cold()
         protected = self.n_sink + self.n_recent
@@ -102,6 +107,11 @@ class SparseConfig:
                 f"[SparseConfig] positions 'compact' number anew what a budget keeps, so they "
                 f"are for cache 'budget' only, not for {self.cache!r}. Use cache='budget', or "
                 f"positions='absolute'."
+            )
+        if self.cache == "tiered" and not rule_class("select", self.select).keeps_entry:
+            raise ValueError(
+                f"[SparseConfig] select {self.select!r} reads the keys themselves, which cache "
+                f"'tiered' keeps cold. Use cache='full', or select='lightning'."
             )
         if self.prefill == "tile" and not self.tile_fits:
             raise ValueError(
@@ -133,7 +143,13 @@ class SparseConfig:
         """Whether retention heads decide, alone or among others, what is dropped, or what a
         stream sends to a cold store."""
         evicts = self.cache == "budget" or self.prefill == "stream"
-        return evicts and self.evict in BY_HEADS
+        return evicts and rule_class("evict", self.evict).wants_head
+
+    @property
+    def wants_indexers(self) -> bool:
+        """Whether a rule reads trained indexers."""
+        rules = rule_class("select", self.select), rule_class("evict", self.evict)
+        return any(rule.wants_indexer for rule in rules)
 
     @property
     def auto_may_stream(self) -> bool:

@@ -24,6 +24,7 @@ from .files import HeldFile
 from .indexer import Indexer
 from .ops import check_backend
 from .positions import PositionLimit
+from .rules import EvictRule
 
 # The sparse layer, counted from 1, at which the device starts on a chunk of a prompt: a
 # GPU takes longer for these than Python for all that come after (docs/log.md).
@@ -46,7 +47,11 @@ class SparsePatch:
     """
 
     def __init__(
-        self, model: nn.Module, indexers: Mapping[int, Indexer], config: SparseConfig
+        self,
+        model: nn.Module,
+        indexers: Mapping[int, Indexer | None],
+        config: SparseConfig,
+        evict: EvictRule | None = None,
     ):
         self.config = config = resolve_auto(config, indexers)
         self._model = model
@@ -55,13 +60,15 @@ class SparsePatch:
         self._cold_file: ColdFile | None = None
         self._claimed: HeldFile | None = None  # the file that it is
         found = None
-        if config.prefill == "auto":
+        if config.prefill == "auto" and config.select == SparseConfig.select:
             found = lookup(describe(model, indexers, config))
         plan = plan_prefill(found, config)
         self._family = family_of(model)
         layers = self._family.layers(model)
         self.layers = {
-            i: SparseAttention(layers[i], indexer.bind(layers[i]), config, plan)
+            i: SparseAttention(
+                layers[i], indexer and indexer.bind(layers[i]), config, plan, evict
+            )
             for i, indexer in sorted(indexers.items())
             if i not in config.dense_layers
         }
@@ -232,8 +239,10 @@ def patch_of(model: nn.Module) -> SparsePatch | None:
 
 def patch_sparse_generate(
     model: nn.Module,
-    indexers: Mapping[int, Indexer],
+    indexers: Mapping[int, Indexer | None] | None,
     top_k: int = 2048,
+    *,
+    evict_rule: EvictRule | None = None,
     **config: Any,
 ) -> SparsePatch:
     """Give a model learned sparse attention, at once, until it is restored.
@@ -245,9 +254,11 @@ def patch_sparse_generate(
 
     Args:
         model (nn.Module): A model of mlx-lm, of a family that :mod:`mlx_dsa.families` knows.
-        indexers (Mapping): Layer number to :class:`Indexer`; a layer without one
-          stays dense.
+        indexers (Mapping, optional): Layer number to :class:`Indexer`; a layer without one
+          stays dense. ``None`` where no rule reads one: every layer is sparse.
         top_k (int): Keys that a query attends to. Default: ``2048``.
+        evict_rule (EvictRule, optional): A rule that needs no name, in place of
+          ``evict``. Default: ``None``.
         **config: Further fields of :class:`SparseConfig`.
 
     Returns:
@@ -264,6 +275,14 @@ def patch_sparse_generate(
         raise ValueError(
             "[patch_sparse_generate] 'model' is already patched. Call restore() of "
             "that patch first."
+        )
+    if indexers is None:
+        indexers = dict.fromkeys(layers)
+    if sparse.wants_indexers and None in indexers.values():
+        rule = sparse.select if sparse.select == SparseConfig.select else sparse.evict
+        raise ValueError(
+            f"[patch_sparse_generate] 'indexers' must be given for {rule!r}, which reads them. "
+            f"Give them, or choose a select and an evict rule that need none."
         )
     n_layers = len(model.layers)
     beyond = [i for i in (*indexers, *sparse.dense_layers) if not 0 <= i < n_layers]
@@ -284,7 +303,7 @@ def patch_sparse_generate(
             "not in dense_layers: nothing would be sparse."
         )
     _warn(next(iter(layers.values())).dtype, indexers, sparse)
-    return SparsePatch(model, indexers, sparse)
+    return SparsePatch(model, indexers, sparse, evict_rule)
 
 
 def _warn(dtype: mx.Dtype, indexers: Mapping[int, Indexer], config: SparseConfig):

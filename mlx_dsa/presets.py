@@ -17,6 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .arrays import evaluate
 from .checkpoint import INDEXERS, has_heads, load_indexers
 from .config import SparseConfig, override
+from .families import family_of
 from .hub import INDEXER_FILES, fetch, first_line, flawed_json, is_repository
 from .indexer import Indexer
 
@@ -265,8 +266,11 @@ def load_preset(name: str | None = "tiny", **overrides: Any) -> Preset:
 def load_settings(settings: Settings) -> Preset:
     """Load what settings name: see :func:`load_preset`."""
     # The small part first: what is wrong with it shows before a long load.
-    indexers = read_indexers(settings)
+    wanted = settings.config.wants_indexers or settings.indexer
+    indexers = read_indexers(settings) if wanted else None
     model, tokenizer = load_model(settings.model)
+    if indexers is None:
+        indexers = dict.fromkeys(family_of(model).layers(model))
     return Preset(model, tokenizer, indexers, settings.config)
 
 
@@ -285,7 +289,8 @@ def read_indexers(settings: Settings) -> dict[int, Indexer]:
     if settings.indexer is None:
         raise ValueError(
             f"[mlx-dsa] no indexers are known for {settings.model}. Name some "
-            f"(--indexer PATH), train them (mlx-dsa train), or run it dense (--dense)."
+            f"(--indexer PATH), train them (mlx-dsa train), choose rules that need none "
+            f"(--select, --evict), or run it dense (--dense)."
         )
     return load_indexers(fetch(settings.indexer, INDEXER_FILES))
 

@@ -22,7 +22,8 @@ _CLASSES = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache, ArraysC
 _FORMAT = "mlx-dsa cache 5"
 PART = "mlx-dsa part"  # how the format of what is half read begins
 # What a kept cache depends on; how it was computed may differ.
-KEPT_BY = ("top_k", "cache", "n_sink", "n_recent", "evict", "dense_layers", "positions")
+KEPT_BY = ("top_k", "cache", "n_sink", "n_recent", "select", "evict", "dense_layers")
+KEPT_BY += ("positions",)
 # And so does this, where a prompt is cut while it is read.
 _STREAMED_BY = ("prefill", "stream_chunk")
 _OLD_FORMAT = re.compile(rb'"format":"mlx-dsa cache [12]"')
@@ -163,8 +164,8 @@ def read_saved(path: str | os.PathLike) -> SavedSettings:
 
 
 def _settings_of(header: Mapping[str, str]) -> dict[str, Any]:
-    # Files from before entries could be numbered anew don't say that theirs were not.
-    return {"positions": "absolute", **json.loads(header["config"])}
+    # Files from before there were other positions, and other rules, don't name theirs.
+    return {"positions": "absolute", "select": "lightning", **json.loads(header["config"])}
 
 
 def pack_caches(
@@ -269,7 +270,7 @@ def maker_of(patch: SparsePatch) -> dict[str, Any]:
     indexers = {
         f"{i}.{name}": module
         for i, layer in patch.layers.items()
-        for name, module in layer.indexer.named_modules()
+        for name, module in (layer.indexer.named_modules() if layer.indexer else ())
     }
     dtype = next(iter(patch.layers.values())).layer.dtype
     quantized = next((m for m in modules.values() if hasattr(m, "bits")), None)

@@ -20,11 +20,12 @@ PACKAGE = ROOT / "mlx_dsa"
 
 # Imports run from right to left only (docs/design.md, layout).
 LAYERS = [
-    {"arrays", "blas", "config", "files", "fingerprint", "hub", "pictures", "positions", "sealed",
-     "texts", "versions"},
+    {"arrays", "blas", "config", "files", "fingerprint", "hub", "pictures", "positions", "registry",
+     "sealed", "texts", "versions"},
     {"startup"},
     {"ops"},
     {"families", "indexer", "indexer_args", "selectors", "cache", "checkpoint", "chunks", "crossovers", "projections"},
+    {"rules"},
     {"eviction"},
     {"attention"},
     {"patch"},

@@ -99,8 +99,8 @@ class BudgetKVCache(FullKVCache):
     @property
     def numbers(self) -> mx.array | None:
         """What the entries' keys are rotated by ``[B, size]``, int32; ``None`` when empty."""
-        positions = self.positions
-        return None if positions is None else self._numbers.of(positions)
+        places = self.positions
+        return None if places is None else self._numbers.of(places)
 
     @property
     def evicted(self) -> bool:
@@ -263,9 +263,9 @@ class BudgetKVCache(FullKVCache):
         entries = project(self._late.join(), self.offset - self.n_late)
         at = mx.stack(self._late_slots, axis=1) if self._late_slots else None
         for i, new in enumerate(entries, start=2):
-            if at is not None:
+            if at is not None and new is not None:
                 self._buffers[i] = write_rows(self._buffers[i], new, at, axis=2)
-            else:
+            elif new is not None:
                 self._buffers[i][..., end - self.n_late : end, :] = new
         self._late.clear()
         self._late_slots = []
@@ -281,8 +281,8 @@ class BudgetKVCache(FullKVCache):
         positions = self.positions
         self._numbers.take(positions, slots)
         self._positions = mx.take_along_axis(positions, slots, axis=1)
-        n = len(self._buffers)
-        self._buffers = [gather_rows(self._fetch(i), slots) for i in range(n)]
+        held = [self._fetch(i) for i in range(len(self._buffers))]
+        self._buffers = [x if x is None else gather_rows(x, slots) for x in held]
         self._size = slots.shape[1]
         self._tie(*self._buffers[2:], self._positions, *self._numbers.arrays)
 

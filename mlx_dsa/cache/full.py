@@ -56,8 +56,9 @@ class FullKVCache:
 
     @property
     def index_keys(self) -> mx.array | None:
-        """Index keys ``[B, 1, size, Di]``, rotated; ``None`` when empty. Those of a
-        budget's latest steps may still be to be made: see ``settle``."""
+        """What the rule of selecting keeps of tokens ``[B, 1, size, Di]``, such as index
+        keys; ``None`` when empty, and where it keeps nothing. Those of a budget's latest
+        steps may still be to be made: see ``settle``."""
         return self._fetch(2)
 
     @property
@@ -68,19 +69,20 @@ class FullKVCache:
         B = self._buffers[0].shape[0]
         return mx.broadcast_to(mx.arange(self._size, dtype=mx.int32), (B, self._size))
 
-    def append(self, *entries: mx.array):
+    def append(self, *entries: mx.array | None):
         """Add entries after those there are.
 
         Args:
             *entries (mx.array): Keys ``[B, Hkv, L, D]``, values ``[B, Hkv, L, D]``
-              and index keys ``[B, 1, L, Di]``.
+              and index keys ``[B, 1, L, Di]``, or ``None``.
         """
         L = entries[0].shape[2]
         if self._buffers is None or self._size + L > self._buffers[0].shape[2]:
             self._grow(entries)
         else:
             for buffer, new in zip(self._buffers, entries):
-                buffer[..., self._size : self._size + L, :] = new
+                if new is not None:
+                    buffer[..., self._size : self._size + L, :] = new
         self._tie(*self._buffers[2:])
         self._size += L
         self.offset += L
@@ -89,7 +91,9 @@ class FullKVCache:
         if self._buffers is None:
             return None
         buffer = self._buffers[i]
-        return buffer if buffer.shape[2] == self._size else buffer[..., : self._size, :]
+        if buffer is None or buffer.shape[2] == self._size:
+            return buffer
+        return buffer[..., : self._size, :]
 
     def _grow(self, entries: Sequence[mx.array]):
         """Copy what there is into more room, the new entries after it."""
@@ -97,6 +101,9 @@ class FullKVCache:
         spare = self._room(n, entries[0].shape[2]) - n
         buffers = []
         for i, new in enumerate(entries):
+            if new is None:
+                buffers.append(None)
+                continue
             parts = [new] if self._buffers is None else [self._fetch(i), new]
             parts.append(mx.zeros((*new.shape[:2], spare, new.shape[3]), new.dtype))
             buffers.append(mx.concatenate(parts, axis=2))
@@ -106,9 +113,11 @@ class FullKVCache:
         """Return for how many entries room is made, the new ``L`` of ``n`` among them."""
         return n - L + -(-L // self.step) * self.step
 
-    def _tie(self, *arrays: mx.array):
+    def _tie(self, *arrays: mx.array | None):
         # What no output of this step depends on would pile up as a graph without bound.
-        self._buffers[0] = mx.depends(self._buffers[0], list(arrays))
+        there = [a for a in arrays if a is not None]
+        if there:
+            self._buffers[0] = mx.depends(self._buffers[0], there)
 
     # mlx-lm's contract from here on.
 
@@ -123,7 +132,7 @@ class FullKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all entries' keys, values and index keys, as allocated."""
-        return sum(b.nbytes for b in self._buffers or ())
+        return sum(b.nbytes for b in self._buffers or () if b is not None)
 
     @property
     def contents(self) -> list[Any]:

@@ -10,6 +10,7 @@ import click
 
 from ..config import SparseConfig, override
 from ..presets import Settings, heads_of, preset_names, read_settings, resolve
+from ..rules import make_rule, rule_names
 from ..saved import SavedSettings, kept_by, read_saved
 from .outputs import OutputPath
 
@@ -26,6 +27,27 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
+
+
+class RuleName(click.ParamType):
+    """A rule of a kind, and options of it behind a colon: ``snapkv:pool=2``."""
+
+    name = "rule"
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def get_metavar(self, param, ctx=None):
+        """List the rules that there are."""
+        return f"[{'|'.join(rule_names(self.kind))}]"
+
+    def convert(self, value, param, ctx):
+        """Return the text of a rule that can be made."""
+        try:
+            make_rule(self.kind, value)
+        except ValueError as error:
+            self.fail(str(error).removeprefix("[SparseConfig] "), param, ctx)
+        return value
 
 
 def _temperature(context: click.Context, option: click.Parameter, value: float) -> float:
@@ -97,9 +119,20 @@ _SPARSE = (
         "Default: 2048.",
     ),
     positions_option,
+    click.option(
+        "--select",
+        type=RuleName("select"),
+        help="The rule by which keys are selected.  [default: lightning]",
+    ),
+    click.option(
+        "--evict",
+        type=RuleName("evict"),
+        help="With --cache budget: the rule that orders entries for eviction.  "
+        "[default: retention]",
+    ),
 )
 _OF_SPARSE = ("indexer", "top_k", "n_recent", "cache", "cold_file", "cold_bits")
-_OF_SPARSE += ("prefill", "stream_chunk", "positions")
+_OF_SPARSE += ("prefill", "stream_chunk", "positions", "select", "evict")
 dense_option = click.option(
     "--dense", is_flag=True, help="Use no indexers: the model as it is."
 )

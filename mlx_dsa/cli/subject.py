@@ -29,11 +29,6 @@ _OPTIONS = (
         help="With --model-shape: bits of a weight, 16 for none quantised.  [default: 4]",
     ),
     click.option(
-        "--evict",
-        type=click.Choice(["retention", "blend", "keydiff", "index", "window"]),
-        help="What orders entries for eviction.",
-    ),
-    click.option(
         "--backend",
         type=click.Choice(["auto", "reference", "metal", "cuda"]),
         help="Kernels to use.",

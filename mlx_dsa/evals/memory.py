@@ -4,6 +4,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..families import family_of
+from ..rules import make_rule
 from .documents import load_documents, windows_of
 from .generation import read
 from .runner import Unit, evaluate
@@ -62,19 +63,21 @@ def computed_bytes(subject, policy, length, itemsize):
     states a layer, is not counted. ``None`` for a tiered cache, whose cold entries are quantised.
     """
     config, total = policy.config, 0
+    keeps_score = config and make_rule("evict", config.evict).keeps_score
     if config and config.cache == "tiered":
         return None
     for i, layer in family_of(subject.model).layers(subject.model).items():
         entry = 2 * layer.n_kv_heads * layer.head_dim * itemsize
         indexer = subject.indexers.get(i)
-        if config is None or indexer is None or i in config.dense_layers:
+        if config is None or i not in subject.indexers or i in config.dense_layers:
             total += length * entry
             continue
-        sparse = entry + indexer.args.index_head_dim * itemsize
+        selecting = make_rule("select", config.select).bind(layer, indexer)
+        sparse = entry + selecting.entry_width() * itemsize
         if config.cache == "full":
             total += length * sparse
             continue
-        if config.wants_heads and indexer.has_retention:
+        if keeps_score and (not config.wants_heads or indexer.has_retention):
             sparse += 8
         places = 4
         if config.positions == "compact":

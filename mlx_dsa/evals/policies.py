@@ -1,8 +1,8 @@
 """What an evaluation compares: the dense model, sparse settings, baselines and controls.
 
-A baseline or control is the same sparse attention with another indexer in place of the trained
-one. Whatever it wants to know of a token (its position, a random number, whether it belongs to the
-needle) it puts into the token's index key, which the cache keeps, moves and drops with the entry.
+A baseline is the same sparse attention by another rule of `mlx_dsa.rules`. A control is told the answer, so it
+is no rule: another indexer stands in place of the trained one, and whether a token belongs to the needle is in the
+token's index key, which the cache keeps, moves and drops with the entry.
 """
 
 from contextlib import contextmanager
@@ -13,17 +13,18 @@ import mlx.core as mx
 from ..config import SparseConfig, override
 from ..crossovers import resolve_auto
 from ..patch import patch_sparse_generate
-from .snapkv import SnapEviction, SnapIndexer
 
 # Far above any index score, and small enough to leave scores their order.
 _FORCE = 1e4
 
 
-class WindowIndexer:
-    """Score a token by its position: sinks and the newest tokens, nothing else."""
+class MarkedIndexer:
+    """Score marked tokens above all others, and those by their position."""
+
+    has_retention = False
 
     def __init__(self, layer, marks):
-        pass
+        self.marks = marks
 
     def bind(self, layer):
         """Need nothing of the model."""
@@ -31,8 +32,9 @@ class WindowIndexer:
 
     def token_scores(self, batch, length, offset):
         """Return what each token is worth `[batch, length]`, positive."""
+        marks = _marks(self.marks, batch, length, offset)
         positions = mx.arange(offset, offset + length, dtype=mx.float32)
-        return mx.broadcast_to(positions + 1, (batch, length))
+        return positions + 1 + marks * 2.0**20
 
     def project_keys(self, x, offset=0):
         """Return index keys `[B, 1, L, 1]` that hold the token's worth."""
@@ -48,32 +50,6 @@ class WindowIndexer:
         return self.project_keys(x, offset), *self.project_queries(x, offset)
 
 
-class RandomIndexer(WindowIndexer):
-    """Score each token by a number drawn once, at random: one random set a layer."""
-
-    def __init__(self, layer, marks):
-        self.layer = layer
-
-    def token_scores(self, batch, length, offset):
-        """Return what each token is worth `[batch, length]`, positive."""
-        # The same for all rows: a text's set does not depend on what is read beside it.
-        key = mx.random.key(1_000_003 * self.layer + offset)
-        scores = mx.random.uniform(0.01, 1.0, (length,), key=key)
-        return mx.broadcast_to(scores, (batch, length))
-
-
-class MarkedIndexer(WindowIndexer):
-    """Score marked tokens above all others, and those by their position."""
-
-    def __init__(self, layer, marks):
-        self.marks = marks
-
-    def token_scores(self, batch, length, offset):
-        """Return what each token is worth `[batch, length]`, positive."""
-        marks = _marks(self.marks, batch, length, offset)
-        return super().token_scores(batch, length, offset) + marks * 2.0**20
-
-
 class ForcedIndexer:
     """Score as a trained indexer does, but marked tokens above, or below, all others.
 
@@ -82,6 +58,8 @@ class ForcedIndexer:
         marks (mx.array): `[B, T]`, 1 where a token is marked.
         sign (int): 1 to keep the marked tokens, -1 to lose them.
     """
+
+    has_retention = False
 
     def __init__(self, indexer, marks, sign):
         self.indexer, self.marks, self.sign = indexer, marks, sign
@@ -121,12 +99,9 @@ def _marks(marks, batch, length, offset):
 
 _INDEXERS = {
     "index": lambda indexer, layer, marks: indexer,
-    "window": lambda indexer, layer, marks: WindowIndexer(layer, marks),
-    "random": lambda indexer, layer, marks: RandomIndexer(layer, marks),
     "digits": lambda indexer, layer, marks: MarkedIndexer(layer, marks),
     "kept": lambda indexer, layer, marks: ForcedIndexer(indexer, marks, 1),
     "evicted": lambda indexer, layer, marks: ForcedIndexer(indexer, marks, -1),
-    "snapkv": lambda indexer, layer, marks: SnapIndexer(),
 }
 
 _KEEPS_ALL = {"positions": "absolute"}  # nothing is dropped, so nothing is numbered anew
@@ -143,10 +118,10 @@ _NAMED = {
     "blend": ("index", {"evict": "blend"}),
     "index": ("index", {"evict": "index"}),
     "keydiff": ("index", {"evict": "keydiff"}),
-    "snapkv": ("snapkv", {"evict": "index", "prefill": "dense"}),
+    "snapkv": ("index", {"evict": "snapkv", "prefill": "dense"}),
+    "window": ("index", {"select": "window", "evict": "window"}),
+    "random": ("index", {"select": "random", "evict": "random"}),
     # What stands in for the indexer must also be what orders eviction.
-    "window": ("window", {"evict": "index"}),
-    "random": ("random", {"evict": "index"}),
     "digits": ("digits", {"evict": "index"}),
     "kept": ("kept", {"evict": "index"}),
     "evicted": ("evicted", {"evict": "index"}),
@@ -163,10 +138,9 @@ class Policy:
     Args:
         label (str): what it is called in results, such as "sparse@128".
         config (SparseConfig): its settings. Default: ``None``, the dense model.
-        scorer (str): what scores the tokens: the trained "index", the baselines "window" (sinks and
-            the newest), "random", "digits" (digits, the 20 tokens before each and the one after, an untrained
-            rule) and "snapkv" (the attention of the prompt's last queries), or the controls "kept" and "evicted" (the needle's tokens above, or below, all
-            others). Default: ``"index"``.
+        scorer (str): what stands in for the trained indexer: "index", nothing; "digits" (digits, the 20 tokens before
+            each and the one after, an untrained rule), or the controls "kept" and "evicted" (the needle's tokens above,
+            or below, all others). Default: ``"index"``.
     """
 
     label: str
@@ -219,9 +193,6 @@ class Policy:
             for layer, indexer in subject.indexers.items()
         }
         with patch_sparse_generate(subject.model, indexers, **vars(self.config)) as patch:
-            if self.scorer == "snapkv":
-                for layer in patch.layers.values():
-                    layer.eviction = SnapEviction(layer.indexer, self.config, layer.layer.turn)
             yield patch
 
 

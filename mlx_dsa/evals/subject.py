@@ -30,7 +30,8 @@ def describe(subject: Preset, name=None):
         "dtype": str(dtype).removeprefix("mlx.core."),
         "weights": _fingerprint_of(subject.model.parameters()),
     }
-    indexers = {str(i): indexer.parameters() for i, indexer in sorted(subject.indexers.items())}
+    trained = {i: indexer for i, indexer in subject.indexers.items() if indexer is not None}
+    indexers = {str(i): indexer.parameters() for i, indexer in sorted(trained.items())}
     return {"model": model, "indexers": len(indexers), "indexer_weights": _fingerprint_of(indexers)}
 
 
@@ -46,9 +47,15 @@ def _fingerprint_of(parameters):
 def policies_config(policies, indexers):
     """Return what a result file says of its policies, with the prefill that "auto" takes."""
     return [
-        {"label": p.label, "scorer": p.scorer, "config": p.config and dict(vars(p.config))}
+        {"label": p.label, "scorer": p.scorer, "config": p.config and _config_of(p.config)}
         for p in (policy.resolved(indexers) for policy in policies)
     ]
+
+
+def _config_of(config):
+    # Results from before there were rules of selecting don't name theirs.
+    said = dict(vars(config))
+    return said if config.select != "lightning" else {k: v for k, v in said.items() if k != "select"}
 
 
 def check_lengths(where, subject, lengths, options="--lengths", policies=(DENSE,), written=0):

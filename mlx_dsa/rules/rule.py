@@ -1,0 +1,291 @@
+"""What a rule may say: which keys a query reads, and which entries are worth keeping.
+
+A rule is a frozen dataclass whose fields are its options. Bound to a layer it is the same
+rule, which knows that layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import mlx.core as mx
+
+from ..cache import BudgetKVCache, FullKVCache
+from ..families import Layer
+from ..indexer import Indexer
+from ..selectors import select_topk
+
+
+class Probe(NamedTuple):
+    """What scoring needs of some queries.
+
+    Args:
+        queries (mx.array): ``[B, H, L, n]``.
+        weights (mx.array): ``[B, L, H]``.
+    """
+
+    queries: mx.array
+    weights: mx.array
+
+    def rows(self, start: int, stop: int) -> Probe:
+        """Return that of some of the queries."""
+        return Probe(self.queries[:, :, start:stop], self.weights[:, start:stop])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule of either kind.
+
+    Attributes:
+        wants_indexer (bool): Whether it reads the layer's indexer.
+        layer (Layer): Once bound, the attention layer; ``indexer``, bound too, or ``None``.
+        backend (str): Once bound, the kernels to use.
+    """
+
+    wants_indexer: ClassVar[bool] = False
+    layer: ClassVar[Layer]
+    indexer: ClassVar[Indexer | None]
+    backend: ClassVar[str]
+
+    def bind(self, layer: Layer, indexer: Indexer | None = None, backend: str = "auto"):
+        """Return the rule for a layer.
+
+        Args:
+            layer (Layer): An attention layer of a model.
+            indexer (Indexer, optional): The layer's, bound to it. Default: ``None``.
+            backend (str): Kernels to use. Default: ``"auto"``.
+        """
+        return self._with(layer=layer, indexer=indexer, backend=backend)
+
+    def _with(self, **attributes: Any):
+        bound = copy.copy(self)
+        for name, value in attributes.items():
+            object.__setattr__(bound, name, value)
+        return bound
+
+    def attention_queries(self, x: mx.array, offset: int, queries: mx.array | None = None):
+        """Return the layer's own queries as a probe.
+
+        Args:
+            x (mx.array): Normalised hidden states ``[B, L, dim]``.
+            offset (int): Position of the first one.
+            queries (mx.array, optional): What the layer made of them ``[B, Hq, L, D]``,
+              rotated, where that is at hand.
+        """
+        if queries is None:
+            queries = self.layer.project(x, offset).queries
+        return Probe(queries, mx.ones((x.shape[0], x.shape[1], 1), x.dtype))
+
+
+@dataclass(frozen=True)
+class SelectRule(Rule):
+    """Which keys a query reads. Give :meth:`scores`, or :meth:`select` itself.
+
+    Attributes:
+        keeps_entry (bool): Whether it keeps something of each token beside key and value:
+          what :meth:`entry` returns. Without that it reads ``cache.keys``.
+    """
+
+    keeps_entry: ClassVar[bool] = False
+
+    def entry_width(self) -> int:
+        """Return how many numbers of the layer's dtype :meth:`entry` keeps a token."""
+        return 0
+
+    def entry(self, x: mx.array, offset: int) -> mx.array | None:
+        """Compute what is kept of tokens: ``cache.index_keys``.
+
+        Args:
+            x (mx.array): Normalised hidden states ``[B, L, dim]``.
+            offset (int): Position of the first one.
+
+        Returns:
+            mx.array: ``[B, 1, L, n]``, or ``None``.
+        """
+        return None
+
+    def probe(self, x: mx.array, offset: int, queries: mx.array | None = None) -> Probe:
+        """Compute what scoring needs of queries; by default the layer's own.
+
+        Args:
+            x (mx.array): Normalised hidden states ``[B, L, dim]``.
+            offset (int): Position of the first one.
+            queries (mx.array, optional): The layer's ``[B, Hq, L, D]``, where at hand.
+        """
+        return self.attention_queries(x, offset, queries)
+
+    def step(
+        self, x: mx.array, offset: int, queries: mx.array | None = None
+    ) -> tuple[mx.array | None, Probe]:
+        """Compute :meth:`entry` and :meth:`probe` at once, for a step of decode."""
+        return self.entry(x, offset), self.probe(x, offset, queries)
+
+    def scores(
+        self, probe: Probe, cache: FullKVCache, n_visible: mx.array, end: int
+    ) -> mx.array:
+        """Score entries for queries.
+
+        Args:
+            probe (Probe): Of ``L`` queries.
+            cache (FullKVCache): The entries, in the order of the text.
+            n_visible (mx.array): Entries that each query sees, its first ones ``[L]``.
+            end (int): The most that one of them sees.
+
+        Returns:
+            mx.array: ``[B, L, end]`` in float32. What a query does not see may have any
+            score.
+        """
+        raise NotImplementedError
+
+    def tile_scores(
+        self, probe: Probe, cache: FullKVCache, tile_size: int, end: int, first: int
+    ) -> mx.array:
+        """Score entries before tiles of queries; by default the largest of a tile's.
+
+        Args:
+            probe (Probe): Of ``L`` queries, the last of which sees ``end`` entries.
+            cache (FullKVCache): The entries.
+            tile_size (int): Neighbouring queries that share a selection; divides ``L``.
+            end (int): Entries that the last query sees.
+            first (int): Entries before the first tile, without its newest ones: what may
+              serve to level queries.
+
+        Returns:
+            mx.array: ``[B, L / tile_size, end - tile_size]`` in float32.
+        """
+        L = probe.queries.shape[2]
+        scores = self.scores(probe, cache, mx.arange(end - L + 1, end + 1), end)
+        B, T = scores.shape[0], end - tile_size
+        return scores[..., :T].reshape(B, L // tile_size, tile_size, T).max(axis=2)
+
+    def select(
+        self,
+        probe: Probe,
+        cache: FullKVCache,
+        top_k: int,
+        n_visible: mx.array,
+        end: int,
+        forced: tuple[int, int],
+    ) -> mx.array:
+        """Select entries for queries; by default the best-scored.
+
+        Args:
+            probe (Probe): Of ``L`` queries.
+            cache (FullKVCache): The entries.
+            top_k (int): Entries a query.
+            n_visible (mx.array): Entries that each query sees ``[L]``.
+            end (int): The most that one of them sees.
+            forced (tuple of int): First entries and newest ones, always selected.
+
+        Returns:
+            mx.array: Slots ``[B, L, top_k]``, int32, ascending, none empty where a query
+            sees as many.
+        """
+        scores = self.scores(probe, cache, n_visible, end)
+        return select_topk(scores, top_k, n_visible, *forced, self.backend)
+
+
+@dataclass(frozen=True)
+class EvictRule(Rule):
+    """Which entries a budget forgets first. Give :meth:`worth`.
+
+    Attributes:
+        selecting (SelectRule): Once bound, the layer's rule of selecting.
+        observes (int): Once bound, the last queries of a prompt that :meth:`worth` finds in
+          ``cache.window``.
+        is_final (bool): Whether what the end of a prompt says stands for later steps, and
+          tokens that come then are worth :meth:`score`. Else :meth:`worth` is asked again.
+        every_step (bool): Whether each step's query decides what goes, by
+          :meth:`step_worth`. Else evictions are planned for many steps at once.
+        wants_head (bool): Whether it reads the indexer's retention head.
+    """
+
+    observes: ClassVar[int] = 0
+    is_final: ClassVar[bool] = False
+    every_step: ClassVar[bool] = False
+    wants_head: ClassVar[bool] = False
+    selecting: ClassVar[SelectRule]
+
+    def bind(
+        self,
+        layer: Layer,
+        indexer: Indexer | None = None,
+        backend: str = "auto",
+        selecting: SelectRule | None = None,
+        observes: int = 0,
+    ):
+        """Return the rule for a layer: see :meth:`Rule.bind`.
+
+        Args:
+            selecting (SelectRule, optional): The layer's rule of selecting.
+            observes (int): ``observation_window`` of the settings, which counts where the
+              rule observes queries. Default: ``0``.
+        """
+        bound = super().bind(layer, indexer, backend)
+        return bound._with(selecting=selecting, observes=observes if self.observes else 0)
+
+    @property
+    def keeps_score(self) -> bool:
+        """Whether :meth:`score` gives something, which a budget keeps."""
+        return type(self).score is not EvictRule.score
+
+    def score(self, x: mx.array, offset: int) -> mx.array | None:
+        """Say what tokens are worth when they are read, to be kept as ``cache.retention``.
+
+        Args:
+            x (mx.array): Normalised hidden states ``[B, L, dim]``.
+            offset (int): Position of the first one.
+
+        Returns:
+            mx.array: ``[B, L]`` in float32, or ``None``: nothing is kept.
+        """
+        return None
+
+    def project(self, x: mx.array, offset: int) -> list[mx.array | None]:
+        """Compute what a budget keeps beside keys and values.
+
+        Args:
+            x (mx.array): Normalised hidden states ``[B, L, dim]``.
+            offset (int): Position of the first one.
+
+        Returns:
+            list: The entry of the rule of selecting ``[B, 1, L, n]``, or ``None``, and where
+            there is a score, it twice, ``[B, 1, L, 2]`` in float32.
+        """
+        return self._entries(self.selecting.entry(x, offset), self.score(x, offset))
+
+    def _entries(self, entry, score) -> list[mx.array | None]:
+        if score is None:
+            return [entry]
+        B, L = score.shape
+        return [entry, mx.broadcast_to(score[:, None, :, None], (B, 1, L, 2))]
+
+    def observed(self, x: mx.array, offset: int) -> Probe:
+        """Return what is remembered of queries; by default what selects."""
+        return self.selecting.probe(x, offset)
+
+    def worth(self, cache: BudgetKVCache) -> mx.array | None:
+        """Say what the entries of a cache are worth now.
+
+        Args:
+            cache (BudgetKVCache): In the order of positions; at the end of a prompt
+              ``cache.window`` has the observed queries.
+
+        Returns:
+            mx.array: ``[B, size]`` in float32; ``None``: the oldest go.
+        """
+        raise NotImplementedError
+
+    def step_worth(self, x: mx.array, cache: BudgetKVCache) -> mx.array:
+        """Say what entries are worth to one query, where :attr:`every_step`.
+
+        Args:
+            x (mx.array): Its normalised hidden state ``[B, 1, dim]``.
+            cache (BudgetKVCache): The entries, in any order.
+
+        Returns:
+            mx.array: ``[B, size]`` in float32.
+        """
+        raise NotImplementedError

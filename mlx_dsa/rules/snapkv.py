@@ -1,0 +1,77 @@
+"""Rules by what the last queries of a prompt attend to.
+
+Li et al., SnapKV: LLM Knows What You are Looking for Before Generation, 2024; Oren et al.,
+Transformers are Multi-State RNNs (TOVA), 2024. Deviations: one set a layer, by the mean over
+its heads; SnapKV's queries are the last ``observation_window`` of the prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..registry import register
+from ..selectors import pool_neighbours
+from .attending import attention_probabilities
+from .keydiff import POOL_RADIUS
+from .rule import EvictRule
+
+
+@register("evict", "snapkv")
+@dataclass(frozen=True)
+class SnapKV(EvictRule):
+    """Keep what the last queries of the prompt attend to, and after it what is newer.
+
+    Args:
+        pool (int): Positions beside a token that count for it. Default: ``4``.
+    """
+
+    pool: int = POOL_RADIUS
+    observes = 1
+    is_final = True
+
+    # More than any mean of attention: what came after the prompt goes after what came in it.
+    _NEWER = 2.0
+
+    def score(self, x, offset):
+        return mx.full(x.shape[:2], self._NEWER)
+
+    def observed(self, x, offset):
+        return self.attention_queries(x, offset)
+
+    def worth(self, cache):
+        return pool_neighbours(self._paid(cache), cache.positions, self.pool)
+
+    def _paid(self, cache) -> mx.array:
+        """Return the mean attention that entries are paid by the queries that see them."""
+        queries, _, positions = cache.window
+        if cache.shift:  # keys have been numbered anew
+            back = mx.full((queries.shape[0], queries.shape[2]), -cache.shift, mx.int32)
+            queries = self.layer.turn(queries, back)
+        seen = cache.positions[:, None] <= mx.array(positions, mx.int32)[:, None]
+        paid = attention_probabilities(queries, cache.keys, seen, self.layer.scale)
+        return paid.sum(axis=1) / mx.maximum(seen.sum(axis=1), 1)
+
+
+@register("evict", "tova")
+@dataclass(frozen=True)
+class TOVA(EvictRule):
+    """Keep what the latest query attends to, at every step."""
+
+    observes = 1
+    every_step = True
+
+    def bind(self, *args, **kwargs):
+        return super().bind(*args, **kwargs)._with(observes=1)
+
+    def observed(self, x, offset):
+        return self.attention_queries(x, offset)
+
+    def worth(self, cache):
+        return SnapKV._paid(self, cache)
+
+    def step_worth(self, x, cache):
+        queries = self.layer.project(x, cache.number).queries
+        seen = mx.ones((1, cache.size()), mx.bool_)
+        return attention_probabilities(queries, cache.keys, seen, self.layer.scale)[:, 0]
