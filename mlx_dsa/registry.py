@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import fields
+from importlib.metadata import entry_points
 from typing import Any, get_args, get_type_hints
 
 # What a rule is for -> its name -> its class.
 _RULES: dict[str, dict[str, type]] = {"select": {}, "evict": {}}
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 _TRUTH = {"true": True, "false": False}
+# Installed packages name modules here whose import registers rules.
+_PLUGINS = "mlx_dsa.rules"
 
 
 def register(kind: str, name: str) -> Callable[[type], type]:
@@ -39,13 +43,27 @@ def forget(kind: str, name: str):
 
 def rule_names(kind: str) -> tuple[str, ...]:
     """Return the names of the rules of a kind, ``"select"`` or ``"evict"``."""
+    _load_plugins()
     return tuple(_RULES[kind])
+
+
+@functools.cache
+def _load_plugins():
+    for plugin in entry_points(group=_PLUGINS):
+        try:
+            plugin.load()
+        except Exception as error:  # of a package that is not ours
+            raise ValueError(
+                f"[register] the rules of {plugin.value} can't be loaded: {error}. Mend or "
+                f"remove the package that names them."
+            ) from error
 
 
 def rule_class(kind: str, text: str) -> type:
     """Return the class of the rule that a setting names: see :func:`make_rule`."""
     name = text.partition(":")[0] if isinstance(text, str) else text
-    if not isinstance(name, str) or name not in _RULES[kind]:
+    known = isinstance(name, str) and (name in _RULES[kind] or name in rule_names(kind))
+    if not known:
         raise ValueError(
             f"[SparseConfig] '{kind}' must be one of {', '.join(_RULES[kind])} but got {name!r}."
         )
@@ -79,9 +97,10 @@ def make_rule(kind: str, text: str) -> Any:
                 f"[SparseConfig] '{kind}' {name!r} has no option {key!r}: {have}. Write "
                 f"options as {name}:key=value."
             )
-        given[key] = _value(f"[SparseConfig] '{kind}' {name!r}: option {key!r}", hints[key], value)
+        where = f"[SparseConfig] '{kind}' {name!r}"
         if not equals:
-            raise ValueError(f"[SparseConfig] '{kind}' {name!r}: write {key}=value.")
+            raise ValueError(f"{where}: write {key}=value.")
+        given[key] = _value(f"{where}: option {key!r}", hints[key], value)
     return cls(**given)
 
 

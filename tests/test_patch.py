@@ -128,7 +128,7 @@ def test_what_a_patch_shows(model, indexers):
         (dict(top_k=100, prefill="tile"), "tile"),
         (dict(prefill="fast"), "prefill"),
         (dict(cache="rotating"), "cache"),
-        (dict(evict="random"), "evict"),
+        (dict(evict="chance"), "evict"),
         (dict(backend="abacus"), "backend"),
         (dict(backend=None), "backend"),
         (dict(n_recent=-1), "n_recent"),
