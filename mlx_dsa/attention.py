@@ -11,12 +11,12 @@ from .chunks import cut_chunk, stream_cuts
 from .config import SparseConfig
 from .crossovers import PrefillPlan
 from .eviction import Eviction
-from .families import Layer
+from .families import Layer, Projected
 from .indexer import Indexer
 from .ops import gather_rows, sparse_attention, tile_attention
 from .positions import PositionLimit, check_turn
 from .projections import JoinedProjections
-from .rules import EvictRule, make_rule
+from .rules import EvictRule, fold_heads, make_rule
 from .selectors import select_topk
 
 
@@ -38,6 +38,7 @@ class SparseAttention(nn.Module):
         selecting (SelectRule): What selects keys.
         eviction (Eviction): What keeps a budget cache to its budget.
         limit (PositionLimit): Warns where a text has more positions than the model.
+        by_head (bool): Whether each key head keeps entries of its own.
         starts (bool): Whether the device starts on a chunk of a prompt at this layer,
           while Python builds the layers after it.
     """
@@ -59,6 +60,7 @@ class SparseAttention(nn.Module):
         check_turn(layer.module.rope, config.positions)
         self.selecting = make_rule("select", config.select).bind(layer, indexer, config.backend)
         self.eviction = Eviction(self._evict_rule(evict), config, layer.turn)
+        self.by_head = self.eviction.rule.by_head and config.cache == "budget"
         self.starts = False
         self.limit = PositionLimit(None)
         self._joined = JoinedProjections(layer.module)
@@ -120,8 +122,10 @@ class SparseAttention(nn.Module):
             # A sparse step is not bit for bit a dense one, so it takes the fastest way.
             is_sparse_step = not in_prompt and cache.size() >= self.config.top_k
             linear = self._joined if is_sparse_step else None
-            queries, keys, values, gate = self.layer.project(x, cache.number, linear)
+            queries, keys, values, gate = self._project(x, cache, linear)
             output = read(x, queries, keys, values, cache)
+        if self.by_head:
+            output = output.reshape(x.shape[0], -1, *output.shape[2:])
         if self.starts and x.shape[1] > 1:
             start_on(output)
         return self.layer.output(output, gate)
@@ -134,6 +138,13 @@ class SparseAttention(nn.Module):
     def release(self):
         """Let go of what the layer shares with the one that it wraps."""
         self._joined.release()
+
+    def _project(self, x, cache, linear=None) -> Projected:
+        projected = self.layer.project(x, cache.number, linear)
+        if not self.by_head:
+            return projected
+        *folded, gate = projected  # key heads are rows of the batch, each with its entries
+        return Projected(*(fold_heads(a, self.layer.n_kv_heads) for a in folded), gate)
 
     def _append(self, x, keys, values, cache: FullKVCache):
         if isinstance(cache, BudgetKVCache):
@@ -189,6 +200,8 @@ class SparseAttention(nn.Module):
             cache (FullKVCache): Changed in place.
         """
         cache.prompt.reopen()
+        if self.by_head:
+            keys, values = (fold_heads(a, self.layer.n_kv_heads) for a in (keys, values))
         self._append(x, keys, values, cache)
         if isinstance(cache, BudgetKVCache):
             self.eviction.observe(x, cache)
@@ -206,7 +219,7 @@ class SparseAttention(nn.Module):
                 break
             part = x[:, start:stop] if cuts else x
             self.limit.check(cache, stop - start)
-            queries, keys, values, gate = self.layer.project(part, cache.number)
+            queries, keys, values, gate = self._project(part, cache)
             self._append(part, keys, values, cache)
             self.eviction.observe(part, hot)
             outputs.append(self._attend_all(queries, hot.keys, hot.values, causal=stop - start > 1))

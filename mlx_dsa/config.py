@@ -113,6 +113,12 @@ class SparseConfig:
                 f"[SparseConfig] select {self.select!r} reads the keys themselves, which cache "
                 f"'tiered' keeps cold. Use cache='full', or select='lightning'."
             )
+        if self.evicts_by_head and (self.cache == "tiered" or self.prefill in ("exact", "tile")):
+            raise ValueError(
+                f"[SparseConfig] evict {self.evict!r} keeps entries by head, which is for cache "
+                f"'budget' and prefill 'dense' or 'stream', not for {self.cache!r} and "
+                f"{self.prefill!r}. Use those, or by_head=false."
+            )
         if self.prefill == "tile" and not self.tile_fits:
             raise ValueError(
                 f"[SparseConfig] 'top_k' must be at least tile_size + n_sink + "
@@ -144,6 +150,11 @@ class SparseConfig:
         stream sends to a cold store."""
         evicts = self.cache == "budget" or self.prefill == "stream"
         return evicts and rule_class("evict", self.evict).wants_head
+
+    @property
+    def evicts_by_head(self) -> bool:
+        """Whether each key head of a budget keeps entries of its own."""
+        return self.cache != "full" and make_rule("evict", self.evict).by_head
 
     @property
     def wants_indexers(self) -> bool:

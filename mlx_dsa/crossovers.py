@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -191,12 +192,15 @@ def forget(description: Mapping[str, Any] | None = None) -> bool:
 
 
 def resolve_auto(config: SparseConfig, indexers: Mapping[int, Indexer]) -> SparseConfig:
-    """Return a config with ``"stream"`` in place of an ``"auto"`` that takes it.
+    """Return a config with ``"stream"`` in place of an ``"auto"`` that takes it, and with
+    ``"dense"`` where heads keep entries of their own, among which no rule selects.
 
     Args:
         config (SparseConfig): What is asked for.
         indexers (Mapping): Layer number to :class:`Indexer`.
     """
+    if config.prefill == "auto" and config.evicts_by_head:
+        return replace(config, prefill="dense")
     if not config.auto_may_stream:
         return config
     sparse = [x for i, x in indexers.items() if i not in config.dense_layers]

@@ -108,7 +108,7 @@ def test_the_command_line_knows_a_rule_from_outside(valuenorm, folders):
     "options, message",
     [
         (("--evict", "nope"), "'evict' must be one of"),
-        (("--evict", "snapkv:pol=1"), "'snapkv' has no option 'pol': its options are pool"),
+        (("--evict", "snapkv:pol=1"), "'snapkv' has no option 'pol': its options are by_head, pool"),
         (("--evict", "snapkv:pool"), "write pool=value"),
         (("--evict", "snapkv:pool=x"), "must be a whole number but got 'x'"),
         (("--evict", "window:a=1"), "has no option 'a': it has none"),
@@ -182,3 +182,53 @@ def test_the_oracle_is_at_least_as_near_to_dense_as_any_other():
         with patch_sparse_generate(model, None, evict="window", **config):
             far[select] = mx.abs(model(tokens, cache=make_prompt_cache(model)) - dense).mean().item()
     assert far["oracle"] == min(far.values()) and far["oracle"] < 0.9 * far["random"]
+
+
+@pytest.mark.parametrize("evict", ["snapkv", "keydiff", "knorm"])
+@pytest.mark.parametrize("prefill", ["dense", "stream"])
+def test_heads_that_keep_their_own_answer_as_models_of_one_head(evict, prefill):
+    """A model of two key heads by head keeps, for each, what a cache of that head alone would."""
+    model, tokens = make_model(), mx.array(np.random.default_rng(1).permutation(101)[None, :90])
+    tokens = mx.concatenate([tokens, tokens[:, ::-1]])
+    config = dict(top_k=24, n_sink=2, n_recent=6, prefill=prefill, stream_chunk=32, select="window")
+    kept, answers = {}, {}
+    for by_head in ("true", "false"):
+        rule = f"{evict}:by_head={by_head}"
+        with patch_sparse_generate(model, None, evict=rule, **config) as patch:
+            assert patch.config.prefill == prefill
+            caches = make_prompt_cache(model)
+            with patch.reading(caches):
+                model(tokens[:, :70], cache=caches)
+            kept[by_head] = np.sort(np.array(caches[0].positions))
+            steps = [model(tokens[:, i : i + 1], cache=caches) for i in range(70, 90)]
+            answers[by_head] = mx.concatenate(steps, axis=1)
+            assert caches[0].keys.shape == ((4, 1, 24, 32) if by_head == "true" else (2, 2, 24, 32))
+    assert kept["true"].shape == (4, 24) and kept["false"].shape == (2, 24)
+    assert not (kept["true"][::2] == kept["true"][1::2]).all()  # heads differ
+    assert not mx.allclose(answers["true"], answers["false"], atol=1e-3)
+    # The rows of a batch answer as alone.
+    with patch_sparse_generate(model, None, evict=f"{evict}:by_head=true", **config) as patch:
+        caches = make_prompt_cache(model)
+        with patch.reading(caches):
+            model(tokens[1:, :70], cache=caches)
+        steps = [model(tokens[1:, i : i + 1], cache=caches) for i in range(70, 90)]
+        assert mx.allclose(mx.concatenate(steps, axis=1), answers["true"][1:], atol=2e-4)
+
+
+def test_heads_that_keep_their_own_are_dense_with_room_for_all():
+    model, tokens = make_model(), make_tokens(60, batch=2)
+    dense = model(tokens)
+    for top_k, same in ((64, True), (24, False)):
+        config = dict(select="window", evict="snapkv:by_head=true", n_sink=2, n_recent=6)
+        with patch_sparse_generate(model, None, top_k=top_k, **config) as patch:
+            assert patch.config.prefill == "dense"
+            caches = make_prompt_cache(model)
+            parts = [model(tokens[:, :50], cache=caches)]
+            parts += [model(tokens[:, i : i + 1], cache=caches) for i in range(50, 60)]
+            assert mx.allclose(mx.concatenate(parts, axis=1), dense, atol=1e-4) == same
+
+
+@pytest.mark.parametrize("config", [dict(prefill="exact"), dict(cache="tiered")])
+def test_where_heads_can_t_keep_their_own_is_told(config):
+    with pytest.raises(ValueError, match="keeps entries by head"):
+        SparseConfig(evict="snapkv:by_head=true", **config)

@@ -254,6 +254,7 @@ def _write_report(
 
 
 def _kept(patch: SparsePatch, caches: list[Any]) -> list[np.ndarray]:
-    """Return of each layer that drops tokens the positions in the text that it keeps."""
+    """Return the positions in the text that are kept by each layer that drops tokens, or by
+    each of its key heads, where these keep their own."""
     budgets = (caches[i] for i in patch.layers if isinstance(caches[i], BudgetKVCache))
-    return [np.array(cache.positions)[0] for cache in budgets]
+    return [kept for cache in budgets for kept in np.array(cache.positions)]

@@ -79,7 +79,7 @@ def computed_bytes(subject, policy, length, itemsize):
             continue
         if keeps_score and (not config.wants_heads or indexer.has_retention):
             sparse += 8
-        places = 4
+        places = 4 * layer.n_kv_heads if config.evicts_by_head else 4
         if config.positions == "compact":
             places += 4 + (entry // 2 if itemsize < 4 else 0)
         total += length * sparse if length <= config.top_k else config.top_k * (sparse + places)

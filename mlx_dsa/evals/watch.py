@@ -57,7 +57,12 @@ class Watch:
         for number in self.layers:
             cache, hits = caches[number], self._hits.get(number)
             # A cache that evicts nothing holds them all.
-            kept = cache.positions[rows] if getattr(cache, "evicted", False) else None
+            kept = None
+            if getattr(cache, "evicted", False):
+                kept = cache.positions
+                if self.layers[number].by_head:  # what one head keeps is there
+                    kept = kept.reshape(kept.shape[0] // self.layers[number].layer.n_kv_heads, -1)
+                kept = kept[rows]
             there = None if kept is None else (wanted[:, :, None] == kept[:, None]).any(axis=-1)
             # Where something was evicted, every entry of the cache is attended to.
             seen = None if hits is None or there is not None else hits[rows]

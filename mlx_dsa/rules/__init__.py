@@ -2,6 +2,6 @@
 
 from ..registry import make_rule, register, rule_names
 from . import baselines, keydiff, lightning, retention, snapkv  # noqa: F401
-from .rule import EvictRule, Probe, SelectRule
+from .rule import EvictRule, Probe, SelectRule, fold_heads
 
-__all__ = ["EvictRule", "Probe", "SelectRule", "make_rule", "register", "rule_names"]
+__all__ = ["EvictRule", "Probe", "SelectRule", "fold_heads", "make_rule", "register", "rule_names"]

@@ -3,7 +3,8 @@
 Park et al., KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in
 Resource-Constrained Environments, 2025; Devoto et al., A Simple and Effective L2 Norm-Based
 Strategy for KV Cache Compression, 2024. Deviations: one set a layer, by the mean over its key
-heads; a token is worth what the best of its neighbours is (``pool``, 0 for none).
+heads (``by_head=true``: one a key head, as theirs); a token is worth what the best of its
+neighbours is (``pool``, 0 for none, as theirs).
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ class KeyDiff(EvictRule):
 
     Args:
         pool (int): Positions beside a token that count for it. Default: ``4``.
+        by_head (bool): Whether each key head keeps entries of its own. Default: ``False``.
     """
 
     pool: int = POOL_RADIUS
+    by_head: bool = False
 
     def worth(self, cache):
         return pool_neighbours(keydiff_scores(cache.keys), cache.positions, self.pool)
@@ -42,9 +45,11 @@ class KeyNorm(EvictRule):
 
     Args:
         pool (int): Positions beside a token that count for it. Default: ``0``.
+        by_head (bool): Whether each key head keeps entries of its own. Default: ``False``.
     """
 
     pool: int = 0
+    by_head: bool = False
 
     def worth(self, cache):
         norms = mx.linalg.norm(cache.keys.astype(mx.float32), axis=-1)

@@ -34,6 +34,12 @@ class Probe(NamedTuple):
         return Probe(self.queries[:, :, start:stop], self.weights[:, start:stop])
 
 
+def fold_heads(x: mx.array, n_kv_heads: int) -> mx.array:
+    """Make key heads rows of the batch: ``[B, H, L, D]`` to ``[B * Hkv, H / Hkv, L, D]``."""
+    B, n_heads, *rest = x.shape
+    return x.reshape(B * n_kv_heads, n_heads // n_kv_heads, *rest)
+
+
 @dataclass(frozen=True)
 class Rule:
     """A rule of either kind.
@@ -76,7 +82,7 @@ class Rule:
         """
         if queries is None:
             queries = self.layer.project(x, offset).queries
-        return Probe(queries, mx.ones((x.shape[0], x.shape[1], 1), x.dtype))
+        return Probe(queries, mx.ones((queries.shape[0], x.shape[1], 1), x.dtype))
 
 
 @dataclass(frozen=True)
@@ -200,12 +206,16 @@ class EvictRule(Rule):
         every_step (bool): Whether each step's query decides what goes, by
           :meth:`step_worth`. Else evictions are planned for many steps at once.
         wants_head (bool): Whether it reads the indexer's retention head.
+        by_head (bool): Whether each key head keeps entries of its own. A rule may have it
+          as an option: bound, it then sees a cache in which the key heads are rows of the
+          batch, ``[B * Hkv, 1, T, D]``, and so are its observed queries.
     """
 
     observes: ClassVar[int] = 0
     is_final: ClassVar[bool] = False
     every_step: ClassVar[bool] = False
     wants_head: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
     selecting: ClassVar[SelectRule]
 
     def bind(
@@ -254,7 +264,11 @@ class EvictRule(Rule):
             list: The entry of the rule of selecting ``[B, 1, L, n]``, or ``None``, and where
             there is a score, it twice, ``[B, 1, L, 2]`` in float32.
         """
-        return self._entries(self.selecting.entry(x, offset), self.score(x, offset))
+        entries = self._entries(self.selecting.entry(x, offset), self.score(x, offset))
+        if not self.by_head:
+            return entries
+        n = self.layer.n_kv_heads
+        return [e if e is None else mx.repeat(e, n, axis=0) for e in entries]
 
     def _entries(self, entry, score) -> list[mx.array | None]:
         if score is None:
@@ -265,6 +279,14 @@ class EvictRule(Rule):
     def observed(self, x: mx.array, offset: int) -> Probe:
         """Return what is remembered of queries; by default what selects."""
         return self.selecting.probe(x, offset)
+
+    def attention_queries(self, x, offset, queries=None):
+        """Return the layer's own queries, a key head's a row where each has its entries."""
+        probe = super().attention_queries(x, offset, queries)
+        if not self.by_head:
+            return probe
+        folded = fold_heads(probe.queries, self.layer.n_kv_heads)
+        return Probe(folded, mx.ones((folded.shape[0], x.shape[1], 1), x.dtype))
 
     def worth(self, cache: BudgetKVCache) -> mx.array | None:
         """Say what the entries of a cache are worth now.

@@ -2,7 +2,8 @@
 
 Li et al., SnapKV: LLM Knows What You are Looking for Before Generation, 2024; Oren et al.,
 Transformers are Multi-State RNNs (TOVA), 2024. Deviations: one set a layer, by the mean over
-its heads; SnapKV's queries are the last ``observation_window`` of the prompt.
+its heads, as TOVA's (``by_head=true``: one a key head, as SnapKV's); SnapKV's queries are the
+last ``observation_window`` of the prompt, and its neighbours count by the largest of them.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ class SnapKV(EvictRule):
 
     Args:
         pool (int): Positions beside a token that count for it. Default: ``4``.
+        by_head (bool): Whether each key head keeps entries of its own. Default: ``False``.
     """
 
     pool: int = POOL_RADIUS
+    by_head: bool = False
     observes = 1
     is_final = True
 
