@@ -123,6 +123,9 @@ class SparsePatch:
         Args:
             caches (Sequence): One cache a layer.
         """
+        for i, sparse in self.layers.items():
+            if sparse.by_head:
+                caches[i].rows_a_text = sparse.layer.n_kv_heads
         empty = self._family.make_caches(self._model)
         self._caches.update(zip(caches, empty))
 

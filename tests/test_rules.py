@@ -16,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_dsa import SparseConfig, load_cache, patch_sparse_generate, registry, save_cache
 from mlx_dsa.cli import main
 from mlx_dsa.evals import make_policies, ppl
+from mlx_dsa.evals.generation import take_rows
 from mlx_dsa.rules import EvictRule, make_rule, register, rule_names
 from mlx_dsa.saved import read_saved
 
@@ -226,6 +227,20 @@ def test_heads_that_keep_their_own_are_dense_with_room_for_all():
             parts = [model(tokens[:, :50], cache=caches)]
             parts += [model(tokens[:, i : i + 1], cache=caches) for i in range(50, 60)]
             assert mx.allclose(mx.concatenate(parts, axis=1), dense, atol=1e-4) == same
+
+
+@pytest.mark.parametrize("n_steps", [0, 3])
+def test_rows_of_texts_are_taken_with_all_their_heads(n_steps):
+    model, tokens = make_model(), make_tokens(90, batch=3)
+    config = dict(select="window", evict="snapkv:by_head=true", n_sink=2, n_recent=6, top_k=24)
+    with patch_sparse_generate(model, None, **config):
+        caches = make_prompt_cache(model)
+        for start, stop in ((0, 60), *((i, i + 1) for i in range(60, 61 + n_steps))):
+            model(tokens[:, start:stop], cache=caches)
+        taken = take_rows(caches, [2, 0])
+        for i in range(70, 80):
+            there, here = (model(t[:, i : i + 1], cache=c) for t, c in ((tokens[mx.array([2, 0])], taken), (tokens, caches)))
+            assert mx.allclose(there, here[mx.array([2, 0])], atol=1e-4)
 
 
 @pytest.mark.parametrize("config", [dict(prefill="exact"), dict(cache="tiered")])

@@ -37,12 +37,13 @@ class BudgetKVCache(FullKVCache):
         most_late (int): For how many steps at most what they leave open may wait: it is
           a hidden state each, as large as several entries.
         n_planned (int): Entries, the last ones, that the next steps replace in order.
+        rows_a_text (int): Rows that a text has: its key heads, where each keeps its own.
 
     Raises:
         ValueError: If the budget is below 1.
     """
 
-    phase = 0  # of a cache that from_state builds
+    phase, rows_a_text = 0, 1  # of a cache that from_state builds
     _saves_memory = "for less memory lower top_k, the number of entries that it keeps"
 
     def __init__(self, budget: int, phase: int = 0):

@@ -70,11 +70,20 @@ def take_rows(caches, rows):
         # What ours hold can be read without a word on whether a prompt goes on.
         name = "contents" if isinstance(c, FullKVCache) else "state"
         held = [
-            a[rows] if isinstance(a, mx.array) and a.ndim > 1 else a for a in getattr(c, name)
+            a[_rows_of(c, rows, a)] if isinstance(a, mx.array) and a.ndim > 1 else a
+            for a in getattr(c, name)
         ]
         mx.eval(held)
         setattr(c, name, held)
     return taken
+
+
+def _rows_of(cache, rows, array):
+    """Return the rows of an array that texts have: their own, or one for each of their key heads."""
+    n = getattr(cache, "rows_a_text", 1)
+    if n == 1 or array.shape[0] != cache.keys.shape[0]:
+        return rows
+    return (rows[:, None] * n + mx.arange(n)).reshape(-1)
 
 
 @dataclass

@@ -60,9 +60,8 @@ class Watch:
             kept = None
             if getattr(cache, "evicted", False):
                 kept = cache.positions
-                if self.layers[number].by_head:  # what one head keeps is there
-                    kept = kept.reshape(kept.shape[0] // self.layers[number].layer.n_kv_heads, -1)
-                kept = kept[rows]
+                # What one head keeps is there.
+                kept = kept.reshape(kept.shape[0] // cache.rows_a_text, -1)[rows]
             there = None if kept is None else (wanted[:, :, None] == kept[:, None]).any(axis=-1)
             # Where something was evicted, every entry of the cache is attended to.
             seen = None if hits is None or there is not None else hits[rows]
