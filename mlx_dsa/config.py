@@ -27,7 +27,7 @@ class SparseConfig:
         n_recent (int): Newest tokens, likewise. Default: ``64``.
         prefill (str): ``"dense"``, ``"exact"`` (one selection a query),
           ``"tile"`` (one selection a tile of queries), ``"stream"`` (cut to the budget
-          while it is read) or ``"auto"``: stream where a budget has positions
+          while it is read; of ``"tiered"`` what is cut goes cold) or ``"auto"``: stream where a budget has positions
           ``"compact"``, evict ``"retention"`` and a retention head in every sparse layer;
           elsewhere tile where ``top_k`` has room for it, else exact. Default: ``"auto"``.
         tile_size (int): Queries that share one selection in ``"tile"``.
@@ -41,9 +41,9 @@ class SparseConfig:
         dense_layers (tuple of int): Layers left as they are. Default: ``()``.
         observation_window (int): Last prompt queries whose scores decide what
           prefill leaves in the budget. Default: ``32``.
-        evict (str): What orders entries for eviction: ``"retention"`` (the score
-          of the retention head, decided when a token is read; ``"keydiff"`` where
-          a layer has no head), ``"blend"`` (that score and KeyDiff's, each standardised,
+        evict (str): What orders entries for eviction, or in a stream of ``"tiered"`` for
+          going cold: ``"retention"`` (the score of the retention head, decided when a
+          token is read; ``"keydiff"`` where a layer has no head), ``"blend"`` (that score and KeyDiff's, each standardised,
           added; likewise), ``"keydiff"`` (keys most like the others go first),
           ``"index"`` (the scores of the last queries), or ``"window"`` (oldest
           first). Default: ``"retention"``.
