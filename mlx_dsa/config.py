@@ -26,7 +26,7 @@ class SparseConfig:
         n_recent (int): Newest tokens, likewise. Default: ``64``.
         prefill (str): ``"dense"``, ``"exact"`` (one selection a query),
           ``"tile"`` (one selection a tile of queries), ``"stream"`` (cut to the budget
-          while it is read) or ``"auto"``: stream where a budget has positions
+          while it is read; of ``"tiered"`` what is cut goes cold) or ``"auto"``: stream where a budget has positions
           ``"compact"``, evict ``"retention"`` and a retention head in every sparse layer;
           elsewhere tile where ``top_k`` has room for it, else exact. Default: ``"auto"``.
         tile_size (int): Queries that share one selection in ``"tile"``.
@@ -43,9 +43,10 @@ class SparseConfig:
         select (str): The rule by which keys are selected, and behind a colon its options:
           ``"lightning"`` (trained indexers), or another of :mod:`mlx_dsa.rules`.
           Default: ``"lightning"``.
-        evict (str): The rule that orders entries for eviction, likewise: ``"retention"`` (the score
-          of the retention head, decided when a token is read; ``"keydiff"`` where
-          a layer has no head), ``"blend"`` (that score and KeyDiff's, each standardised,
+        evict (str): The rule that orders entries for eviction, or in a stream of ``"tiered"``
+          for going cold, likewise: ``"retention"`` (the score of the retention head, decided
+          when a token is read; ``"keydiff"`` where a layer has no head), ``"blend"`` (that
+          score and KeyDiff's, each standardised,
           added; likewise), ``"keydiff"`` (keys most like the others go first),
           ``"index"`` (the scores of the last queries), ``"window"`` (oldest
           first), or another of :mod:`mlx_dsa.rules`. Default: ``"retention"``.

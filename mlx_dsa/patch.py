@@ -315,10 +315,17 @@ def _warn(dtype: mx.Dtype, indexers: Mapping[int, Indexer], config: SparseConfig
         if not all(indexer.has_retention for indexer in indexers.values()):
             while_reading = config.prefill == "stream"
             also = ", and more again at every cut" if while_reading else ""
+            told = (
+                f"the budget keeps the keys least like the others (KeyDiff), which loses more "
+                f"facts than trained heads do{also}. Use cache='full', or train the heads."
+            )
+            if config.cache == "tiered":
+                told = (
+                    "while a text is read, what stays at hand is the keys least like the others "
+                    "(KeyDiff), which is worse than what trained heads choose."
+                )
             warnings.warn(
-                f"[patch_sparse_generate] these indexers have no retention head: the "
-                f"budget keeps the keys least like the others (KeyDiff), which loses more "
-                f"facts than trained heads do{also}. Use cache='full', or train the heads.",
+                f"[patch_sparse_generate] these indexers have no retention head: {told}",
                 stacklevel=3,
             )
     if is_imprecise(dtype):

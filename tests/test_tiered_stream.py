@@ -1,6 +1,5 @@
 """Prompts that are cut while they are read, into two tiers: nothing is lost, and it comes back."""
 
-import copy
 import functools
 
 import mlx.core as mx
@@ -9,15 +8,12 @@ import pytest
 from builders import SHAPES, feed, feed_calls, make_indexers, make_model, make_tokens
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
-from simulate import LOGITS, generate_calls
+from simulate import LOGITS
 from test_cuts import make_text
 from test_retention import Simulation, first_layer_scores, with_heads
 
-from mlx_dsa import SparseConfig, load_preset, patch_sparse_generate, save_cache
+from mlx_dsa import patch_sparse_generate
 from mlx_dsa.cache import TieredKVCache, tiered
-from mlx_dsa.cache.cold_file import ColdFile
-from mlx_dsa.evals import make_policies, needle
-from mlx_dsa.evals.generation import take_rows
 
 RULES = dict(
     top_k=24, n_sink=3, n_recent=5, observation_window=8, stream_chunk=16, prefill="stream"

@@ -102,7 +102,7 @@ class TieredKVCache(FullKVCache):
             )
         super().append(*(e[:, :, :, :0] for e in (keys, values)), *others)
         if self._reader is not None:
-            self._reader.tie(self._buffers[2:])
+            self._reader.tie(self._buffers)
 
     def recall(self, slots: mx.array) -> list[mx.array]:
         """Make a selection hot, and only it.
@@ -160,7 +160,7 @@ class TieredKVCache(FullKVCache):
             self._hot[0],
             [
                 *(self._hot[1], self._slots_in_hot, self._recalled),
-                *(*self._buffers[2:], *self.cold.arrays),
+                *(*self._buffers, *self.cold.arrays),
             ],
         )
 

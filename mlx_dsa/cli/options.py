@@ -78,8 +78,9 @@ positions_option = click.option(
     "numbered anew whenever something is dropped.",
 )
 PREFILL_HELP = (
-    "How the prompt is read; stream drops what does not fit top-k on the way. auto: stream "
-    "with --positions compact where indexers have retention heads, else tile where it is fast."
+    "How the prompt is read; stream drops what does not fit top-k on the way (with --cache "
+    "tiered it goes cold). auto: stream with --positions compact where indexers have retention "
+    "heads, else tile where it is fast."
 )
 _SPARSE = (
     click.option("--top-k", type=int, help="Keys that a query attends to."),
