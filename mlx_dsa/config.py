@@ -27,9 +27,10 @@ class SparseConfig:
         n_recent (int): Newest tokens, likewise. Default: ``64``.
         prefill (str): ``"dense"``, ``"exact"`` (one selection a query),
           ``"tile"`` (one selection a tile of queries), ``"stream"`` (cut to the budget
-          while it is read; of ``"tiered"`` what is cut goes cold) or ``"auto"``: stream where a budget has positions
-          ``"compact"``, evict ``"retention"`` and a retention head in every sparse layer;
-          elsewhere tile where ``top_k`` has room for it, else exact. Default: ``"auto"``.
+          while it is read; of ``"tiered"`` what is cut goes cold) or ``"auto"``: stream
+          where a budget has positions ``"compact"``, evict ``"retention"`` and a retention
+          head in every sparse layer; elsewhere tile where ``top_k`` has room for it, else
+          exact. Default: ``"auto"``.
         tile_size (int): Queries that share one selection in ``"tile"``.
           Default: ``64``.
         stream_chunk (int): Tokens of a text between two cuts in ``"stream"``.
@@ -43,8 +44,9 @@ class SparseConfig:
           prefill leaves in the budget. Default: ``32``.
         evict (str): What orders entries for eviction, or in a stream of ``"tiered"`` for
           going cold: ``"retention"`` (the score of the retention head, decided when a
-          token is read; ``"keydiff"`` where a layer has no head), ``"blend"`` (that score and KeyDiff's, each standardised,
-          added; likewise), ``"keydiff"`` (keys most like the others go first),
+          token is read; ``"keydiff"`` where a layer has no head), ``"blend"`` (that
+          score and KeyDiff's, each standardised, added; likewise), ``"keydiff"`` (keys
+          most like the others go first),
           ``"index"`` (the scores of the last queries), or ``"window"`` (oldest
           first). Default: ``"retention"``.
         cold_bits (int, optional): Bits of a cold entry's numbers in memory: 4, 8, or
