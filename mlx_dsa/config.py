@@ -26,9 +26,10 @@ class SparseConfig:
         n_recent (int): Newest tokens, likewise. Default: ``64``.
         prefill (str): ``"dense"``, ``"exact"`` (one selection a query),
           ``"tile"`` (one selection a tile of queries), ``"stream"`` (cut to the budget
-          while it is read; of ``"tiered"`` what is cut goes cold) or ``"auto"``: stream where a budget has positions
-          ``"compact"``, evict ``"retention"`` and a retention head in every sparse layer;
-          elsewhere tile where ``top_k`` has room for it, else exact. Default: ``"auto"``.
+          while it is read; of ``"tiered"`` what is cut goes cold) or ``"auto"``: stream
+          where a budget has positions ``"compact"``, evict ``"retention"`` and a retention
+          head in every sparse layer; elsewhere tile where ``top_k`` has room for it, else
+          exact. Default: ``"auto"``.
         tile_size (int): Queries that share one selection in ``"tile"``.
           Default: ``64``.
         stream_chunk (int): Tokens of a text between two cuts in ``"stream"``.

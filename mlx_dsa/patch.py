@@ -17,6 +17,7 @@ from .arrays import evaluate, is_imprecise
 from .attention import SparseAttention
 from .cache import BudgetKVCache, ColdFile, FullKVCache, make_cache
 from .cache.callers import find_caller
+from .cache.cold_file import claim
 from .config import SparseConfig
 from .crossovers import describe, lookup, plan_prefill, resolve_auto
 from .families import Layer, family_of
@@ -29,8 +30,6 @@ from .rules import EvictRule
 # The sparse layer, counted from 1, at which the device starts on a chunk of a prompt: a
 # GPU takes longer for these than Python for all that come after (docs/log.md).
 _STARTS_AT = 4
-# What a cold file begins with: one of ours, not a user's.
-_COLD_MARK = b"mlx-dsa cold file\n"
 
 
 class SparsePatch:
@@ -85,7 +84,7 @@ class SparsePatch:
     def make_cache(self) -> list[Any]:
         """Make an empty cache for each layer: what ``make_prompt_cache`` returns."""
         if self.config.cold_file is not None and self._cold_file is None:
-            self._claimed = _claim(Path(self.config.cold_file))
+            self._claimed = claim(Path(self.config.cold_file))
             self._cold_file = ColdFile(self.config.cold_file)
         caches = self._family.make_caches(self._model)
         for i in self.layers:
@@ -335,22 +334,3 @@ def _warn(dtype: mx.Dtype, indexers: Mapping[int, Indexer], config: SparseConfig
             f"answers are worse. Call model.set_dtype(mx.float32) before patching.",
             stacklevel=3,
         )
-
-
-def _claim(path: Path) -> HeldFile:
-    """Make a new cold file, in place of one that a killed process left."""
-    try:
-        return HeldFile(path, _COLD_MARK)
-    except BlockingIOError:
-        raise ValueError(
-            f"[SparsePatch] 'cold_file' {path} is in use by another run. Name another file."
-        ) from None
-    except FileExistsError:
-        raise ValueError(
-            f"[SparsePatch] 'cold_file' {path} exists and is not overwritten. Name a new "
-            f"file, or delete it."
-        ) from None
-    except OSError as error:
-        raise ValueError(
-            f"[SparsePatch] 'cold_file' {path} can't be made: {error.strerror}."
-        ) from None

@@ -7,12 +7,43 @@ import math
 import os
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from ..files import HeldFile
+
+# What a cold file begins with: one of ours, not a user's.
+_MARK = b"mlx-dsa cold file\n"
 # Tokens of a block, and bytes before the first block.
 _BLOCK_ROWS, _HEADER = 64, 4096
+
+
+def claim(path: Path) -> HeldFile:
+    """Make a new cold file, in place of one that a killed process left.
+
+    Args:
+        path (Path): Where.
+
+    Raises:
+        ValueError: If it is in use, not one of ours, or can't be made.
+    """
+    try:
+        return HeldFile(path, _MARK)
+    except BlockingIOError:
+        raise ValueError(
+            f"[SparsePatch] 'cold_file' {path} is in use by another run. Name another file."
+        ) from None
+    except FileExistsError:
+        raise ValueError(
+            f"[SparsePatch] 'cold_file' {path} exists and is not overwritten. Name a new "
+            f"file, or delete it."
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"[SparsePatch] 'cold_file' {path} can't be made: {error.strerror}."
+        ) from None
 
 
 class ColdFile:
