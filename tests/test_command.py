@@ -13,6 +13,7 @@ from mlx_dsa import SparseConfig
 from mlx_dsa.cli import main
 from mlx_dsa.cli.command import Command, in_options, takes_one_value
 from mlx_dsa.evals.policies import make_policies
+from mlx_dsa.rules import rule_names
 from mlx_dsa.train import TrainConfig
 
 
@@ -108,9 +109,13 @@ def message(made, **fields):
             "--cache tiered.",
         ),
         (
-            message(SparseConfig, evict="no", n_recent=9),
-            "'evict' must be one of retention, blend, keydiff, index, window but got 'no'. Set evict in a "
+            message(SparseConfig, backend="no", n_recent=9),
+            "'backend' must be one of auto, reference, metal, cuda but got 'no'. Set backend in a "
             "--config file.",
+        ),
+        (
+            message(SparseConfig, evict="no"),
+            f"--evict must be one of {', '.join(rule_names('evict'))} but got 'no'.",
         ),
         ("[save] 'prefill' of my_top_k/top_k.txt", "--prefill of my_top_k/top_k.txt"),
         ("the cache and the prefill stay words", "the cache and the prefill stay words"),
