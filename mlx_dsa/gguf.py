@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 _NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
+_MOST, _MOST_TEXT = 1 << 48, 1 << 28  # bytes of an array, and of a text
 
 
 def read_metadata(file: str | os.PathLike) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def read_metadata(file: str | os.PathLike) -> dict[str, Any]:
             if version not in _VERSIONS:
                 raise ValueError(f"[gguf] {file} is of version {version}, not 2 or 3.")
             pairs = [_pair(stream) for _ in range(n_pairs)]
-        except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError):
+        except (struct.error, UnicodeDecodeError, KeyError, RecursionError):
             raise ValueError(f"[gguf] {file} is damaged. Download or copy it again.") from None
     return {key: value for key, value in pairs if value is not None}
 
@@ -53,7 +54,7 @@ def _skip(stream):
     """Pass over an array."""
     kind, n = _unpack(stream, "IQ")
     if kind in _NUMBERS:
-        stream.seek(n * struct.calcsize(_NUMBERS[kind]), os.SEEK_CUR)
+        _pass(stream, n * struct.calcsize(_NUMBERS[kind]))
         return
     if kind not in (_STRING, _ARRAY):
         raise KeyError(kind)
@@ -61,12 +62,18 @@ def _skip(stream):
         if kind == _ARRAY:
             _skip(stream)
         else:
-            stream.seek(_unpack(stream, "Q")[0], os.SEEK_CUR)
+            _pass(stream, _unpack(stream, "Q")[0])
+
+
+def _pass(stream, n: int):
+    if n > _MOST:
+        raise struct.error
+    stream.seek(n, os.SEEK_CUR)
 
 
 def _text(stream: BinaryIO) -> str:
     (n,) = _unpack(stream, "Q")
-    text = stream.read(n)
+    text = stream.read(min(n, _MOST_TEXT))
     if len(text) < n:
         raise struct.error
     return text.decode("utf-8")
