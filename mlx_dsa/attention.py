@@ -299,14 +299,15 @@ class SparseAttention(nn.Module):
         Args:
             queries (mx.array): ``[B, Hq, L, D]``.
             cache (FullKVCache): The entries.
-            slots (mx.array): ``[B, L, top_k]``, int32, none empty.
+            slots (mx.array): ``[B, L, top_k]``, int32, none empty where the rule fills
+              them; or a set a key head, ``[B, Hkv, L, top_k]``.
 
         Returns:
             mx.array: ``[B, Hq, L, D]``.
         """
         if isinstance(cache, TieredKVCache):
             return self._attend_all(queries, *cache.recall(slots[:, 0]), causal=False)
-        if queries.shape[2] == 1:
+        if queries.shape[2] == 1 and slots.ndim == 3 and self.selecting.fills:
             rows = (gather_rows(x, slots[:, 0]) for x in (cache.keys, cache.values))
             return self._attend_all(queries, *rows, causal=False)
         return sparse_attention(

@@ -88,8 +88,7 @@ class SparseConfig:
                     f"[SparseConfig] '{name}' must be one of {', '.join(choices)} "
                     f"but got {getattr(self, name)!r}."
                 )
-        for kind in ("select", "evict"):
-            make_rule(kind, getattr(self, kind))
+        rules = [make_rule(kind, getattr(self, kind)) for kind in ("select", "evict")]
         object.__setattr__(self, "dense_layers", _layers(self.dense_layers))
         self._check_cold()
         protected = self.n_sink + self.n_recent
@@ -110,7 +109,7 @@ class SparseConfig:
                 f"are for cache 'budget' only, not for {self.cache!r}. Use cache='budget', or "
                 f"positions='absolute'."
             )
-        if self.cache == "tiered" and not rule_class("select", self.select).keeps_entry:
+        if self.cache == "tiered" and not rules[0].keeps_entry:
             raise ValueError(
                 f"[SparseConfig] select {self.select!r} reads the keys themselves, which cache "
                 f"'tiered' keeps cold. Use cache='full', or select='lightning'."
@@ -121,12 +120,19 @@ class SparseConfig:
                 f"'budget' and prefill 'dense' or 'stream', not for {self.cache!r} and "
                 f"{self.prefill!r}. Use those, or by_head=false."
             )
+        if self.cache == "tiered" and not rules[0].fills:
+            raise ValueError(
+                f"[SparseConfig] select {self.select!r} selects now more keys, now fewer, and "
+                f"cache 'tiered' keeps top_k at hand. Use cache='full', or select='lightning'."
+            )
         if self.prefill == "tile" and not self.tile_fits:
             raise ValueError(
                 f"[SparseConfig] 'top_k' must be at least tile_size + n_sink + "
                 f"n_recent = {self.tile_size + protected} for prefill 'tile' but got "
                 f"{self.top_k}. Use prefill='exact', or a smaller tile_size."
             )
+        for rule in rules:
+            rule.check(self)
 
     def _check_cold(self):
         for name in ("cold_bits", "cold_file"):

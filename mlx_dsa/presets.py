@@ -18,8 +18,10 @@ from .arrays import evaluate
 from .checkpoint import INDEXERS, has_heads, load_indexers
 from .config import SparseConfig, override
 from .families import family_of
-from .hub import INDEXER_FILES, fetch, first_line, flawed_json, is_repository
+from .gguf import read_metadata
+from .hub import INDEXER_FILES, fetch, first_line, flawed_json, is_repository, read_object
 from .indexer import Indexer
+from .rules.sparsek import sparsek_settings, with_model_settings
 
 _PACKAGE = Path(__file__).resolve().parent
 _LOADED = ("model", "indexer")
@@ -162,7 +164,8 @@ def resolve(name: str | None = "tiny", **overrides: Any) -> Settings:
           that is in none gets the defaults of :class:`SparseConfig`, and the indexers
           in its own folder. Default: ``"tiny"``.
         overrides: ``model``, ``indexer`` and fields of :class:`SparseConfig`. With
-          ``top_k`` alone, ``n_recent`` is at most half of it.
+          ``top_k`` alone, ``n_recent`` is at most half of it. With ``select``
+          ``"sparsek"``, what the model's own folder says of it stands under these.
 
     Returns:
         Settings: The merged settings.
@@ -177,11 +180,25 @@ def resolve(name: str | None = "tiny", **overrides: Any) -> Settings:
     beside = Path(own).expanduser() / INDEXERS
     if own and beside.is_file():
         values["indexer"] = beside
+    if own and str(overrides.get("select")).partition(":")[0] == "sparsek":
+        said = _said_of_sparsek(Path(own).expanduser())
+        if said is not None:
+            said = with_model_settings(overrides["select"], said)
+            overrides = {**said, **overrides, "select": said["select"]}
     values = override(values, overrides)
     model, indexer = (values.pop(key, None) for key in _LOADED)
     if not model:
         raise ValueError("[mlx-dsa] no model is named: give 'model', or a preset.")
     return Settings(str(model), indexer and str(indexer), SparseConfig.from_dict(values))
+
+
+def _said_of_sparsek(model: Path) -> dict[str, Any] | None:
+    """Return what a folder's ``config.json``, or else its GGUF file, says of SparseK."""
+    config = model / "config.json"
+    said = sparsek_settings(read_object(config)) if config.is_file() else None
+    for file in sorted(model.glob("*.gguf"))[:1] if said is None else ():
+        said = sparsek_settings(read_metadata(file))
+    return said
 
 
 def heads_of(settings: Settings, *, download: bool = True) -> bool | None:

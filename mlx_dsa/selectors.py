@@ -38,6 +38,54 @@ def select_topk(
     return ops.select_topk(scores, top_k, n_visible, n_sink, n_recent, backend)
 
 
+def select_pages(
+    bounds: mx.array,
+    page: int,
+    n_entries: int,
+    top_k: int,
+    n_visible: mx.array,
+    n_sink: int,
+    n_recent: int,
+) -> mx.array:
+    """Select the best-scored pages that fit, whole, sinks and newest keys always included.
+
+    Args:
+        bounds (mx.array): Scores of pages ``[B, R, n_pages]``, or ``[B, H, R, n_pages]``, in
+          float32, unmasked.
+        page (int): Entries a page; the last may have fewer.
+        n_entries (int): Entries there are.
+        top_k, n_visible, n_sink, n_recent: As in :func:`select_topk`.
+
+    Returns:
+        mx.array: Slots ``[..., R, top_k]``, int32, ascending, ``-1`` for what no page fits
+        in (these come first).
+    """
+    pages = mx.arange(bounds.shape[-1], dtype=mx.int32)
+    n_visible = n_visible.astype(mx.int32)[:, None]
+    slots = mx.arange(pages.size * page, dtype=mx.int32)
+    visible = slots < mx.minimum(n_visible, n_entries)
+    forced = visible & ((slots < n_sink) | (slots >= n_visible - n_recent))
+    cost = (visible & ~forced).reshape(-1, pages.size, page).sum(axis=-1)  # [R, n_pages]
+    room = top_k - forced.sum(axis=-1, keepdims=True)
+    # What a query does not see costs nothing, but stands last.
+    keys = order_keys(mx.where(pages * page < n_visible, bounds, -mx.inf), pages)
+    order = mx.argsort(keys, axis=-1)[..., ::-1]
+    cost = mx.take_along_axis(mx.broadcast_to(cost, bounds.shape), order, axis=-1)
+    fits = mx.cumsum(cost, axis=-1) <= room
+    chosen = mx.put_along_axis(mx.zeros(bounds.shape, mx.bool_), order, fits, axis=-1)
+    return _slots_of((mx.repeat(chosen, page, axis=-1) & visible) | forced, top_k)
+
+
+def _slots_of(mask: mx.array, top_k: int) -> mx.array:
+    """Return the slots that a mask ``[..., T]`` has, at most ``top_k``, after empty ones."""
+    slots = mx.broadcast_to(mx.arange(mask.shape[-1], dtype=mx.int32), mask.shape)
+    n_before = mx.cumsum(mask.astype(mx.int32), axis=-1)
+    places = top_k - 1 + n_before - n_before[..., -1:]
+    found = mx.full((*mask.shape[:-1], top_k + 1), -1, mx.int32)
+    # One more column takes what is not wanted.
+    return mx.put_along_axis(found, mx.where(mask, places, top_k), slots, axis=-1)[..., :top_k]
+
+
 def select_kept(
     scores: mx.array | None,
     n_entries: int,

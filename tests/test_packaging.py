@@ -20,7 +20,7 @@ PACKAGE = ROOT / "mlx_dsa"
 
 # Imports run from right to left only (docs/design.md, layout).
 LAYERS = [
-    {"arrays", "blas", "config", "files", "fingerprint", "hub", "pictures", "positions", "registry",
+    {"arrays", "blas", "config", "files", "fingerprint", "gguf", "hub", "pictures", "positions", "registry",
      "sealed", "texts", "versions"},
     {"startup"},
     {"ops"},

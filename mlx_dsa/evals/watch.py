@@ -33,8 +33,9 @@ class Watch:
         def attend_selected(queries, cache, slots):
             # One query: the last of a prompt, or a token of the answer. Only then is it copied.
             if queries.shape[2] == 1 and self._members:
-                positions = mx.take_along_axis(cache.positions, mx.maximum(slots[:, 0], 0), axis=1)
-                self._note(number, mx.where(slots[:, 0] < 0, -1, positions))
+                read = slots.flatten(1)  # by any head, where each has its own
+                positions = mx.take_along_axis(cache.positions, mx.maximum(read, 0), axis=1)
+                self._note(number, mx.where(read < 0, -1, positions))
             return attend(queries, cache, slots)
 
         return attend_selected

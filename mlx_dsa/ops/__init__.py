@@ -155,8 +155,8 @@ def sparse_attention(
         queries (mx.array): ``[B, Hq, L, D]``.
         keys (mx.array): ``[B, Hkv, T, D]``, ``Hq`` a multiple of ``Hkv``.
         values (mx.array): ``[B, Hkv, T, D]``.
-        topk_indices (mx.array): Slots of the keys ``[B, L, K]``, int32, no slot
-          twice; ``-1`` is empty.
+        topk_indices (mx.array): Slots of the keys ``[B, L, K]``, or for each key head its
+          own ``[B, Hkv, L, K]``, int32, no slot twice; ``-1`` is empty.
         scale (float): Factor on the query-key products, usually ``D**-0.5``.
         backend (str): Kernels to use. Default: ``"auto"``.
 
@@ -169,6 +169,11 @@ def sparse_attention(
     """
     check_backend(backend)
     _check_shapes(queries, keys, values, topk_indices)
+    if topk_indices.ndim == 4:
+        heads = (mx.split(x, keys.shape[1], axis=1) for x in (queries, keys, values))
+        slots = topk_indices.swapaxes(0, 1)
+        outputs = [reference.sparse_attention(*head, scale) for head in zip(*heads, slots)]
+        return mx.concatenate(outputs, axis=1)
     return reference.sparse_attention(queries, keys, values, topk_indices, scale)
 
 
@@ -185,10 +190,10 @@ def _check_shapes(queries, keys, values, topk_indices):
             f"[sparse_attention] 'keys' must be [{B}, a divisor of {n_heads}, T, "
             f"{head_dim}] but got {keys.shape}."
         )
-    if topk_indices.ndim != 3 or topk_indices.shape[:2] != (B, L):
+    if topk_indices.shape[:-1] not in ((B, L), (B, n_kv_heads, L)):
         raise ValueError(
-            f"[sparse_attention] 'topk_indices' must be [{B}, {L}, K] but got "
-            f"{topk_indices.shape}."
+            f"[sparse_attention] 'topk_indices' must be [{B}, {L}, K] or "
+            f"[{B}, {n_kv_heads}, {L}, K] but got {topk_indices.shape}."
         )
     if not mx.issubdtype(topk_indices.dtype, mx.signedinteger):
         raise ValueError(

@@ -1,7 +1,11 @@
 """Rules of selecting keys and of forgetting entries, one file a system or kin of systems."""
 
 from ..registry import make_rule, register, rule_names
-from . import baselines, keydiff, lightning, retention, snapkv  # noqa: F401
+from . import baselines, keydiff, lightning, quest, retention, snapkv, sparsek, top_p  # noqa: F401
 from .rule import EvictRule, Probe, SelectRule, fold_heads
+from .sparsek import sparsek_settings
 
-__all__ = ["EvictRule", "Probe", "SelectRule", "fold_heads", "make_rule", "register", "rule_names"]
+__all__ = [
+    "EvictRule", "Probe", "SelectRule", "fold_heads", "make_rule", "register", "rule_names",
+    "sparsek_settings",
+]  # fmt: skip

@@ -40,6 +40,22 @@ def fold_heads(x: mx.array, n_kv_heads: int) -> mx.array:
     return x.reshape(B * n_kv_heads, n_heads // n_kv_heads, *rest)
 
 
+def at_least(kind: str, name: str, **options: tuple[int, int]):
+    """Refuse options of a rule that are too small.
+
+    Args:
+        kind (str): ``"select"`` or ``"evict"``.
+        name (str): The rule.
+        **options: Their values and the least that each may be.
+    """
+    for option, (value, least) in options.items():
+        if value < least:
+            raise ValueError(
+                f"[SparseConfig] {kind!r} {name!r}: option {option!r} must be at least {least} "
+                f"but got {value}."
+            )
+
+
 @dataclass(frozen=True)
 class Rule:
     """A rule of either kind.
@@ -54,6 +70,16 @@ class Rule:
     layer: ClassVar[Layer]
     indexer: ClassVar[Indexer | None]
     backend: ClassVar[str]
+
+    def check(self, config: Any):
+        """Refuse settings that the rule can't run with.
+
+        Args:
+            config (SparseConfig): All of them.
+
+        Raises:
+            ValueError: Which says what to change.
+        """
 
     def bind(self, layer: Layer, indexer: Indexer | None = None, backend: str = "auto"):
         """Return the rule for a layer.
@@ -92,9 +118,11 @@ class SelectRule(Rule):
     Attributes:
         keeps_entry (bool): Whether it keeps something of each token beside key and value:
           what :meth:`entry` returns. Without that it reads ``cache.keys``.
+        fills (bool): Whether :meth:`select` leaves no slot empty.
     """
 
     keeps_entry: ClassVar[bool] = False
+    fills: ClassVar[bool] = True
 
     def entry_width(self) -> int:
         """Return how many numbers of the layer's dtype :meth:`entry` keeps a token."""
@@ -186,8 +214,9 @@ class SelectRule(Rule):
             forced (tuple of int): First entries and newest ones, always selected.
 
         Returns:
-            mx.array: Slots ``[B, L, top_k]``, int32, ascending, none empty where a query
-            sees as many.
+            mx.array: Slots ``[B, L, top_k]``, or ``[B, Hkv, L, top_k]`` for a set a key
+            head, int32, ascending, empty ones (-1) first; none empty where a query sees as
+            many and the rule :attr:`fills`.
         """
         scores = self.scores(probe, cache, n_visible, end)
         return select_topk(scores, top_k, n_visible, *forced, self.backend)
