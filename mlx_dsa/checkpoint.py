@@ -12,14 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from safetensors import SafetensorError, safe_open
 
 from .arrays import evaluate
-from .files import replacing
+from .checkpoint_file import INDEXERS as INDEXERS  # for those who fetch
+from .checkpoint_file import LIGHTNING, RUN_CONFIG, check_kind, find_file, read_header
+from .checkpoint_file import write_checkpoint
 from .indexer import Indexer, IndexerArgs
 
-
-INDEXERS = "indexers.safetensors"  # the file in a folder
 _ALIASES = {
     "wq": ("wq", "wq_b", "q_proj", "query_proj", "query", "q"),
     "wk": ("wk", "k_proj", "key_proj", "key", "k"),
@@ -73,9 +72,10 @@ def load_indexers(
         ValueError: If the file is missing, damaged, or holds other tensors than
           the sizes ask for.
     """
-    file = _find_file(Path(path))
+    file = find_file(Path(path))
+    check_kind(file, LIGHTNING)
     given = {"dim": dim, "proj_dim": proj_dim, "n_heads": n_heads, "rope_dim": rope_dim}
-    sizes = _complete_sizes(given, file.with_name("run_config.json"))
+    sizes = _complete_sizes(given, file.with_name(RUN_CONFIG))
     tensors, unweighted = _read_tensors(file)
     args = replace(_infer_args(sizes, tensors, file), unweighted=unweighted)
 
@@ -107,7 +107,7 @@ def has_heads(path: str | os.PathLike) -> bool:
     Raises:
         ValueError: If the file is missing or damaged.
     """
-    return any(name.endswith(_HEAD) for name in _read_header(_find_file(Path(path)))[1])
+    return any(name.endswith(_HEAD) for name in read_header(find_file(Path(path)))[1])
 
 
 def save_indexers(
@@ -148,10 +148,6 @@ def save_indexers(
             f"[save_indexers] 'indexers' must be of one shape but got {len(shapes)}."
         )
     dim, proj_dim, n_heads, rope_dim, _, retention_dim, unweighted = shapes.pop()
-    file = Path(path)
-    if file.suffix != ".safetensors":
-        file = file / INDEXERS
-    file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"layers.{layer}.{name}": value
         for layer, indexer in indexers.items()
@@ -167,30 +163,11 @@ def save_indexers(
         "layers": sorted(indexers),
         **(metadata or {}),
     }
-    # Neither takes its place before both are written.
-    with replacing(file.with_name("run_config.json")) as config, replacing(file) as part:
-        form = {_HIDDEN_STATE: _UNWEIGHTED if unweighted else _WEIGHTED}
-        if bits:
-            form[_BITS] = str(bits)
-            tensors = _quantise(tensors, bits)
-        mx.save_safetensors(str(part), tensors, form)
-        config.write_text(json.dumps(run_config, indent=2) + "\n", encoding="utf-8")
-    return file
-
-
-def _find_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise ValueError(f"[load_indexers] there is no file or folder {path}.")
-    found = sorted(path.glob("*.safetensors"))
-    named = [f for f in found if f.name == INDEXERS]
-    if len(named or found) != 1:
-        raise ValueError(
-            f"[load_indexers] {path} must hold one .safetensors file but has "
-            f"{len(found)}. Name the file."
-        )
-    return (named or found)[0]
+    form = {_HIDDEN_STATE: _UNWEIGHTED if unweighted else _WEIGHTED}
+    if bits:
+        form[_BITS] = str(bits)
+        tensors = _quantise(tensors, bits)
+    return write_checkpoint(Path(path), tensors, form, run_config)
 
 
 def _complete_sizes(given: dict[str, int | None], run_config: Path) -> dict[str, int]:
@@ -219,7 +196,7 @@ def _complete_sizes(given: dict[str, int | None], run_config: Path) -> dict[str,
 def _read_tensors(file: Path) -> tuple[dict[str, mx.array], bool]:
     """Return the tensors, and whether they read the unweighted hidden state."""
     # mx.load reads lazily and would find a short file only in use.
-    metadata, _ = _read_header(file)
+    metadata, _ = read_header(file)
     form, bits = metadata.get(_HIDDEN_STATE, _WEIGHTED), metadata.get(_BITS)
     if form not in (_WEIGHTED, _UNWEIGHTED) or bits not in (None, "8"):
         told = f"a hidden state {form!r}" if bits in (None, "8") else f"matrices of {bits!r} bits"
@@ -230,18 +207,6 @@ def _read_tensors(file: Path) -> tuple[dict[str, mx.array], bool]:
     if not tensors:
         raise ValueError(f"[load_indexers] {file} holds no tensors.")
     return _dequantise(tensors, int(bits)) if bits else tensors, form == _UNWEIGHTED
-
-
-def _read_header(file: Path) -> tuple[dict[str, str], list[str]]:
-    """Return a file's metadata, and the names of its tensors."""
-    try:
-        with safe_open(file, framework="numpy") as header:
-            return header.metadata() or {}, list(header.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"[load_indexers] {file} is damaged or not a safetensors file ({error}). "
-            f"Download or copy it again."
-        ) from None
 
 
 def _quantise(tensors: Mapping[str, mx.array], bits: int) -> dict[str, mx.array]:

@@ -15,13 +15,16 @@ from mlx_lm import load
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .arrays import evaluate
-from .checkpoint import INDEXERS, has_heads, load_indexers
+from .checkpoint import has_heads, load_indexers
+from .checkpoint_file import INDEXERS, PROJECTIONS
 from .config import SparseConfig, override
 from .families import family_of
 from .gguf import read_metadata
 from .hub import INDEXER_FILES, fetch, first_line, flawed_json, is_repository, read_object
 from .indexer import Indexer
+from .registry import rule_class
 from .rules.sparsek import sparsek_settings, with_model_settings
+from .search import load_projections
 
 _PACKAGE = Path(__file__).resolve().parent
 _LOADED = ("model", "indexer")
@@ -309,7 +312,9 @@ def read_indexers(settings: Settings) -> dict[int, Indexer]:
             f"(--indexer PATH), train them (mlx-dsa train), choose rules that need none "
             f"(--select, --evict), or run it dense (--dense)."
         )
-    return load_indexers(fetch(settings.indexer, INDEXER_FILES))
+    path = fetch(settings.indexer, INDEXER_FILES)
+    reads_projections = rule_class("select", settings.config.select).reads == PROJECTIONS
+    return load_projections(path) if reads_projections else load_indexers(path)
 
 
 def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:

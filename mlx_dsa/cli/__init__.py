@@ -11,6 +11,7 @@ from .bench import bench
 from .chat import chat
 from .command import in_options
 from .compress import compress
+from .convert import convert
 from .demo import demo
 from .errors import Boundary
 from .eval import evaluate
@@ -38,5 +39,5 @@ def _show_warning(message, *_args, **_options):
     click.echo(f"Note: {text}", err=True)
 
 
-for _command in (chat, generate, compress, train, info, demo, evaluate, bench, tune):
+for _command in (chat, generate, compress, train, convert, info, demo, evaluate, bench, tune):
     main.add_command(_command)

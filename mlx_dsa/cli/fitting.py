@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SparseConfig
-from ..train import RetentionConfig, TrainConfig
+from ..train import ProjectionsConfig, RetentionConfig, TrainConfig
 from .options import settings_from
 
 
 def fitting_chat(
-    named: dict[str, str | None], path: Path, settings: TrainConfig | RetentionConfig
+    named: dict[str, str | None],
+    path: Path,
+    settings: TrainConfig | RetentionConfig | ProjectionsConfig,
 ) -> list[str]:
     """Tell how to chat with indexers so that no less is selected than they were trained for.
 
     Args:
         named (dict): ``preset`` and ``model``, as the user named them.
         path (Path): The indexers.
-        settings (TrainConfig or RetentionConfig): How they, or the heads beside them,
-          were trained.
+        settings (TrainConfig, RetentionConfig or ProjectionsConfig): How they, or the
+          heads beside them, were trained.
 
     Returns:
         list of str: The command, and what no option of it can say.
@@ -31,6 +33,8 @@ def fitting_chat(
     named = {name: value for name, value in named.items() if value is not None}
     trained, config = _trained_for(settings, path), settings_from(**named).config
     options = {**named, "indexer": str(path), **_changes(config, trained)}
+    if isinstance(settings, ProjectionsConfig):
+        options["select"] = "projections"
     words = ((f"--{name.replace('_', '-')}", str(value)) for name, value in options.items())
     lines = [f"Try: {shlex.join(['mlx-dsa', 'chat', *chain(*words)])}"]
     if trained.get("n_sink", 0) > config.n_sink:
@@ -39,7 +43,7 @@ def fitting_chat(
 
 
 def _trained_for(settings: Any, path: Path) -> dict[str, int]:
-    if isinstance(settings, TrainConfig):
+    if isinstance(settings, TrainConfig | ProjectionsConfig):
         return asdict(settings)
     # The indexers beside the heads may be another's, who says nothing of it.
     run = json.loads(path.with_name("run_config.json").read_text(encoding="utf-8"))

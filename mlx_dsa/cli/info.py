@@ -21,6 +21,7 @@ from ..ops import check_backend
 from ..presets import Settings, preset_names, read_indexers, resolve_auto_of, resource
 from ..presets import runs_float32
 from ..saved import SavedSettings
+from ..search import Projections
 from ..versions import package_version
 from .command import Command
 from .options import dense_option, describe_config, model_options, open_saved
@@ -134,6 +135,9 @@ def _indexers(settings: Settings) -> str:
     indexers = read_indexers(settings)
     one = next(iter(indexers.values()))
     count = sum(p.size for _, p in tree_flatten(one.parameters()))
+    if isinstance(one, Projections):
+        shape = f"search projections to {one.args.index_head_dim}"
+        return f"{path} ({len(indexers)} layers, {shape}, {count:,} parameters a layer)"
     shape = f"{one.args.index_n_heads} heads of {one.args.index_head_dim}"
     return (
         f"{path} ({len(indexers)} layers, {shape}, RoPE on {one.args.index_rope_dim}, "

@@ -13,10 +13,12 @@ import click
 from ..hub import INDEXER_FILES, fetch
 from ..presets import load_model, preset_names
 from ..train import (
+    ProjectionsConfig,
     RetentionConfig,
     TrainConfig,
     TrainResult,
     train_indexers,
+    train_projections,
     train_retention,
     train_together,
 )
@@ -56,11 +58,19 @@ RETENTION_HELP = {
     "repeat_share": "Share of the sequences that are read twice.",
     "min_distance": "Tokens after a key whose queries don't count.",
 }
+PROJECTIONS_HELP = {
+    "search_dim": "Width of a search vector.",
+    "positives": "Keys with the most attention, to which a query is drawn.",
+    "temperature": "Of the cosines in InfoNCE.",
+    "kl_weight": "Weight of the divergence beside InfoNCE.",
+}
 
 
 def _training_options(command):
-    options = {field.name: field for field in (*fields(TrainConfig), *fields(RetentionConfig))}
+    kinds = (ProjectionsConfig, TrainConfig, RetentionConfig)
+    options = {field.name: field for kind in kinds for field in fields(kind)}
     help_ = {**HELP, **{k: f"Heads: {v}" for k, v in RETENTION_HELP.items()}}
+    help_ |= {k: f"Projections: {v}" for k, v in PROJECTIONS_HELP.items()}
     for name in reversed(help_):
         default = options[name].default
         text = f"{help_[name]}  [default: {default}]"
@@ -87,6 +97,13 @@ def _training_options(command):
     help="A new folder to write to.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option(
+    "--rule",
+    type=click.Choice(["lightning", "projections"]),
+    default="lightning",
+    show_default=True,
+    help="Which rule of selecting (--select) to train for.",
+)
 @click.option("--both", is_flag=True, help="Train retention heads with the indexers, in one run.")
 @click.option("--retention", is_flag=True, help="Add retention heads to indexers.")
 @click.option(
@@ -102,13 +119,14 @@ def train(
     data: str,
     out: str,
     resume: bool,
+    rule: str,
     both: bool,
     retention: bool,
     indexer: str | None,
     config: str | None,
     **given: Any,
 ):
-    """Train indexers for a model, which itself is not changed.
+    """Train indexers, or search projections, for a model, which itself is not changed.
 
     With --both, train beside them the heads that say which entries of the cache later
     questions will need; with --retention, add such heads to indexers that are there.
@@ -119,7 +137,12 @@ def train(
         raise click.UsageError("--preset and --model exclude each other here.")
     if both and retention:
         raise click.UsageError("--both trains indexers and heads: leave --retention out.")
-    settings = _settings(both, retention, config, given)
+    projections = rule == "projections"
+    if projections and (both or retention):
+        option = "--both" if both else "--retention"
+        raise click.UsageError(f"retention heads stand beside indexers: leave {option} out.")
+    kinds = [RetentionConfig] if retention else [TrainConfig, RetentionConfig][: 1 + both]
+    settings = _settings([ProjectionsConfig] if projections else kinds, config, given)
     known = settings_from(preset=preset, model=model, indexer=indexer)
     name = known.model
     wanted: dict[str, Any] = {"resume": resume}
@@ -135,6 +158,7 @@ def train(
     hint_at_blas()
     base, tokenizer = load_model(name)
     run = train_together if both else train_retention if retention else train_indexers
+    run = train_projections if projections else run
     try:
         with Display() as display:
             result = run(base, tokenizer, data, out, *settings, progress=display, **wanted)
@@ -172,17 +196,18 @@ def _step(step: int | list[int]) -> str:
     return "/".join(map(str, step)) if isinstance(step, list) else str(step)
 
 
-def _settings(
-    both: bool, retention: bool, config: str | None, given: dict[str, Any]
-) -> list[TrainConfig | RetentionConfig]:
-    """Build the configs from a file and the command line, which goes over it."""
-    kinds = [RetentionConfig] if retention else [TrainConfig, RetentionConfig][: 1 + both]
+def _settings(kinds: list[type], config: str | None, given: dict[str, Any]) -> list[Any]:
+    """Build configs of these kinds from a file and the command line, which goes over it."""
     fields_of = {kind: [field.name for field in fields(kind)] for kind in kinds}
     known = set().union(*fields_of.values())
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
         if name not in known:
-            where = "without --retention" if retention else "with --retention or --both"
+            where = "without --retention" if name in HELP else "with --retention or --both"
+            if name in PROJECTIONS_HELP:
+                where = "with --rule projections"
+            elif ProjectionsConfig in kinds:
+                where = "without --rule projections"
             raise click.UsageError(f"--{name.replace('_', '-')} goes {where}.")
     values = {**_read_config(config), **given}
     configs = []

@@ -1,7 +1,17 @@
 """Rules of selecting keys and of forgetting entries, one file a system or kin of systems."""
 
 from ..registry import make_rule, register, rule_names
-from . import baselines, keydiff, lightning, quest, retention, snapkv, sparsek, top_p  # noqa: F401
+from . import (  # noqa: F401
+    baselines,
+    keydiff,
+    lightning,
+    projections,
+    quest,
+    retention,
+    snapkv,
+    sparsek,
+    top_p,
+)
 from .rule import EvictRule, Probe, SelectRule, fold_heads
 from .sparsek import sparsek_settings
 

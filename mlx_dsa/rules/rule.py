@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import mlx.core as mx
 
 from ..cache import BudgetKVCache, FullKVCache
+from ..checkpoint_file import LIGHTNING
 from ..families import Layer
 from ..indexer import Indexer
 from ..selectors import select_topk
@@ -119,10 +120,26 @@ class SelectRule(Rule):
         keeps_entry (bool): Whether it keeps something of each token beside key and value:
           what :meth:`entry` returns. Without that it reads ``cache.keys``.
         fills (bool): Whether :meth:`select` leaves no slot empty.
+        reads (str): The kind of trained indexers that it wants, where it does.
     """
 
     keeps_entry: ClassVar[bool] = False
     fills: ClassVar[bool] = True
+    reads: ClassVar[str] = LIGHTNING
+
+    def bind(self, layer: Layer, indexer: Indexer | None = None, backend: str = "auto"):
+        """Return the rule for a layer: see :meth:`Rule.bind`.
+
+        Raises:
+            ValueError: If the indexer is of another kind than it reads.
+        """
+        kind = getattr(indexer, "kind", LIGHTNING)
+        if self.wants_indexer and indexer is not None and kind != self.reads:
+            raise ValueError(
+                f"[patch_sparse_generate] the indexers given are for select='{kind}', but "
+                f"'select' is {self.reads!r}. Set it to that, or give others."
+            )
+        return super().bind(layer, indexer, backend)
 
     def entry_width(self) -> int:
         """Return how many numbers of the layer's dtype :meth:`entry` keeps a token."""

@@ -71,7 +71,9 @@ def layer_views(model: Any, tokens: mx.array, chunk_size: int) -> Iterator[tuple
             caches[i] = None  # its keys and values are of no more use
 
 
-def attention_target(view: LayerView, rows: mx.array) -> mx.array:
+def attention_target(
+    view: LayerView, rows: mx.array, reduce: Callable[..., mx.array] = mx.mean
+) -> mx.array:
     """Compute the sum over heads of dense attention, normalised to 1.
 
     Blocks of rows keep the per-head probabilities under 256 MB.
@@ -79,14 +81,16 @@ def attention_target(view: LayerView, rows: mx.array) -> mx.array:
     Args:
         view (LayerView): The layer.
         rows (mx.array): Query positions ``[B, R]``, int32.
+        reduce (callable): What is made of the heads' probabilities; of another than their
+          mean, as ``mx.max``, the sum is not 1. Default: ``mx.mean``.
 
     Returns:
         mx.array: Probabilities ``[B, R, L]`` over the keys, float32; 0 where the
         query does not see the key.
     """
     L, targets = view.keys.shape[2], []
-    for mean, _ in _over_heads(view, np.array(rows), mx.mean):
-        targets.append(_up_to(L, mean))
+    for part, _ in _over_heads(view, np.array(rows), reduce):
+        targets.append(_up_to(L, part))
         mx.eval(targets[-1])
     return mx.concatenate(targets, axis=1)
 
