@@ -47,8 +47,8 @@ class LagKV(EvictRule):
             of = [x[:, h, self.sinks : end] for x in (cache.keys, cache.values)]
             score = sum(self._deviations(x.reshape(B, parts, self.lag, -1)) for x in of)
             ranks = mx.argsort(mx.argsort(score, axis=-1), axis=-1)
-            total = total + ranks.astype(mx.float32) / self.lag
-        scored = (total / n_heads).reshape(B, -1)
+            total = total + ranks.astype(mx.int32)  # whole numbers: what is equal is so exactly
+        scored = (total.astype(mx.float32) / (n_heads * self.lag)).reshape(B, -1)
         stays = mx.ones((B, self.sinks)), mx.ones((B, T - end + self.lag))
         return mx.concatenate([stays[0], scored, stays[1]], axis=1)
 
