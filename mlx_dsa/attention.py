@@ -169,10 +169,12 @@ class SparseAttention(nn.Module):
 
     def _decode(self, x, queries, keys, values, cache) -> mx.array:
         if isinstance(cache, BudgetKVCache) and cache.size() == cache.budget:
-            self.eviction.replace(x, keys, values, cache)
+            self.eviction.replace(x, keys, values, cache, queries)
             return self._attend_all(queries, cache.keys, cache.values, causal=False)
         if cache.size() < self.config.top_k:
             self._append(x, keys, values, cache)
+            if isinstance(cache, BudgetKVCache):
+                self.eviction.credit(x, cache, queries)
             return self._attend_all(queries, cache.keys, cache.values, causal=False)
         if self.prefill == "stream":  # a later prompt's cuts need more than an entry
             probe = self.selecting.probe(x, cache.offset, queries)
@@ -221,7 +223,7 @@ class SparseAttention(nn.Module):
             self.limit.check(cache, stop - start)
             queries, keys, values, gate = self._project(part, cache)
             self._append(part, keys, values, cache)
-            self.eviction.observe(part, hot)
+            self.eviction.observe(part, hot, queries)
             outputs.append(self._attend_all(queries, hot.keys, hot.values, causal=stop - start > 1))
             gates.append(gate)
             if stop in cuts:
@@ -244,7 +246,7 @@ class SparseAttention(nn.Module):
         )
         n_dense = cuts[0]
         if is_budget:
-            self.eviction.observe(x, cache)
+            self.eviction.observe(x, cache, queries)
         # What selects is made of the queries of the sparse part alone.
         probe = None
         if n_dense < L:
@@ -328,6 +330,6 @@ class SparseAttention(nn.Module):
         has_head = self.indexer is not None and getattr(self.indexer, "has_retention", False)
         rule = make_rule("evict", self.config.evict) if given is None else given
         if rule.wants_head and not has_head:
-            rule = make_rule("evict", "keydiff")
+            rule = rule.without_head()
         own = self.layer, self.indexer, self.config.backend
         return rule.bind(*own, self.selecting, self.config.observation_window)

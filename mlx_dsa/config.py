@@ -103,6 +103,12 @@ class SparseConfig:
                 "caches 'budget' and 'tiered', not for 'full'. Use cache='tiered', which "
                 "loses nothing, or another prefill."
             )
+        if self.cache == "tiered" and self.prefill == "stream":
+            if make_rule("evict", self.evict).merges:
+                raise ValueError(
+                    f"[SparseConfig] evict {self.evict!r} changes values of what it keeps, which "
+                    f"cache 'tiered' has cold as they were. Use cache='budget', or another rule."
+                )
         if self.positions == "compact" and self.cache != "budget":
             raise ValueError(
                 f"[SparseConfig] positions 'compact' number anew what a budget keeps, so they "
@@ -157,7 +163,7 @@ class SparseConfig:
         """Whether retention heads decide, alone or among others, what is dropped, or what a
         stream sends to a cold store."""
         evicts = self.cache == "budget" or self.prefill == "stream"
-        return evicts and rule_class("evict", self.evict).wants_head
+        return evicts and make_rule("evict", self.evict).wants_head
 
     @property
     def evicts_by_head(self) -> bool:
@@ -167,7 +173,7 @@ class SparseConfig:
     @property
     def wants_indexers(self) -> bool:
         """Whether a rule reads trained indexers."""
-        rules = rule_class("select", self.select), rule_class("evict", self.evict)
+        rules = make_rule("select", self.select), make_rule("evict", self.evict)
         return any(rule.wants_indexer for rule in rules)
 
     @property

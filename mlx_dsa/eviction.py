@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from .cache import BudgetKVCache
 from .config import SparseConfig
-from .registry import rule_class
+from .registry import make_rule
 from .rules import EvictRule
 from .selectors import lay_last, plan_evicted, select_evicted, select_kept
 
@@ -41,17 +41,35 @@ class Eviction:
         self._turn = turn if config.positions == "compact" else None
         self._forced = config.n_sink, config.n_recent
 
-    def observe(self, x: mx.array, cache: BudgetKVCache):
+    def observe(self, x: mx.array, cache: BudgetKVCache, queries: mx.array | None = None):
         """Remember the last queries of a prompt, after their append, where they decide.
 
         Args:
             x (mx.array): Normalised hidden states ``[B, L, dim]``.
             cache (BudgetKVCache): Changed in place.
+            queries (mx.array, optional): The layer's ``[B, Hq, L, D]``, where at hand.
         """
         limit = self.rule.observes
         if limit:
             n = min(x.shape[1], limit)
             cache.observe(*self.rule.observed(x[:, -n:], cache.offset - n), limit)
+        self.credit(x, cache, queries)
+
+    def credit(self, x: mx.array, cache: BudgetKVCache, queries: mx.array | None = None):
+        """Let new queries add to what entries are worth, where the rule says so.
+
+        Args:
+            x (mx.array): Their normalised hidden states ``[B, L, dim]``.
+            cache (BudgetKVCache): Their entries the newest; changed in place.
+            queries (mx.array, optional): The layer's ``[B, Hq, L, D]``, where at hand.
+        """
+        if not self.rule.credits:
+            return
+        cache.settle(self.project)  # or a late entry's first score would go over it
+        if queries is None:
+            probe = self.rule.attention_queries(x, cache.number - x.shape[1])
+            queries = probe.queries
+        cache.worth = cache.worth + self.rule.credit(cache, queries)
 
     def make_room(self, cache: BudgetKVCache):
         """Decide which entries the next steps replace, where that is planned, and nothing
@@ -71,7 +89,14 @@ class Eviction:
             cache.plan(*self._plan(self._worth(cache), cache.size()))
             self._renumber(cache)
 
-    def replace(self, x: mx.array, keys: mx.array, values: mx.array, cache: BudgetKVCache):
+    def replace(
+        self,
+        x: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: BudgetKVCache,
+        queries: mx.array | None = None,
+    ):
         """Write a token's entry over the one that is worth least, after :meth:`make_room`.
 
         Args:
@@ -79,15 +104,17 @@ class Eviction:
             keys (mx.array): ``[B, Hkv, 1, D]``.
             values (mx.array): ``[B, Hkv, 1, D]``.
             cache (BudgetKVCache): A full cache, changed in place.
+            queries (mx.array, optional): Its queries ``[B, Hq, 1, D]``, where at hand.
         """
         if self._plans:
             cache.replace_planned(keys, values, x)
         else:
             cache.replace(self._least(x, cache), keys, values, x)
+            self.credit(x, cache, queries)
 
     @property
     def _plans(self) -> bool:
-        return steps_planned(self._config) > 0
+        return steps_planned(self._config, self.rule) > 0
 
     def _plan(self, worth, size) -> tuple[mx.array, int]:
         n_steps = min(self._config.n_recent, _PLANNED)
@@ -126,6 +153,8 @@ class Eviction:
         worth = scores if self.rule.is_final and cache.worth is not None else None
         backend = self._config.backend
         slots = select_kept(scores, cache.size(), cache.budget, *self._forced, backend)
+        if self.rule.merges:
+            cache.write_values(slots, self.rule.merged(cache, slots, scores))
         n_planned = 0
         if decoding and self._plans and self.rule.is_final:
             kept = None if scores is None else mx.take_along_axis(scores, slots, axis=1)
@@ -150,8 +179,13 @@ class Eviction:
         cache.window = window
 
 
-def steps_planned(config: SparseConfig) -> int:
-    """Return for how many steps of decode evictions are planned at once; 0 where they aren't."""
-    every_step = rule_class("evict", config.evict).every_step
+def steps_planned(config: SparseConfig, rule: EvictRule | None = None) -> int:
+    """Return for how many steps of decode evictions are planned at once; 0 where they aren't.
+
+    Args:
+        config (SparseConfig): What to keep.
+        rule (EvictRule, optional): In place of the config's. Default: ``None``.
+    """
+    every_step = (rule or make_rule("evict", config.evict)).every_step
     planned = not every_step and config.n_recent >= _PLANNED_FROM
     return min(config.n_recent, _PLANNED) if planned else 0

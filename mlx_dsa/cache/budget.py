@@ -116,8 +116,13 @@ class BudgetKVCache(FullKVCache):
     @property
     def worth(self) -> mx.array | None:
         """Scores that order the entries for eviction, likewise: those of the last
-        prune, and the head's own for newer entries."""
+        prune, and the head's own for newer entries; a rule may set others."""
         return self._retention(1)
+
+    @worth.setter
+    def worth(self, worth: mx.array):
+        self._buffers[3][:, 0, : self._size, 1] = worth
+        self._tie(self._buffers[3])
 
     def _retention(self, column: int) -> mx.array | None:
         if self._buffers is None or len(self._buffers) < 4:
@@ -164,9 +169,7 @@ class BudgetKVCache(FullKVCache):
         self.window = (new if self.window is None else self.window.joined(new)).last(limit)
         self._tie(self.window.queries, self.window.weights)
 
-    def prune(
-        self, slots: mx.array, worth: mx.array | None = None, n_planned: int = 0
-    ):
+    def prune(self, slots: mx.array, worth: mx.array | None = None, n_planned: int = 0):
         """Drop all entries but some, and forget the observed queries.
 
         Args:
@@ -178,7 +181,7 @@ class BudgetKVCache(FullKVCache):
               which the next steps replace them. Default: ``0``.
         """
         if worth is not None:
-            self._buffers[3] = mx.stack([self.retention, worth], axis=-1)[:, None]
+            self.worth = worth
         self.plan(slots, n_planned)
         self.window = None
 
@@ -290,8 +293,7 @@ class BudgetKVCache(FullKVCache):
     @property
     def nbytes(self) -> int:
         """Bytes of entries, positions and observed queries, as allocated."""
-        extra = self._numbers.arrays
-        extra += [] if self._positions is None else [self._positions]
+        extra = self._numbers.arrays + ([] if self._positions is None else [self._positions])
         if self.window is not None:
             extra += self.window[:2]
         return super().nbytes + self._late.nbytes + sum(a.nbytes for a in extra)
@@ -335,9 +337,8 @@ class BudgetKVCache(FullKVCache):
             self._late_slots = [late_slots[:, i] for i in range(self.n_late)]
         self._size = 0 if keys is None else keys.shape[2]
         self._sorted = bool(in_order)
-        self.window = None
-        if window[0] is not None:
-            self.window = Window(*window[:2], tuple(window[2].tolist()))
+        there = window[0] is not None
+        self.window = Window(*window[:2], tuple(window[2].tolist())) if there else None
 
     def _is_trimmable(self) -> bool:
         return not self.evicted

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..ops import write_rows
 from .callers import find_caller
 from .foreign import SAVE_WITH, marked, unmarked
 from .prompt import PromptPhase
@@ -86,6 +87,15 @@ class FullKVCache:
         self._tie(*self._buffers[2:])
         self._size += L
         self.offset += L
+
+    def write_values(self, slots: mx.array, values: mx.array):
+        """Overwrite values of entries.
+
+        Args:
+            slots (mx.array): Their slots ``[B, n]``, int32.
+            values (mx.array): ``[B, Hkv, n, D]``.
+        """
+        self._buffers[1] = write_rows(self._buffers[1], values, slots, axis=2)
 
     def _fetch(self, i: int) -> mx.array | None:
         if self._buffers is None:

@@ -2,12 +2,15 @@
 
 import statistics
 from collections import Counter
+from time import perf_counter
 
 import mlx.core as mx
 import numpy as np
 
+from ..rules import kvzip
 from .generation import converse
 from .policies import pairings
+from .prompts import frame
 from .reading import DenseReading
 from .runner import Unit, evaluate
 from .stats import paired_proportions, wilson
@@ -33,10 +36,17 @@ def ask(kind, subject, policies, items, about, *, max_tokens, batch_size, compar
         dict: the result.
 
     Raises:
-        ValueError: if there are no items, or one is longer than the model has positions.
+        ValueError: if there are no items, one is longer than the model has positions, or a policy reads a text
+            again whose question is part of it.
     """
     if not items:
         raise ValueError(f"[{kind}] there are no cases: 'limit' and 'depths' must not be empty.")
+    twice = [policy.label for policy in policies if policy.reads_again]
+    if twice and any(item.turns[0].values for item in items):
+        raise ValueError(
+            f"[{kind}] policy {twice[0]!r} reads a text a second time before it is asked about: questions must "
+            f"come after it. Use --setting before-question, or leave the policy out."
+        )
     totals = [sum(len(t.ids) + bool(t.values) * max_tokens for t in item.turns) for item in items]
     lower = "--lengths or --max-tokens"
     check_lengths(kind, subject, totals, lower, policies, max_tokens)
@@ -87,7 +97,7 @@ class _Readings:
 
     def __init__(self, model, policies):
         self._model = model
-        self._pays = sum(map(self._dense, policies)) > 1
+        self._pays = sum(map(self._dense, policies)) > 1 or any(p.reads_again for p in policies)
         self._of = self._reading = None
 
     @staticmethod
@@ -114,7 +124,10 @@ def _run(subject, policy, batch, max_tokens, readings):
     conversations = [[(turn.ids, bool(turn.values)) for turn in item.turns] for item in batch]
     mx.clear_cache()
     mx.reset_peak_memory()
-    with policy.apply(subject, _token_marks(policy, batch, tokenizer)) as patch:
+    with policy.apply(subject, _token_marks(policy, batch, tokenizer), reads_again=True) as patch:
+        taken = reading and (reading.caches(subject.model, patch), reading.seconds)
+        if policy.reads_again:
+            taken = _again(subject.model, patch, reading.ids, tokenizer, *taken)
         watch = Watch(patch, [item.values for item in batch])
         heard = converse(
             subject.model,
@@ -123,12 +136,21 @@ def _run(subject, policy, batch, max_tokens, readings):
             stop_ids=set(tokenizer.eos_token_ids),
             begin=watch.begin,
             finished=watch.finished,
-            taken=reading and (reading.caches(subject.model, patch), reading.seconds),
+            taken=taken,
             opening=batch[0].turns[0].opening,
         )
     # A shared reading is in memory beside what the policy needs.
     peak = None if reading else round(mx.get_peak_memory() / 1e9, 4)
     return [_record(policy, *of, tokenizer, peak) for of in zip(batch, heard, watch.lost)]
+
+
+def _again(model, patch, ids, tokenizer, caches, seconds):
+    """Read texts that caches hold a second time; return what `converse` takes: them, and the seconds of both."""
+    began = perf_counter()
+    texts = kvzip.ASK_FIRST, kvzip.ASK_LATER, frame(tokenizer).tail
+    asks = [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    kvzip.read_again(model, patch.layers, caches, ids, asks)
+    return caches, seconds + perf_counter() - began
 
 
 def _record(policy, item, heard, lost, tokenizer, peak):

@@ -13,6 +13,7 @@ import mlx.core as mx
 from ..config import SparseConfig, override
 from ..crossovers import resolve_auto
 from ..patch import patch_sparse_generate
+from ..rules import KVzip
 
 # Far above any index score, and small enough to leave scores their order.
 _FORCE = 1e4
@@ -102,6 +103,7 @@ _INDEXERS = {
     "digits": lambda indexer, layer, marks: MarkedIndexer(layer, marks),
     "kept": lambda indexer, layer, marks: ForcedIndexer(indexer, marks, 1),
     "evicted": lambda indexer, layer, marks: ForcedIndexer(indexer, marks, -1),
+    "kvzip": lambda indexer, layer, marks: indexer,
 }
 
 _KEEPS_ALL = {"positions": "absolute"}  # nothing is dropped, so nothing is numbered anew
@@ -119,6 +121,8 @@ _NAMED = {
     "index": ("index", {"evict": "index"}),
     "keydiff": ("index", {"evict": "keydiff"}),
     "snapkv": ("index", {"evict": "snapkv", "prefill": "dense"}),
+    # Its rule has no name among those of eviction: this one stands for it.
+    "kvzip": ("kvzip", {"evict": "window", "prefill": "dense"}),
     "window": ("index", {"select": "window", "evict": "window"}),
     "random": ("index", {"select": "random", "evict": "random"}),
     # What stands in for the indexer must also be what orders eviction.
@@ -128,7 +132,7 @@ _NAMED = {
 }
 NAMES = tuple(_NAMED)
 # Orders of eviction: where nothing is evicted, what they name is not there.
-_ORDERS = ("retention", "blend", "index", "keydiff", "snapkv")
+_ORDERS = ("retention", "blend", "index", "keydiff", "snapkv", "kvzip")
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,8 @@ class Policy:
         label (str): what it is called in results, such as "sparse@128".
         config (SparseConfig): its settings. Default: ``None``, the dense model.
         scorer (str): what stands in for the trained indexer: "index", nothing; "digits" (digits, the 20 tokens before
-            each and the one after, an untrained rule), or the controls "kept" and "evicted" (the needle's tokens above,
-            or below, all others). Default: ``"index"``.
+            each and the one after, an untrained rule), the controls "kept" and "evicted" (the needle's tokens above,
+            or below, all others), or "kvzip" (nothing; a second reading orders eviction). Default: ``"index"``.
     """
 
     label: str
@@ -173,18 +177,33 @@ class Policy:
         """What the marks given to `apply` must mark: "needle", "digits" or nothing."""
         return {"kept": "needle", "evicted": "needle", "digits": "digits"}.get(self.scorer)
 
+    @property
+    def reads_again(self):
+        """Whether texts must be read a second time before they are cut: see `rules.kvzip`."""
+        return self.scorer == "kvzip"
+
     @contextmanager
-    def apply(self, subject, marks=None):
+    def apply(self, subject, marks=None, reads_again=False):
         """Run a model under this policy until the context ends.
 
         Args:
             subject (Preset): the model with its indexers.
             marks (mx.array): `[B, T]`, 1 for the tokens that `wants_marks` names.
               Default: ``None``.
+            reads_again (bool): whether the caller reads texts a second time where the policy wants it.
+              Default: ``False``.
 
         Yields:
             SparsePatch: the patch, or ``None`` for the dense model.
+
+        Raises:
+            ValueError: if the policy wants a second reading and the caller makes none.
         """
+        if self.reads_again and not reads_again:
+            raise ValueError(
+                f"[Policy] policy {self.label!r} reads a text twice before it is cut, which only evaluations "
+                f"that ask about a text do. Use another policy."
+            )
         if self.config is None:
             yield None
             return
@@ -192,7 +211,8 @@ class Policy:
             layer: _INDEXERS[self.scorer](indexer, layer, marks)
             for layer, indexer in subject.indexers.items()
         }
-        with patch_sparse_generate(subject.model, indexers, **vars(self.config)) as patch:
+        rule = KVzip() if self.reads_again else None
+        with patch_sparse_generate(subject.model, indexers, evict_rule=rule, **vars(self.config)) as patch:
             yield patch
 
 

@@ -18,10 +18,15 @@ class DenseReading:
     Args:
         model: unpatched.
         ids (mx.array): `[B, L]`.
+
+    Attributes:
+        ids (mx.array): the same.
+        seconds (float): that it took.
     """
 
     def __init__(self, model, ids):
         began = perf_counter()
+        self.ids = ids
         layers = family_of(model).layers(model)
         inputs = {i: [] for i in layers}
         listeners = {i: _Listener(layer.module, inputs[i]) for i, layer in layers.items()}

@@ -3,8 +3,12 @@
 from ..registry import make_rule, register, rule_names
 from . import (  # noqa: F401
     baselines,
+    expected,
+    h2o,
     keydiff,
+    lagkv,
     lightning,
+    merging,
     projections,
     quest,
     retention,
@@ -12,10 +16,11 @@ from . import (  # noqa: F401
     sparsek,
     top_p,
 )
+from .kvzip import KVzip
 from .rule import EvictRule, Probe, SelectRule, fold_heads
 from .sparsek import sparsek_settings
 
 __all__ = [
-    "EvictRule", "Probe", "SelectRule", "fold_heads", "make_rule", "register", "rule_names",
-    "sparsek_settings",
+    "EvictRule", "KVzip", "Probe", "SelectRule", "fold_heads", "make_rule", "register",
+    "rule_names", "sparsek_settings",
 ]  # fmt: skip

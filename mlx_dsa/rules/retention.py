@@ -39,6 +39,9 @@ class Retention(EvictRule):
     def worth(self, cache):
         return pool_neighbours(cache.retention, cache.positions, POOL_RADIUS)
 
+    def shares(self, worth):
+        return mx.exp(worth)  # it is the logarithm of an attention
+
 
 @register("evict", "blend")
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ class Blend(Retention):
     def worth(self, cache):
         alike = pool_neighbours(keydiff_scores(cache.keys), cache.positions, POOL_RADIUS)
         return _standardised(super().worth(cache)) + _standardised(alike)
+
+    def shares(self, worth):
+        return None
 
 
 def _standardised(scores: mx.array) -> mx.array:

@@ -16,6 +16,7 @@ from ..cache import BudgetKVCache, FullKVCache
 from ..checkpoint_file import LIGHTNING
 from ..families import Layer
 from ..indexer import Indexer
+from ..registry import make_rule
 from ..selectors import select_topk
 
 
@@ -255,6 +256,9 @@ class EvictRule(Rule):
         by_head (bool): Whether each key head keeps entries of its own. A rule may have it
           as an option: bound, it then sees a cache in which the key heads are rows of the
           batch, ``[B * Hkv, 1, T, D]``, and so are its observed queries.
+        credits (bool): Whether each query that is read changes what entries are worth, by
+            :meth:`credit`; goes with :attr:`every_step` and a :meth:`score`.
+        merges (bool): Whether what is dropped goes into what stays, by :meth:`merged`.
     """
 
     observes: ClassVar[int] = 0
@@ -262,6 +266,8 @@ class EvictRule(Rule):
     every_step: ClassVar[bool] = False
     wants_head: ClassVar[bool] = False
     by_head: ClassVar[bool] = False
+    credits: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
     selecting: ClassVar[SelectRule]
 
     def bind(
@@ -357,3 +363,44 @@ class EvictRule(Rule):
             mx.array: ``[B, size]`` in float32.
         """
         raise NotImplementedError
+
+    def credit(self, cache: BudgetKVCache, queries: mx.array) -> mx.array:
+        """Say what entries gain by new queries, where :attr:`credits`.
+
+        Args:
+            cache (BudgetKVCache): The entries, in any order, those of the queries' own
+                tokens, the newest, among them.
+            queries (mx.array): The layer's ``[B, Hq, L, D]``, rotated.
+
+        Returns:
+            mx.array: ``[B, size]`` in float32, to be added to ``cache.worth``.
+        """
+        raise NotImplementedError
+
+    def merged(self, cache: BudgetKVCache, slots: mx.array, worth: mx.array | None) -> mx.array:
+        """Put what a prune drops into the values of what it keeps, where :attr:`merges`.
+
+        Args:
+            cache (BudgetKVCache): In the order of positions, before the prune.
+            slots (mx.array): Slots that stay ``[B, n]``, ascending.
+            worth (mx.array, optional): What :meth:`worth` says ``[B, size]``.
+
+        Returns:
+            mx.array: Values of what stays ``[B, Hkv, n, D]``.
+        """
+        raise NotImplementedError
+
+    def shares(self, worth: mx.array) -> mx.array | None:
+        """Say how much entries count where they are merged, from what they are worth.
+
+        Args:
+            worth (mx.array): ``[B, size]`` in float32.
+
+        Returns:
+            mx.array: Attention, ``[B, size]`` in float32; ``None``: all alike.
+        """
+        return None
+
+    def without_head(self) -> EvictRule:
+        """Return the rule in place of this one, where :attr:`wants_head` and there is none."""
+        return make_rule("evict", "keydiff")

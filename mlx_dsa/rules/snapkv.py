@@ -43,6 +43,9 @@ class SnapKV(EvictRule):
     def observed(self, x, offset):
         return self.attention_queries(x, offset)
 
+    def shares(self, worth):
+        return worth
+
     def worth(self, cache):
         return pool_neighbours(self._paid(cache), cache.positions, self.pool)
 
@@ -70,6 +73,9 @@ class TOVA(EvictRule):
 
     def observed(self, x, offset):
         return self.attention_queries(x, offset)
+
+    def shares(self, worth):
+        return worth
 
     def worth(self, cache):
         return SnapKV._paid(self, cache)
