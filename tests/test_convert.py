@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from local_models import write_model
 from torch_files import Saved, write_torch
 
 from mlx_dsa.cli import main
@@ -404,3 +405,24 @@ def test_a_file_that_needs_converting_says_so(tmp_path):
     source = write_torch(tmp_path / "a.pt", state(matrices()))
     with pytest.raises(ValueError, match="of another system. Convert it first: mlx-dsa convert"):
         load_projections(source)
+
+
+def test_commands_take_what_was_converted(tmp_path):
+    model = write_model(tmp_path / "model")
+    found = {(i, w): x for (i, w), x in zip([(0, "Q"), (0, "K")], matrices(shape=(N, 64)).values())}
+    assert run(write_torch(tmp_path / "a.pt", state(found)), tmp_path / "out").exit_code == 0
+    words = ["--model", model, "--indexer", tmp_path / "out", "--top-k", "16", "--n-recent", "4"]
+
+    def result_of(command, *more):
+        return CliRunner().invoke(main, [command, *map(str, (*words, *more))])
+
+    result = result_of("info", "--select", "projections")
+    assert result.exit_code == 0, result.output
+    assert "1 layers, search projections to 8, 1,024 parameters a layer" in result.output
+    prompt = ["--raw", "--prompt", "one two three four five six seven " * 5]
+    prompt += ["--max-tokens", "3", "--cache", "full"]
+    result = result_of("generate", "--select", "projections", *prompt)
+    assert result.exit_code == 0, result.output
+    result = result_of("generate", *prompt)
+    assert result.exit_code == 1 and "holds search projections" in result.output
+    assert "Use --select projections" in result.output

@@ -9,6 +9,7 @@ from probe import Probe
 from simulate import MARGIN, generate_calls, whole_calls
 
 from mlx_dsa import FullKVCache, SparseConfig, patch_sparse_generate, sparse_attention
+from mlx_dsa.evals.watch import Watch
 from mlx_dsa.ops import index_scores
 from mlx_dsa.rules import Probe as Queries
 from mlx_dsa.rules import make_rule, rule_names
@@ -269,6 +270,26 @@ def test_tiles_share_a_set_of_every_head(text):
             logits.append(feed(model, tokens, 90)[1])
     assert mx.array_equal(logits[0], logits[1])
     assert not mx.array_equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("by_head", ["false", "true"])
+def test_the_evaluators_see_what_any_head_reads(by_head):
+    model, tokens = make_model(layers=1), make_tokens(61)
+    rules = dict(RULES, cache="full", prefill="exact", evict="window")
+    rules["select"] = f"quest:page=4,by_head={by_head}"
+    queries, keys, *_ = layer_of(model).project(model.layers[0].input_layernorm(model.model.embed_tokens(tokens)), 0)
+    q, k = np.array(queries[0, :, 60]).astype(float), np.array(keys[0]).astype(float)
+    heads = [[0], [1]] if by_head == "true" else [None]
+    read = set().union(*(expected.quest(q, k, RULES, 4, h)[0] for h in heads))
+    with patch_sparse_generate(model, None, **rules) as patch:
+        cache = make_prompt_cache(model)
+        feed_calls(model, tokens, [60], cache)
+        for slot in range(61):
+            watch, copied = Watch(patch, [[(slot, slot + 1)]]), cache[0].copy()
+            watch.begin([0])
+            feed_calls(model, tokens[:, 60:], [1], [copied])
+            watch.finished([0], [copied], [0])
+            assert watch.lost[0] == {0: "read" if slot in read else "not selected"}
 
 
 @pytest.mark.parametrize("select", ["random", "random:seed=5"])
