@@ -21,6 +21,7 @@ from .ppl import ppl
 from .results import write_text
 from .retrieval import retrieval
 from .tables import caption, markdown, pairs_table, table
+from .timing import timing
 
 EVALUATORS = {
     "needle": needle,
@@ -29,6 +30,7 @@ EVALUATORS = {
     "gsm8k": gsm8k,
     "retrieval": retrieval,
     "memory": memory,
+    "timing": timing,
 }
 DTYPES = ("float32", "float16", "bfloat16")
 _OWN = ("name", "kind", "title", "policies", "top_k", "config", "quick")
@@ -36,7 +38,7 @@ _OWN = ("name", "kind", "title", "policies", "top_k", "config", "quick")
 _VALUES = {
     **dict.fromkeys(("config", "quick"), (dict,)),
     **dict.fromkeys(("policies", "top_k"), (list, str, int, dict)),
-    **{"lengths": (list, int), tuple: (list, int, float)},
+    **{"lengths": (list, int), "select": (list, str), tuple: (list, int, float)},
     **{kind: (kind,) for kind in (bool, int, str)},
     "compare": ((str, list),),
 }
