@@ -3,6 +3,7 @@
 from .code import code
 from .compare import compare
 from .gsm8k import gsm8k
+from .leaderboard import leaderboard
 from .memory import memory
 from .needle import needle
 from .plots import plot
@@ -12,6 +13,7 @@ from .results import read_result
 from .retrieval import retrieval
 from .runner import connect
 from .suite import read_suite, run_suite
+from .timing import timing
 
 __all__ = [
     "Policy",
@@ -19,6 +21,7 @@ __all__ = [
     "compare",
     "connect",
     "gsm8k",
+    "leaderboard",
     "make_policies",
     "make_policy",
     "memory",
@@ -29,4 +32,5 @@ __all__ = [
     "read_suite",
     "retrieval",
     "run_suite",
+    "timing",
 ]

@@ -39,6 +39,38 @@ def plot_retention(results, title, path):
     save_picture(lambda plt: _retention(panels, title, plt), path)
 
 
+def plot_board(rows, title, path):
+    """Draw the mean accuracy of every rule by budget, as a PNG.
+
+    Args:
+        rows (list of dict): of `board`.
+        title (str): above it.
+        path (Path): where to.
+
+    Raises:
+        ValueError: if matplotlib is missing.
+    """
+    save_picture(lambda plt: _board([r for r in rows if "mean" in r], title, plt), path)
+
+
+def _board(rows, title, plt):
+    series = {}
+    for row in (r for r in rows if r["top_k"]):
+        series.setdefault(row["rule"], []).append((row["top_k"], *row["mean"]))
+    # The legend in the order of the lines at the largest budget.
+    series = dict(sorted(series.items(), key=lambda named: -max(named[1])[1]))
+    figure, axis = plt.subplots(figsize=(7.4, 4.6), layout="constrained")
+    _lines(axis, series, spread=0.015)
+    for row in (r for r in rows if not r["top_k"]):
+        axis.axhline(row["mean"][0], color=_INK, linewidth=1, linestyle="--", label=row["rule"])
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_xlabel("top_k")
+    axis.set_ylabel("mean accuracy, Wilson 95%")
+    axis.set_title(title, fontsize=10)
+    _legend(axis)
+    return figure
+
+
 def _cells(results):
     return [(r, length) for r in results for length in sorted({row["length"] for row in r["rows"]})]
 

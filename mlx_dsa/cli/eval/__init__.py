@@ -7,6 +7,7 @@ import click
 from .code import code
 from .compare import compare
 from .gsm8k import gsm8k
+from .leaderboard import leaderboard
 from .memory import memory
 from .needle import needle
 from .ppl import ppl
@@ -24,5 +25,5 @@ def evaluate():
     """
 
 
-for _command in (needle, code, ppl, gsm8k, retrieval, memory, suite, compare):
+for _command in (needle, code, ppl, gsm8k, retrieval, memory, suite, leaderboard, compare):
     evaluate.add_command(_command)
