@@ -2,6 +2,7 @@
 
 from .code import code
 from .compare import compare
+from .coverage import coverage
 from .gsm8k import gsm8k
 from .leaderboard import leaderboard
 from .memory import memory
@@ -20,6 +21,7 @@ __all__ = [
     "code",
     "compare",
     "connect",
+    "coverage",
     "gsm8k",
     "leaderboard",
     "make_policies",

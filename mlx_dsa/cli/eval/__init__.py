@@ -6,6 +6,7 @@ import click
 
 from .code import code
 from .compare import compare
+from .coverage import coverage
 from .gsm8k import gsm8k
 from .leaderboard import leaderboard
 from .memory import memory
@@ -25,5 +26,5 @@ def evaluate():
     """
 
 
-for _command in (needle, code, ppl, gsm8k, retrieval, memory, suite, leaderboard, compare):
+for _command in (needle, code, ppl, gsm8k, retrieval, memory, suite, leaderboard, coverage, compare):
     evaluate.add_command(_command)
