@@ -1,6 +1,7 @@
 """Policies that are rules' names, the time of each, and the leaderboard over all rules."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -262,10 +263,6 @@ def test_the_leaderboard_of_some_runs(tmp_path, monkeypatch, sparse_subject):
 
 @pytest.fixture
 def sparse_subject(monkeypatch):
-    from mlx_dsa.cli.eval import leaderboard as _  # noqa: F401
-
-    import sys
-
     subject = make_subject(n_recent=16, prefill="dense")
     monkeypatch.setattr(sys.modules["mlx_dsa.cli.eval.leaderboard"], "load_settings", lambda settings: subject)
 
@@ -298,7 +295,7 @@ def test_the_leaderboards_in_the_repository(name, n, lengths):
         if run["kind"] == "needle":
             assert run["lengths"] == [lengths]
             assert len(run["depths"]) * run["limit"] * run["per_document"] >= n
-        if "evict:*" in run["policies"] if "policies" in run else False:
+        if "evict:*" in run.get("policies", ()):
             assert {k["top_k"] / lengths for k in run["top_k"]} == shares
             assert all(k["n_recent"] == k["top_k"] / 4 for k in run["top_k"])
         else:
