@@ -334,9 +334,7 @@ def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
         model, tokenizer = load(str(folder))
     except Exception as error:  # of a broken tokenizer.json: no other class
         reason = flawed_json(folder) or first_line(error)
-        raise ValueError(
-            f"[mlx-dsa] mlx-lm cannot load the model in {folder}: {reason}"
-        ) from error
+        raise ValueError(f"[mlx-dsa] mlx-lm cannot load the model in {folder}: {reason}") from error
     if runs_float32():
         model.set_dtype(mx.float32)
     evaluate(model)

@@ -326,7 +326,7 @@ def test_bad_suites(model, tmp_path, change, message):
         (["retrieval", "--lengths", "8193"], "8,193 tokens are more than the model's 8,192", 1),
         (["gsm8k", "--limit", "1", "--max-tokens", "8192"], "--many-shot or --max-tokens.", 1),
         (["needle", "--lengths", "2k"], "is not a list of whole numbers", 2),
-        (["needle", "--policies", "dense,best"], "'best' is none of dense", 2),
+        (["needle", "--policies", "dense,best"], "must be one of dense, sparse", 2),
         (["needle", "--top-k", "5"], "--top-k must be at least", 1),
         (["needle", "--turns", "2"], "--turns needs setting 'before-question'", 1),
         (["needle", "--haystack", "no.txt"], "'no.txt' is not there", 1),

@@ -24,7 +24,7 @@ def untouched(monkeypatch):
     def loads(*arguments, **options):
         raise AssertionError("the work began")
 
-    for name in ("eval.options", "eval.suite", "subject", "session"):
+    for name in ("eval.options", "eval.suite", "eval.leaderboard", "eval.coverage", "subject", "session"):
         monkeypatch.setattr(sys.modules[f"mlx_dsa.cli.{name}"], "load_settings", loads)
     monkeypatch.setattr(sys.modules["mlx_dsa.cli.train"], "load_model", loads)
 
@@ -46,6 +46,8 @@ WRITERS = {
     "gsm8k --out": ["eval", "gsm8k", "--out"],
     "retrieval --out": ["eval", "retrieval", "--out"],
     "suite --out": ["eval", "suite", "SUITE", "--out"],
+    "leaderboard --out": ["eval", "leaderboard", "--out"],
+    "coverage --out": ["eval", "coverage", "--out"],
     "compress --out": ["compress", "SUITE", "--out"],
     "compress --report": ["compress", "SUITE", "--out", "a.kv", "--report"],
     "train --out": ["train", "--data", "x.txt", "--out"],

@@ -100,8 +100,7 @@ class BudgetKVCache(FullKVCache):
     @property
     def numbers(self) -> mx.array | None:
         """What the entries' keys are rotated by ``[B, size]``, int32; ``None`` when empty."""
-        places = self.positions
-        return None if places is None else self._numbers.of(places)
+        return None if self.empty() else self._numbers.of(self.positions)
 
     @property
     def evicted(self) -> bool:

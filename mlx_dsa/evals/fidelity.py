@@ -41,8 +41,12 @@ def selection_mask(scores, k, positions, n_sink=0, n_recent=0):
         n_sink, n_recent (int): keys that are always selected. Default: ``0``.
     """
     slots = select_topk(scores[None], k, positions + 1, n_sink, n_recent)[0]
-    width = scores.shape[1]
-    mask = mx.zeros((scores.shape[0], width + 1), mx.bool_)
+    return slots_mask(slots, scores.shape[1])
+
+
+def slots_mask(slots, width):
+    """Return slots `[R, K]`, -1 where there is none, as a mask `[R, width]`."""
+    mask = mx.zeros((slots.shape[0], width + 1), mx.bool_)
     at = mx.where(slots < 0, width, slots)
     return mx.put_along_axis(mask, at, mx.array(True), axis=-1)[:, :width]
 

@@ -7,6 +7,7 @@ from .tables import problems_name, selection_name
 
 _INK = "#333333"
 _NONE = float("nan")  # where there is no interval, no bar is drawn
+_MARKERS = "osD^vP"  # where there are more lines than colours, another for the next ones
 _COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#e09f3e", "#7b4b94", "#5c677d", "#0a9396", "#bb3e03")
 
 
@@ -36,6 +37,38 @@ def plot_retention(results, title, path):
     """
     panels = [(_setting(result), result["rows"], length) for result, length in _cells(results)]
     save_picture(lambda plt: _retention(panels, title, plt), path)
+
+
+def plot_board(rows, title, path):
+    """Draw the mean accuracy of every rule by budget, as a PNG.
+
+    Args:
+        rows (list of dict): of `board`.
+        title (str): above it.
+        path (Path): where to.
+
+    Raises:
+        ValueError: if matplotlib is missing.
+    """
+    save_picture(lambda plt: _board([r for r in rows if "mean" in r], title, plt), path)
+
+
+def _board(rows, title, plt):
+    series = {}
+    for row in (r for r in rows if r["top_k"]):
+        series.setdefault(row["rule"], []).append((row["top_k"], *row["mean"]))
+    # The legend in the order of the lines at the largest budget.
+    series = dict(sorted(series.items(), key=lambda named: -max(named[1])[1]))
+    figure, axis = plt.subplots(figsize=(7.4, 4.6), layout="constrained")
+    _lines(axis, series, spread=0.015)
+    for row in (r for r in rows if not r["top_k"]):
+        axis.axhline(row["mean"][0], color=_INK, linewidth=1, linestyle="--", label=row["rule"])
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_xlabel("top_k")
+    axis.set_ylabel("mean accuracy, Wilson 95%")
+    axis.set_title(title, fontsize=10)
+    _legend(axis)
+    return figure
 
 
 def _cells(results):
@@ -170,9 +203,11 @@ def _heat_map(axis, title, columns, depths, found):
 
 def _lines(axis, series, logarithmic=True, spread=0.0):
     """Draw {label: [(x, value, low, high)]} with error bars, lines moved apart by `spread` octaves."""
-    for i, (colour, (label, points)) in enumerate(zip(_COLOURS * 4, series.items())):
+    for i, (label, points) in enumerate(series.items()):
         if not points:
             continue
+        again, which = divmod(i, len(_COLOURS))
+        marker, colour = _MARKERS[again % len(_MARKERS)], _COLOURS[which]
         points = sorted(points)
         shift = 2 ** (spread * (i - (len(series) - 1) / 2))
         x, y = [p[0] * shift for p in points], [p[1] for p in points]
@@ -181,7 +216,7 @@ def _lines(axis, series, logarithmic=True, spread=0.0):
             [_NONE if high is None else max(0.0, high - v) for _, v, _, high in points],
         ]
         axis.errorbar(
-            x, y, yerr=errors, marker="o", markersize=4, capsize=3, color=colour, label=label
+            x, y, yerr=errors, marker=marker, markersize=4, capsize=3, color=colour, label=label
         )
     ticks = sorted({p[0] for points in series.values() for p in points})
     if logarithmic:
@@ -263,6 +298,20 @@ def _memory(result, plt):
     return figure
 
 
+def _timing(result, plt):
+    """Milliseconds a step and for 1,000 tokens of the prompt, a bar a policy."""
+    rows = result["rows"][::-1]
+    size = (10, 1.2 + 0.22 * len(rows))
+    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    names = [r["policy"] for r in rows]
+    for axis, key, name in ((axes[0], "value", "ms a step, median"), (axes[1], "read_ms", "ms for 1,000 prompt tokens")):
+        axis.barh(names, [r[key] for r in rows], color=_COLOURS[0])
+        axis.set_xlabel(name)
+        axis.tick_params(axis="y", labelsize=7)
+    figure.suptitle(f"Time, {rows[0]['length']:,} tokens", fontsize=10)
+    return figure
+
+
 def _gsm8k(result, plt):
     """Accuracy of each policy, by both readings."""
     policies = list(dict.fromkeys(r["policy"] for r in result["rows"]))
@@ -292,4 +341,5 @@ _PLOTS = {
     "gsm8k": _gsm8k,
     "retrieval": _retrieval,
     "memory": _memory,
+    "timing": _timing,
 }

@@ -13,7 +13,8 @@ import mlx.core as mx
 from ..config import SparseConfig, override
 from ..crossovers import resolve_auto
 from ..patch import patch_sparse_generate
-from ..rules import KVzip
+from ..rules import KVzip, make_rule, rule_names
+from .each_rule import SELECT, each_rule
 
 # Far above any index score, and small enough to leave scores their order.
 _FORCE = 1e4
@@ -131,8 +132,6 @@ _NAMED = {
     "evicted": ("evicted", {"evict": "index"}),
 }
 NAMES = tuple(_NAMED)
-# Orders of eviction: where nothing is evicted, what they name is not there.
-_ORDERS = ("retention", "blend", "index", "keydiff", "snapkv", "kvzip")
 
 
 @dataclass(frozen=True)
@@ -232,15 +231,12 @@ def make_policy(spec, config):
     """
     fields = {"policy": spec} if isinstance(spec, str) else dict(spec)
     name, label = fields.pop("policy", "sparse"), fields.pop("label", None)
-    if name not in _NAMED:
-        raise ValueError(
-            f"[make_policy] 'policy' must be one of {', '.join(NAMES)} but got {name!r}."
-        )
+    named = lookup(name)
     if name == "dense":
         if fields:
             raise ValueError(f"[make_policy] policy 'dense' takes no {', '.join(fields)}.")
         return DENSE
-    scorer, fixed = _NAMED[name]
+    scorer, fixed = named
     for field, value in fixed.items():
         if fields.get(field, value) != value:
             raise ValueError(
@@ -248,25 +244,59 @@ def make_policy(spec, config):
                 f"{fields[field]!r}. Leave {field} out, or use policy 'sparse'."
             )
     merged = SparseConfig.from_dict(override(vars(config), {**fixed, **fields}))
-    if name in _ORDERS and merged.cache != "budget":
+    orders = scorer == "index" and "evict" in fixed and not {"cache", "select"} & set(fixed)
+    if orders and merged.cache != "budget":
         raise ValueError(
             f"[make_policy] policy {name!r} is an order of eviction, but cache {merged.cache!r} "
             f"evicts nothing. Use policy {merged.cache!r}, or cache 'budget'."
         )
-    return Policy(label or f"{name}@{merged.top_k}", merged, scorer)
+    return Policy(label or f"{_called(name, fields)}@{merged.top_k}", merged, scorer)
+
+
+def lookup(name):
+    """Return what scores the tokens of a policy and what its config must be; of "dense" ``None``.
+
+    Raises:
+        ValueError: if there is no such policy, or the rule that it names has no such option.
+    """
+    rule = name.removeprefix(SELECT) if isinstance(name, str) else ""
+    if rule == name and name in _NAMED:
+        return _NAMED[name]
+    kind = "evict" if rule == name else "select"
+    if rule.partition(":")[0] not in rule_names(kind):
+        raise ValueError(
+            f"[make_policy] 'policy' must be one of {', '.join(policy_names())} but got {name!r}."
+        )
+    make_rule(kind, rule)
+    fixed = {} if kind == "evict" else _NAMED["exact"][1]
+    return "index", {kind: rule, **fixed}
+
+
+def policy_names():
+    """Return the names of all policies: those of this file, and those that are rules' names."""
+    forgetting = (name for name in rule_names("evict") if name not in _NAMED)
+    return (*NAMES, *forgetting, *(SELECT + name for name in rule_names("select")))
+
+
+def _called(name, fields):
+    """Return what a policy is called: "sparse" by the rules that its dict names."""
+    if name != "sparse":
+        return name
+    selects = [SELECT + fields["select"]] if "select" in fields else []
+    return ", ".join([fields.get("evict", name), *selects])
 
 
 def make_policies(specs, config, top_k=()):
     """Return the policies of a run: the dense model once, every other for each top_k.
 
     Args:
-        specs (list): as for `make_policy`.
+        specs (list): as for `make_policy`, or `each_rule`.
         config (SparseConfig): the settings to start from.
         top_k (list): numbers, or dicts with "top_k" and what else goes with it, such as "n_recent".
             Default: ``()``, that of the config alone.
     """
     policies = []
-    for spec in specs:
+    for spec in (one for spec in specs for one in each_rule(spec)):
         fixed = spec == "dense" or (isinstance(spec, dict) and "top_k" in spec)
         for k in ({},) if fixed or not top_k else top_k:
             changes = k if isinstance(k, dict) else {"top_k": k}
@@ -281,7 +311,8 @@ def make_policies(specs, config, top_k=()):
 
 def followed(name, field):
     """Return whether a policy takes a setting from the config, not from its name or at all."""
-    return _NAMED[name] is not None and field not in _NAMED[name][1]
+    named = lookup(name)
+    return named is not None and field not in named[1]
 
 
 def pairings(policies, compare):

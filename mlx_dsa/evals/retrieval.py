@@ -1,7 +1,8 @@
 """Does the indexer select the keys that the attention really looks at?
 
 The dense model reads a text. At some positions each layer's true attention is computed, and what
-share of it a selection of K keys covers: the indexer's, and three others of the same size.
+share of it a selection of K keys covers: the indexer's, three others of the same size, and those of
+other rules.
 """
 
 import mlx.core as mx
@@ -9,17 +10,21 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..cache import FullKVCache
 from ..chunks import chunk_size
 from ..families import family_of
 from ..ops import index_scores
+from ..rules import Probe, make_rule
 from .documents import load_documents, windows_of
-from .fidelity import coverage, selection_mask, true_attention
+from .each_rule import SELECT, rules_alone
+from .fidelity import coverage, selection_mask, slots_mask, true_attention
 from .runner import Unit, evaluate
 from .stats import bootstrap
 from .subject import check_lengths, describe, fingerprint
 from .wrapping import wrapping
 
 METHODS = ("index", "random", "window", "attention")
+_NO_INDEXER = METHODS[1:]
 
 
 def retrieval(
@@ -28,6 +33,7 @@ def retrieval(
     top_k,
     length=4096,
     queries=64,
+    select=(),
     data=None,
     limit=4,
     seed=0,
@@ -43,6 +49,8 @@ def retrieval(
         top_k (list of int): the sweep of K.
         length (int): tokens of a text. Default: ``4096``.
         queries (int): positions a text, evenly from the smallest K on. Default: ``64``.
+        select (list of str): rules of selecting to measure too, as settings name them; ``["*"]`` is
+            every one. In the result they are policies such as "select:oracle". Default: ``()``.
         data (str): as `load_documents` takes it. Default: ``None``, the bundled books.
         limit (int): texts. Default: ``4``.
         seed (int): of the random selection and the bootstrap. Default: ``0``.
@@ -50,8 +58,16 @@ def retrieval(
 
     Returns:
         dict: the result. A query counts for a K if it sees at least K keys; the policy "index" in it
-        is the indexer's selection.
+        is the indexer's selection. It is not there where the model has no indexers.
+
+    Raises:
+        ValueError: if no query sees so many keys, or a rule is none.
     """
+    rules = rules_alone("select") if list(select) == ["*"] else tuple(select)
+    has_indexers = None not in subject.indexers.values()
+    for rule in rules:
+        if make_rule("select", rule).wants_indexer and not has_indexers:
+            raise ValueError(f"[retrieval] select {rule!r} reads indexers, and there are none.")
     check_lengths("retrieval", subject, [length])
     usable = sorted({k for k in top_k if k <= length})
     if not usable:
@@ -75,12 +91,13 @@ def retrieval(
         "data": data or "bundled books",
         "seed": seed,
         "windows": fingerprint([w["ids"] for w in windows]),
+        **({"select": list(rules)} if rules else {}),
     }
     positions = np.unique(np.linspace(usable[0] - 1, length - 1, queries).astype(int))
     units = [Unit(f"window {i}", window) for i, window in enumerate(windows)]
 
     def work(window):
-        return _measure(subject, window, positions, forced, seed)
+        return _measure(subject, window, positions, forced, rules, seed)
 
     def summarise(records):
         return _rows(records, seed), _pairs(records, seed), records
@@ -93,27 +110,82 @@ def retrieval(
 class _Recorder(nn.Module):
     """A dense attention layer that measures selections at some positions as it goes."""
 
-    def __init__(self, layer, indexer, positions, forced, seed):
+    def __init__(self, layer, indexer, positions, forced, rules, seed):
         super().__init__()
         self.attention, self.indexer, self.layer = layer.module, indexer, layer
         self.positions, self.forced, self.seed = positions, forced, seed
+        # What the runtime would hold for each rule of selecting: its own cache.
+        self.rules = {name: make_rule("select", name).bind(layer, indexer) for name in rules}
+        self.caches = {name: FullKVCache() for name in rules}
         self.index_keys = None
         self.found = []
 
     def __call__(self, x, mask=None, cache=None):
         offset = cache.offset
         output = self.attention(x, mask, cache)
-        keys = self.indexer.project_keys(x, offset)
-        self.index_keys = (
-            keys if self.index_keys is None else mx.concatenate([self.index_keys, keys], axis=2)
-        )
-        mx.eval(self.index_keys)
+        if self.indexer is not None:
+            keys = self.indexer.project_keys(x, offset)
+            self.index_keys = (
+                keys if self.index_keys is None else mx.concatenate([self.index_keys, keys], axis=2)
+            )
+            mx.eval(self.index_keys)
+        keys, values = (entries[:, :, : cache.offset] for entries in cache.state[:2])
+        for name, held in self.caches.items():
+            new = (entries[:, :, offset:] for entries in (keys, values))
+            held.append(*new, self.rules[name].entry(x, offset))
+            mx.eval(held.contents)
         here = self.positions[(self.positions >= offset) & (self.positions < offset + x.shape[1])]
         if len(here):
-            self._measure(x, offset, here, cache.state[0][:, :, : cache.offset])
+            self._measure(x, offset, here, keys)
         return output
 
     def _measure(self, x, offset, here, keys):
+        rows = mx.array(here - offset)
+        positions = mx.array(here)
+        queries = self.layer.project(x, offset).queries
+        logits, probabilities = true_attention(
+            queries[0][:, rows], keys[0], positions, self.layer.scale
+        )
+        scores = mx.zeros((len(here), keys.shape[2]))
+        if self.indexer is not None:
+            index_queries, weights = self.indexer.project_queries(x, offset)
+            scores = index_scores(index_queries[:, :, rows], weights[:, rows], self.index_keys)[0]
+        slots = mx.broadcast_to(mx.arange(keys.shape[2], dtype=mx.float32), scores.shape)
+        key = mx.random.key(self.seed * 1_000_003 + self.layer.index * 1009 + offset)
+        probes = {name: rule.probe(x, offset, queries) for name, rule in self.rules.items()}
+        for k, always in self.forced.items():
+            use = np.flatnonzero(here + 1 >= k)
+            if not len(use):
+                continue
+            take = mx.array(use)
+            chosen = {
+                "index": (scores, always),
+                "random": (mx.random.uniform(shape=scores.shape, key=key), always),
+                "window": (slots, always),
+                "attention": (probabilities.sum(axis=0), (0, 0)),
+            }
+            masks = {
+                method: selection_mask(worth[take], k, positions[take], *kept)
+                for method, (worth, kept) in chosen.items()
+                if method in _methods(self.indexer)
+            }
+            for name, rule in self.rules.items():
+                probe, at = probes[name], rows[take]
+                probe = Probe(probe.queries[:, :, at], probe.weights[:, at])
+                end = int(here[use[-1]]) + 1
+                picked = rule.select(probe, self.caches[name], k, positions[take] + 1, end, always)
+                masks[SELECT + name] = slots_mask(picked[0], keys.shape[2])
+            for method, mask in masks.items():
+                recall, mass = coverage(mask, logits[:, take], probabilities[:, take], k)
+                self.found.append((k, method, recall, mass))
+        mx.eval(self.found)  # all at once: each wait for a GPU costs
+
+
+def _methods(indexer):
+    return METHODS if indexer is not None else _NO_INDEXER
+
+
+def _measure(self, x, offset, here, keys):
         rows = mx.array(here - offset)
         positions = mx.array(here)
         queries = self.layer.project(x, offset).queries
@@ -142,13 +214,13 @@ class _Recorder(nn.Module):
         mx.eval(self.found)  # all at once: each wait for a GPU costs
 
 
-def _measure(subject, window, positions, forced, seed):
+def _measure(subject, window, positions, forced, rules, seed):
     model = subject.model
     ids = mx.array([window["ids"]])
     family = family_of(model)
     layers = family.layers(model)
     recorders = {
-        i: _Recorder(layers[i], indexer.bind(layers[i]), positions, forced, seed)
+        i: _Recorder(layers[i], indexer and indexer.bind(layers[i]), positions, forced, rules, seed)
         for i, indexer in sorted(subject.indexers.items())
     }
     with wrapping(model, recorders):
@@ -159,7 +231,7 @@ def _measure(subject, window, positions, forced, seed):
     records = []
     for layer, recorder in recorders.items():
         for k in forced:
-            for method in METHODS:
+            for method in (*_methods(recorder.indexer), *(SELECT + name for name in rules)):
                 found = [f[2:] for f in recorder.found if f[:2] == (k, method)]
                 recall, mass = (np.concatenate([np.array(x) for x in part], axis=1) for part in zip(*found))
                 records.append(
@@ -178,11 +250,16 @@ def _measure(subject, window, positions, forced, seed):
     return records
 
 
+def _found(records):
+    """Return the selections of a result in order."""
+    return list(dict.fromkeys(r["policy"] for r in records))
+
+
 def _rows(records, seed):
     rows = []
     layers = sorted({r["layer"] for r in records})
     for k in sorted({r["top_k"] for r in records}):
-        for method in METHODS:
+        for method in _found(records):
             mine = [r for r in records if (r["top_k"], r["policy"]) == (k, method)]
             rows.append({"policy": method, "top_k": k, "layer": None, **_row(mine, seed)})
             rows += [
@@ -223,13 +300,15 @@ def _texts(records, metric):
 
 def _pairs(records, seed):
     """Compare the indexer's recall with the other selections', text by text."""
-    pairs = []
+    pairs, methods = [], _found(records)
+    if "index" not in methods:
+        return pairs
     for k in sorted({r["top_k"] for r in records}):
         by = {
             m: _texts([r for r in records if (r["top_k"], r["policy"]) == (k, m)], "recall")
-            for m in METHODS
+            for m in methods
         }
-        for method in METHODS[1:]:
+        for method in methods[1:]:
             differences = [a - b for (a, _), (b, _) in zip(by["index"], by[method])]
             mean, low, high = bootstrap(differences, [n for _, n in by[method]], seed=seed)
             pairs.append(

@@ -10,17 +10,19 @@ import mlx.core as mx
 
 from ..config import SparseConfig, override
 from ..pictures import check_pictures
+from .board import board, board_markdown, check_board
 from .code import code
 from .gsm8k import gsm8k
 from .memory import memory
 from .needle import needle
 from .overview import ASKED, check_cells, check_labels, overview
-from .plots import plot, plot_retention
+from .plots import plot, plot_board, plot_retention
 from .policies import make_policies
 from .ppl import ppl
 from .results import write_text
 from .retrieval import retrieval
 from .tables import caption, markdown, pairs_table, table
+from .timing import timing
 
 EVALUATORS = {
     "needle": needle,
@@ -29,6 +31,7 @@ EVALUATORS = {
     "gsm8k": gsm8k,
     "retrieval": retrieval,
     "memory": memory,
+    "timing": timing,
 }
 DTYPES = ("float32", "float16", "bfloat16")
 _OWN = ("name", "kind", "title", "policies", "top_k", "config", "quick")
@@ -36,7 +39,7 @@ _OWN = ("name", "kind", "title", "policies", "top_k", "config", "quick")
 _VALUES = {
     **dict.fromkeys(("config", "quick"), (dict,)),
     **dict.fromkeys(("policies", "top_k"), (list, str, int, dict)),
-    **{"lengths": (list, int), tuple: (list, int, float)},
+    **{"lengths": (list, int), "select": (list, str), tuple: (list, int, float)},
     **{kind: (kind,) for kind in (bool, int, str)},
     "compare": ((str, list),),
 }
@@ -49,8 +52,8 @@ def read_suite(path):
     Returns:
         dict: with "runs", and where given "name", "title", "preset", "config" (fields of
         SparseConfig for all runs), "dtype", in which the model then computes, "pictures": each
-        with a "name", a "title" and the needle "runs" whose accuracy by retention it shows, and
-        "tables": each with a "title", "columns" and "rows", as `overview` takes them.
+        with a "name", a "title" and the needle "runs" whose accuracy by retention it shows, "tables":
+        each with a "title", "columns" and "rows", as `overview` takes them, and "boards", as `board` does.
 
     Raises:
         ValueError: if it is not there, no JSON, or a run in it is not valid.
@@ -82,8 +85,14 @@ def read_suite(path):
                 )
     for shown in suite.get("tables", []):
         _require("table", shown, title=str, columns=list, rows=dict)
-        check_cells(shown, {run["name"]: run["kind"] for run in suite["runs"]})
+        check_cells(shown, _kinds(suite))
+    for shown in suite.get("boards", []):
+        check_board(shown, _kinds(suite))
     return suite
+
+
+def _kinds(suite):
+    return {run["name"]: run["kind"] for run in suite["runs"]}
 
 
 def _require(what, entry, **kinds):
@@ -179,8 +188,17 @@ def run_suite(
         for picture in suite.get("pictures", []):
             shown = [results[run] for run in picture["runs"]]
             plot_retention(shown, picture.get("title", ""), folder / f"{picture['name']}.png")
+        draw_boards(suite, results, folder)
         write_text(folder / "report.md", report(suite, results, quick))
     return results
+
+
+def draw_boards(suite, results, folder):
+    """Draw the boards of a suite: accuracy by budget, one line a rule."""
+    for shown in suite.get("boards", []):
+        rows = board(shown, results)
+        if any("mean" in row for row in rows):
+            plot_board(rows, shown["title"], Path(folder) / f"board-{shown['name']}.png")
 
 
 def _naming(run, progress):
@@ -252,6 +270,7 @@ def report(suite, results, quick=False):
         lines += [f"![{picture['name']}]({picture['name']}.png)", ""]
     for shown in suite.get("tables", []) if not quick else ():
         lines += [f"## {shown['title']}", "", markdown(*overview(shown, results)), ""]
+    lines += [board_markdown(shown, results) for shown in suite.get("boards", [])]
     for run in suite["runs"]:
         result = results[run["name"]]
         lines += [f"## {run.get('title', run['name'])}", ""]

@@ -318,6 +318,15 @@ def _memory_pairs(pairs):
     ]
 
 
+def _timing(result):
+    header = ["policy", "context", "ms a step (least, most)", "ms for 1,000 prompt tokens", "bytes an entry"]
+    return header, [
+        [r["policy"], f"{r['length']:,}", f"{r['value']:.2f} ({r['low']:.2f}, {r['high']:.2f})", f"{r['read_ms']:.1f}",
+         "-" if r["entry_bytes"] is None else f"{r['entry_bytes']:,.0f}"]
+        for r in result["rows"]
+    ]  # fmt: skip
+
+
 _TABLES = {
     "needle": _needle,
     "code": _needle,
@@ -325,6 +334,7 @@ _TABLES = {
     "gsm8k": _gsm8k,
     "retrieval": _retrieval,
     "memory": _memory,
+    "timing": _timing,
 }
 _PAIRS = {
     "needle": _proportions(["length"]),

@@ -17,7 +17,9 @@ from . import (  # noqa: F401
     top_p,
 )
 from .kvzip import KVzip
-from .rule import EvictRule, Probe, SelectRule, fold_heads
+from .evict_rule import EvictRule
+from .rule import Probe, fold_heads
+from .select_rule import SelectRule
 from .sparsek import sparsek_settings
 
 __all__ = [

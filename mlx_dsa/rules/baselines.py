@@ -8,7 +8,8 @@ import mlx.core as mx
 
 from ..registry import register
 from .attending import attention_probabilities
-from .rule import EvictRule, SelectRule
+from .evict_rule import EvictRule
+from .select_rule import SelectRule
 
 
 @register("select", "window")

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..registry import register
-from .rule import EvictRule, Probe
+from .evict_rule import EvictRule
+from .rule import Probe
 
 
 @register("evict", "expected_attention")

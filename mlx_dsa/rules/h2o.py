@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ..registry import register
 from .attending import attention_received
-from .rule import EvictRule
+from .evict_rule import EvictRule
 
 
 @register("evict", "h2o")

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..registry import register
 from ..selectors import keydiff_scores, pool_neighbours
-from .rule import EvictRule
+from .evict_rule import EvictRule
 
 # Positions beside a token that are kept with it.
 POOL_RADIUS = 4

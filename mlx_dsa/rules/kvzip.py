@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..cache import BudgetKVCache, FullKVCache
-from .rule import EvictRule
+from .evict_rule import EvictRule
 
 # What asks for the first chunk of a text, and for a later one, whose beginning follows.
 ASK_FIRST = "\n\nRepeat the previous context exactly."

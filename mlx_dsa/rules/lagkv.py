@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..registry import register
-from .rule import EvictRule
+from .evict_rule import EvictRule
 
 
 @register("evict", "lagkv")

@@ -12,7 +12,9 @@ import mlx.core as mx
 
 from ..ops import index_scores, tile_scores
 from ..registry import register
-from .rule import EvictRule, Probe, SelectRule
+from .evict_rule import EvictRule
+from .rule import Probe
+from .select_rule import SelectRule
 
 
 @register("select", "lightning")

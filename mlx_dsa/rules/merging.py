@@ -18,7 +18,8 @@ import mlx.core as mx
 
 from ..registry import make_rule, register
 from ..selectors import select_kept
-from .rule import EvictRule, Rule
+from .evict_rule import EvictRule
+from .rule import Rule
 
 # Numbers of a block of similarities: entries are merged some at a time.
 _BLOCK = 1 << 26

@@ -13,7 +13,8 @@ import mlx.core as mx
 
 from ..registry import register
 from ..search import Projections
-from .rule import Probe, SelectRule
+from .rule import Probe
+from .select_rule import SelectRule
 
 # Numbers of the keys that are float32 at once.
 _BLOCK = 1 << 24

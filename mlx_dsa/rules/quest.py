@@ -20,7 +20,8 @@ import mlx.core as mx
 
 from ..registry import register
 from ..selectors import select_pages
-from .rule import SelectRule, at_least
+from .rule import at_least
+from .select_rule import SelectRule
 
 # Numbers of a block of the queries' own pages.
 _BLOCK = 1 << 24

@@ -16,7 +16,7 @@ from ..registry import register
 from ..selectors import keydiff_scores, pool_neighbours
 from .keydiff import POOL_RADIUS
 from .lightning import Lightning
-from .rule import EvictRule
+from .evict_rule import EvictRule
 
 
 @register("evict", "retention")

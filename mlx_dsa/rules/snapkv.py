@@ -16,7 +16,7 @@ from ..registry import register
 from ..selectors import pool_neighbours
 from .attending import attention_probabilities
 from .keydiff import POOL_RADIUS
-from .rule import EvictRule
+from .evict_rule import EvictRule
 
 
 @register("evict", "snapkv")

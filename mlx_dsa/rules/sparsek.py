@@ -19,7 +19,8 @@ import mlx.core as mx
 
 from ..registry import register
 from ..selectors import select_topk
-from .rule import SelectRule, at_least
+from .rule import at_least
+from .select_rule import SelectRule
 
 # Less than what is forced, more than any product.
 _STRIDED = float(mx.finfo(mx.float32).max)

@@ -6,7 +6,9 @@ import click
 
 from .code import code
 from .compare import compare
+from .coverage import coverage
 from .gsm8k import gsm8k
+from .leaderboard import leaderboard
 from .memory import memory
 from .needle import needle
 from .ppl import ppl
@@ -24,5 +26,5 @@ def evaluate():
     """
 
 
-for _command in (needle, code, ppl, gsm8k, retrieval, memory, suite, compare):
+for _command in (needle, code, ppl, gsm8k, retrieval, memory, suite, leaderboard, coverage, compare):
     evaluate.add_command(_command)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from ...evals.policies import NAMES, Policy, followed, make_policies
+from ...evals.policies import Policy, followed, lookup, make_policies, policy_names
 from ...evals.runner import World, connect
 from ...presets import Preset, load_settings
 from ..options import PREFILL_HELP, SEED, add_options, may_stream, model_options
@@ -49,9 +49,11 @@ class Names(click.ParamType):
         if isinstance(value, list):
             return value
         names = list(dict.fromkeys(part.strip() for part in value.split(",")))
-        unknown = [name for name in names if name not in NAMES]
-        if unknown:
-            self.fail(f"{unknown[0]!r} is none of {', '.join(NAMES)}.", param, ctx)
+        for name in names:
+            try:
+                lookup(name)
+            except ValueError as error:
+                self.fail(str(error).partition("] ")[2], param, ctx)
         return names
 
 
@@ -112,7 +114,7 @@ _POLICIES = (
         default="dense,sparse",
         show_default=True,
         metavar="NAME,...",
-        help=f"What to run: {', '.join(NAMES)}.",
+        help=f"What to run: {', '.join(policy_names())}.",
     ),
     click.option(
         "--compare",

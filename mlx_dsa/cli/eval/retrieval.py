@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ...evals.retrieval import retrieval as run_retrieval
+from ...rules import rule_names
 from ..command import Command
 from .options import eval_options, open_run
 from .show import progress_bar, show
@@ -29,6 +30,12 @@ from .show import progress_bar, show
 )
 @click.option("--data", metavar="FILE|NAME", help="The texts.  [default: bundled books]")
 @click.option("--limit", type=click.IntRange(min=1), help="Texts.  [default: 4]")
+@click.option(
+    "--select",
+    metavar="NAME,...",
+    callback=lambda context, option, value: value.split(",") if value else [],
+    help=f"Rules of selecting to measure too: {', '.join(rule_names('select'))}; or '*', each.",
+)
 @eval_options(policies=False)
 def retrieval(
     length: int | None,

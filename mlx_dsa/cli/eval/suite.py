@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ...evals.runner import Share
 from ...evals.suite import read_suite, run_suite, select_runs
-from ...presets import load_settings
+from ...presets import Settings, load_settings
 from ..command import Command
 from ..options import model_options, settings_from, subject_name
 from ..outputs import check_output
@@ -25,6 +26,29 @@ def _share(context: click.Context, option: click.Parameter, value: str | None) -
     if not (index.isdigit() and count.isdigit() and 0 < int(index) <= int(count)):
         raise click.BadParameter(f"{value!r} is not a part such as 2/4.")
     return Share(int(index) - 1, int(count))
+
+
+def suite_settings(
+    plan: dict[str, Any],
+    preset: str | None,
+    model: str | None,
+    indexer: str | None,
+    config: str | None,
+) -> tuple[Settings, str]:
+    """Return what the options load, or else the suite's preset, and what results call it.
+
+    Args:
+        plan (dict): The suite.
+        preset, model, indexer, config (str, optional): The options.
+    """
+    if preset is None and model is None:
+        preset = plan.get("preset")
+    named = {"model": model, "indexer": indexer, "config": config}
+    settings = settings_from(preset=preset, **named)
+    if settings.indexer is None and preset is None:
+        # A copy of the suite's model in a folder of one's own: its indexers fit it.
+        settings = settings_from(preset=plan.get("preset"), **named)
+    return settings, subject_name(settings, preset, model, config)
 
 
 @click.command(cls=Command)
@@ -67,20 +91,13 @@ def suite(
     """
     plan = read_suite(file)
     select_runs(plan, only)
-    if preset is None and model is None:
-        preset = plan.get("preset")
-    named = {"model": model, "indexer": indexer, "config": config}
-    settings = settings_from(preset=preset, **named)
-    if settings.indexer is None and preset is None:
-        # A copy of the suite's model in a folder of one's own: its indexers fit it.
-        settings = settings_from(preset=plan.get("preset"), **named)
+    settings, called = suite_settings(plan, preset, model, indexer, config)
     title = plan.get("name", Path(file).stem) + ("-quick" if quick else "")
     folder = Path(out) if out else Path(file).parent / "results" / title
     check_output(folder, folder=True)
     world = share or open_world()
     hint_at_blas()
     subject = load_settings(settings)
-    called = subject_name(settings, preset, model, config)
     with progress_bar(world) as progress:
         run_suite(
             subject, plan, folder, only=only, quick=quick, name=called, world=world, progress=progress
