@@ -7,14 +7,14 @@ kvpress wants a virtual environment of its own (`pip install kvpress==0.5.5` and
     python eval/kvpress_peer.py ours WORK
     python eval/kvpress_peer.py report WORK eval/results/kvpress
 
-The second for --kind words too, and both again with --kvzip. Every step goes on where it was stopped. A text of 4,096 tokens is read, pressed to K entries, and
-then asked for four facts, each in a conversation of its own.
+The second for --kind words too, and both again with --kvzip. Each goes on where it was stopped. A text of
+4,096 tokens is read, pressed to K entries, then asked for four facts, each in a conversation of its own.
 """
 
 import argparse
 import json
-from dataclasses import dataclass
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx_dsa  # noqa: F401  (before MLX: it says which BLAS that uses)
@@ -106,9 +106,9 @@ def ours_policies(kind, work, evict_names):
         def add(label, evict, **more):
             policies.append(Policy(f"{label}@{k}", SparseConfig(**{**base, "evict": evict, **more})))
 
-        def add_on_top(label, evict, **more):
-            config = SparseConfig(**{**base, "evict": evict, **more, "top_k": k + ROOM})
-            policies.append(OnTop(f"{label}@{k}", config, keep=k, kept_file=kept_file))
+        def add_near(name, evict, **more):
+            config = SparseConfig(**{**base, "evict": evict, "n_recent": 1, **more, "top_k": k + ROOM})
+            policies.append(OnTop(f"{name}, near@{k}", config, keep=k, kept_file=kept_file))
 
         for name in (*SHARED, "retention"):
             if name in evict_names:
@@ -116,15 +116,13 @@ def ours_policies(kind, work, evict_names):
                 add(name, name, **select)
         for name in ("snapkv", "keydiff"):
             add(f"{name}, pool 0", f"{name}:pool=0")
-        near = {"n_sink": 0, "n_recent": 1}
-        add_on_top("snapkv, near", "snapkv:pool=2", n_sink=0, n_recent=64, observation_window=64)
-        add_on_top("keydiff, near", "keydiff:pool=0", **near)
-        add_on_top("knorm, near", "knorm:pool=0", **near)
-        add_on_top("retention, near", "retention", **near)
+        add_near("snapkv", "snapkv:pool=2", n_sink=0, n_recent=64, observation_window=64)
+        for name, evict in (("keydiff", "keydiff:pool=0"), ("knorm", "knorm:pool=0"), ("retention",) * 2):
+            add_near(name, evict, n_sink=0)
         if "expected_attention" in evict_names:
-            add_on_top("expected_attention, near", "expected_attention:queries=4096", n_recent=1)
+            add_near("expected_attention", "expected_attention:queries=4096")
         if "kvzip" in evict_names:
-            add_on_top("kvzip, near", "kvzip", n_recent=1)
+            add_near("kvzip", "kvzip")
     return policies
 
 
@@ -275,12 +273,9 @@ def write_report(work, out):
         lines += [f"Dense: kvpress {_cell(theirs['dense'])}, ours {_cell(ours['dense'])}.", ""]
         lines += _main_table(theirs, ours)
         lines += _chain_table(theirs, ours)
-        told = ", ".join(f"{label} {100 * sum(x) / len(x):.1f} ({100 * min(x):.1f})" for label, x in alike.items())
-        lines += [
-            "Of the positions kept of the first text, both have (ours *near*, kvpress's *one set*; per cent, "
-            f"mean of the layers, in brackets the least): {told or '-'}.",
-            "",
-        ]
+        shares = [f"{label} {100 * sum(x) / len(x):.1f} ({100 * min(x):.1f})" for label, x in alike.items()]
+        told = "Kept by both of the first text's positions (ours *near*, kvpress's *one set*), mean of the layers"
+        lines += [f"{told} and the least, per cent: {', '.join(shares) or '-'}.", ""]
     (out / "report.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
@@ -338,7 +333,7 @@ def main():
     parser.add_argument("step", choices=("items", "ours", "report"))
     parser.add_argument("work", type=Path, help="a folder for what is passed between the steps")
     parser.add_argument("out", type=Path, nargs="?", help="where the report goes")
-    parser.add_argument("--texts", type=int, default=2, help="texts a depth, of four items each (default: 2)")
+    parser.add_argument("--texts", type=int, default=2, help="texts a depth, four items each (default: 2)")
     parser.add_argument("--kind", action="append", choices=tuple(KINDS), help="default: both")
     options = parser.parse_args()
     if options.step == "items":
