@@ -29,7 +29,6 @@ from mlx_dsa.evals.policies import DENSE, Policy, make_policy
 from mlx_dsa.evals.subject import fingerprint
 from mlx_dsa.presets import load_preset
 from mlx_dsa.registry import rule_names
-from mlx_dsa.rules import kvzip
 
 KINDS = {"digits": "digits", "words": "word"}
 BUDGETS = (128, 256, 512)
@@ -174,6 +173,8 @@ def write_items(work, texts):
 def run_ours(work, texts, kinds, zips):
     """Run our side, or its KVzip; the journals of `needle` let it go on."""
     if zips:
+        from mlx_dsa.rules import kvzip
+
         kvzip.read_again = _read_once(kvzip.read_again)
     subject = load_preset("tiny")
     subject.model.set_dtype(mx.float32)
