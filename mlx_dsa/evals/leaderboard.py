@@ -20,7 +20,7 @@ from .suite import draw_boards, report, run_suite, select_runs
 
 # A rule is tried on a text of so many tokens.
 _TRIED = 200
-_SMALL = {"top_k": 64, "n_recent": 16}
+_SMALL = {"top_k": 96, "n_recent": 16}
 
 
 def leaderboard(
