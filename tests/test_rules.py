@@ -127,6 +127,14 @@ def test_a_rule_beside_dense_is_refused(folders):
     assert run.exit_code == 2 and "--select has no effect with --dense" in run.output
 
 
+def test_info_tells_the_rules(folders):
+    options = ["--model", folders[0], "--indexer", folders[1], "--top-k", "80", "--select", "oracle"]
+    told = CliRunner().invoke(main, ["info", *options, "--evict", "snapkv:pool=2"]).output
+    assert "select oracle, evict snapkv:pool=2" in " ".join(told.split())
+    plain = CliRunner().invoke(main, ["info", *options[:-2]]).output
+    assert "evict" not in plain and "select" not in plain
+
+
 def test_names_are_taken_once():
     with pytest.raises(ValueError, match="has a rule 'keydiff' already"):
         register("evict", "keydiff")(EvictRule)

@@ -317,7 +317,12 @@ def describe_config(config: SparseConfig) -> str:
     """Return a config's main fields as one line."""
     every = f" (a cut every {config.stream_chunk})" if config.prefill == "stream" else ""
     anew = ", positions compact" if config.positions == "compact" else ""
+    rules = "".join(
+        f", {kind} {getattr(config, kind)}"
+        for kind in ("select", "evict")
+        if getattr(config, kind) != getattr(SparseConfig, kind)
+    )
     return (
         f"top_k {config.top_k}, cache {config.cache}, prefill {config.prefill}{every}{anew}, "
-        f"{config.n_sink} sinks, {config.n_recent} recent"
+        f"{config.n_sink} sinks, {config.n_recent} recent{rules}"
     )
