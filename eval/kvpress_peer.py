@@ -185,7 +185,7 @@ def run_ours(work, texts, kinds, zips):
             lengths=[LENGTH],
             depths=DEPTHS,
             limit=texts,
-            batch_size=len(DEPTHS) * texts,
+            batch_size=1 if zips else len(DEPTHS) * texts,  # a second reading takes memory
             max_tokens=MAX_TOKENS,
             name="tiny",
             out=work / f"ours-{kind}{'-kvzip' if zips else ''}.json",
