@@ -14,6 +14,7 @@ from ..cache import FullKVCache
 from ..chunks import chunk_size
 from ..families import family_of
 from ..ops import index_scores
+from ..registry import rule_class
 from ..rules import Probe, make_rule
 from .documents import load_documents, windows_of
 from .each_rule import SELECT, rules_alone
@@ -50,7 +51,7 @@ def retrieval(
         length (int): tokens of a text. Default: ``4096``.
         queries (int): positions a text, evenly from the smallest K on. Default: ``64``.
         select (list of str): rules of selecting to measure too, as settings name them; ``["*"]`` is
-            every one. In the result they are policies such as "select:oracle". Default: ``()``.
+            every one that has the indexers that it reads. In the result they are policies such as "select:oracle". Default: ``()``.
         data (str): as `load_documents` takes it. Default: ``None``, the bundled books.
         limit (int): texts. Default: ``4``.
         seed (int): of the random selection and the bootstrap. Default: ``0``.
@@ -63,7 +64,10 @@ def retrieval(
     Raises:
         ValueError: if no query sees so many keys, or a rule is none.
     """
-    rules = rules_alone("select") if list(select) == ["*"] else tuple(select)
+    kinds = {getattr(x, "kind", "lightning") for x in subject.indexers.values() if x is not None}
+    rules = tuple(select)
+    if rules == ("*",):  # every one that has what it reads
+        rules = tuple(n for n in rules_alone("select") if _has_what_it_reads(n, kinds))
     has_indexers = None not in subject.indexers.values()
     for rule in rules:
         if make_rule("select", rule).wants_indexer and not has_indexers:
@@ -105,6 +109,11 @@ def retrieval(
     return evaluate(
         "retrieval", config, units, work, summarise, out=out, world=world, progress=progress
     )
+
+
+def _has_what_it_reads(name, kinds):
+    rule = rule_class("select", name)
+    return not rule.wants_indexer or rule.reads in kinds
 
 
 class _Recorder(nn.Module):
