@@ -172,9 +172,16 @@ class SparseConfig:
 
     @property
     def wants_indexers(self) -> bool:
-        """Whether a rule reads trained indexers."""
-        rules = make_rule("select", self.select), make_rule("evict", self.evict)
-        return any(rule.wants_indexer for rule in rules)
+        """Whether a rule that is asked reads trained indexers."""
+        return bool(self.reading_indexers)
+
+    @property
+    def reading_indexers(self) -> tuple[str, ...]:
+        """The rules that are asked and read trained indexers."""
+        asked = [("select", self.select)]
+        if self.cache == "budget" or self.prefill == "stream":
+            asked.append(("evict", self.evict))
+        return tuple(text for kind, text in asked if make_rule(kind, text).wants_indexer)
 
     @property
     def auto_may_stream(self) -> bool:

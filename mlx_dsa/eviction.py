@@ -149,7 +149,9 @@ class Eviction:
         if cache.size() <= cache.budget:
             cache.window = None
             return
-        scores = self.rule.worth(cache)
+        # What was observed can have been taken back.
+        blind = self.rule.observes and cache.window is None
+        scores = None if blind else self.rule.worth(cache)
         worth = scores if self.rule.is_final and cache.worth is not None else None
         backend = self._config.backend
         slots = select_kept(scores, cache.size(), cache.budget, *self._forced, backend)

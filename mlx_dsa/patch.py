@@ -259,8 +259,8 @@ def patch_sparse_generate(
         indexers (Mapping, optional): Layer number to :class:`Indexer`; a layer without one
           stays dense. ``None`` where no rule reads one: every layer is sparse.
         top_k (int): Keys that a query attends to. Default: ``2048``.
-        evict_rule (EvictRule, optional): A rule that needs no name, in place of
-          ``evict``. Default: ``None``.
+        evict_rule (EvictRule, optional): A rule that has no name, in place of ``evict``
+          ``"window"``. Default: ``None``.
         **config: Further fields of :class:`SparseConfig`.
 
     Returns:
@@ -280,10 +280,15 @@ def patch_sparse_generate(
         )
     if indexers is None:
         indexers = dict.fromkeys(layers)
-    if sparse.wants_indexers and None in indexers.values():
-        rule = sparse.select if sparse.select == SparseConfig.select else sparse.evict
+    if evict_rule is not None and (sparse.evict != "window" or evict_rule.by_head or evict_rule.merges):
         raise ValueError(
-            f"[patch_sparse_generate] 'indexers' must be given for {rule!r}, which reads them. "
+            "[patch_sparse_generate] 'evict_rule' stands in for evict='window', by layer and without "
+            "merging. Set that, or register the rule and name it."
+        )
+    if sparse.wants_indexers and None in indexers.values():
+        rules = " and ".join(map(repr, sparse.reading_indexers))
+        raise ValueError(
+            f"[patch_sparse_generate] 'indexers' must be given for {rules}, which reads them. "
             f"Give them, or choose a select and an evict rule that need none."
         )
     n_layers = len(model.layers)

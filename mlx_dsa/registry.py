@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from importlib.metadata import entry_points
@@ -53,10 +54,11 @@ def _load_plugins():
         try:
             plugin.load()
         except Exception as error:  # of a package that is not ours
-            raise ValueError(
-                f"[register] the rules of {plugin.value} can't be loaded: {error}. Mend or "
-                f"remove the package that names them."
-            ) from error
+            warnings.warn(
+                f"mlx-dsa: the rules of {plugin.value} can't be loaded: {error}. Mend or remove the "
+                f"package that names them.",
+                stacklevel=2,
+            )
 
 
 def rule_class(kind: str, text: str) -> type:

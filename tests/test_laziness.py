@@ -123,9 +123,9 @@ def test_graph_size_sees_a_graph_that_grows(tmp_path):
 @pytest.mark.parametrize("batch", [1, 4])
 def test_score_blocks_are_split(prefill, batch, monkeypatch):
     """Blocks of scores stay under a bound, for the same result."""
-    import mlx_dsa.attention as attention
     import mlx_dsa.chunks as chunks
     import mlx_dsa.ops.reference as ops
+    import mlx_dsa.rules.lightning as lightning
 
     model = make_model(layers=1)
     indexers = make_indexers(model)
@@ -145,7 +145,7 @@ def test_score_blocks_are_split(prefill, batch, monkeypatch):
 
         monkeypatch.setattr(chunks, "BLOCK_BYTES", limit)
         monkeypatch.setattr(ops, "BLOCK_BYTES", limit)
-        monkeypatch.setattr(attention, "index_scores", spy(attention.index_scores))
+        monkeypatch.setattr(lightning, "index_scores", spy(lightning.index_scores))
         monkeypatch.setattr(ops, "_sum_heads", spy(ops._sum_heads))
         _, split = feed(model, tokens, 260)
     assert mx.abs(split - expected).max() < LOGITS

@@ -15,9 +15,12 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_dsa import SparseConfig, load_cache, patch_sparse_generate, registry, save_cache
 from mlx_dsa.cli import main
+from mlx_dsa.cli.eval.options import split_rules
 from mlx_dsa.evals import make_policies, ppl
 from mlx_dsa.evals.generation import take_rows
 from mlx_dsa.rules import EvictRule, make_rule, register, rule_names
+from mlx_dsa.rules.merging import Merging
+from mlx_dsa.rules.snapkv import SnapKV
 from mlx_dsa.saved import read_saved
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "rules.md"
@@ -114,6 +117,10 @@ def test_the_command_line_knows_a_rule_from_outside(valuenorm, folders):
         (("--evict", "snapkv:pool=x"), "must be a whole number but got 'x'"),
         (("--evict", "window:a=1"), "has no option 'a': it has none"),
         (("--select", "oracle", "--cache", "tiered"), "keeps cold"),
+        (("--select", "quest", "--evict", "index"), "what a rule of selecting keeps of them"),
+        (("--evict", "keydiff:pool=-1"), "option 'pool' must be at least 0"),
+        (("--evict", "ems:share=inf"), "option 'share' must be a number of at least 0"),
+        (("--evict", "ems:base=keydiff:by_head=true"), "Leave by_head out"),
     ],
 )
 def test_what_is_wrong_with_a_rule_is_told_in_one_line(folders, options, message):
@@ -143,9 +150,50 @@ def test_names_are_taken_once():
 
 def test_rules_without_indexers_want_none_and_others_say_so():
     model = make_model()
-    for rules in (dict(), dict(select="window"), dict(evict="keydiff")):
-        with pytest.raises(ValueError, match="'indexers' must be given"):
+    missing = {"'lightning' and 'retention'": dict(), "'retention'": dict(select="window")}
+    missing |= {"'lightning'": dict(evict="keydiff"), "'top_p'": dict(select="top_p", evict="window")}
+    for which, rules in missing.items():
+        with pytest.raises(ValueError, match=f"'indexers' must be given for {which}, which"):
             patch_sparse_generate(model, None, **rules)
+    # Where nothing is evicted no rule of forgetting is asked.
+    patch_sparse_generate(model, None, cache="full", select="quest").restore()
+
+
+def test_a_rule_without_a_name_is_by_layer_and_stands_for_the_window():
+    model = make_model()
+    for rule, config in ((SnapKV(), {}), (SnapKV(by_head=True), dict(evict="window")), (Merging(), dict(evict="window"))):
+        with pytest.raises(ValueError, match="'evict_rule' stands in for evict='window'"):
+            patch_sparse_generate(model, None, evict_rule=rule, select="window", **config)
+
+
+def test_what_was_observed_and_taken_back_is_not_asked_for():
+    model, tokens = make_model(), make_tokens(60)
+    config = dict(select="window", evict="snapkv", top_k=20, n_sink=2, n_recent=4, observation_window=8)
+    with patch_sparse_generate(model, None, prefill="dense", **config) as patch:
+        caches = make_prompt_cache(model)
+        model(tokens, cache=caches)
+        for cache in caches:
+            cache.trim(20)
+        patch.prune(caches)
+        assert all(sorted(np.array(c.positions)[0]) == [0, 1, *range(22, 40)] for c in caches)
+
+
+def test_a_plugin_that_is_broken_is_told_and_the_others_run(monkeypatch):
+    class Broken:
+        value = "broken.rules"
+
+        def load(self):
+            raise ImportError("no module named broken")
+
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Broken()])
+    registry._load_plugins.cache_clear()
+    with pytest.warns(UserWarning, match="rules of broken.rules can't be loaded: no module named broken"):
+        assert "keydiff" in rule_names("evict")
+    assert "keydiff" in rule_names("evict")
+
+
+def test_rules_in_a_list_keep_their_options():
+    assert split_rules("dense, keydiff:pool=2,by_head=true,tova") == ["dense", "keydiff:pool=2,by_head=true", "tova"]
 
 
 # Search projections are trained indexers of another kind: tests/test_search.py.

@@ -68,7 +68,7 @@ def leaderboard(
             failed[run] = error
             note(f"Failed: {run}: {error}")
     if world is None or world.rank == 0:
-        for run in (run["name"] for run in suite["runs"] if run["name"] not in {*results, *failed}):
+        for run in (run["name"] for run in suite["runs"] if run["name"] not in results):
             if (folder / f"{run}.json").exists():
                 results[run] = read_result(folder / f"{run}.json")
         if results:

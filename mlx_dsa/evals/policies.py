@@ -244,7 +244,7 @@ def make_policy(spec, config):
                 f"{fields[field]!r}. Leave {field} out, or use policy 'sparse'."
             )
     merged = SparseConfig.from_dict(override(vars(config), {**fixed, **fields}))
-    orders = scorer == "index" and "evict" in fixed and not {"cache", "select"} & set(fixed)
+    orders = scorer in ("index", "kvzip") and "evict" in fixed and not {"cache", "select"} & set(fixed)
     if orders and merged.cache != "budget":
         raise ValueError(
             f"[make_policy] policy {name!r} is an order of eviction, but cache {merged.cache!r} "

@@ -68,10 +68,14 @@ def retrieval(
     rules = tuple(select)
     if rules == ("*",):  # every one that has what it reads
         rules = tuple(n for n in rules_alone("select") if _has_what_it_reads(n, kinds))
-    has_indexers = None not in subject.indexers.values()
     for rule in rules:
-        if make_rule("select", rule).wants_indexer and not has_indexers:
-            raise ValueError(f"[retrieval] select {rule!r} reads indexers, and there are none.")
+        made = make_rule("select", rule)
+        if made.wants_indexer and made.reads not in kinds:
+            raise ValueError(f"[retrieval] select {rule!r} reads indexers, and there are none of its kind.")
+        if getattr(made, "by_head", False):
+            raise ValueError(
+                f"[retrieval] select {rule!r} has a set for each head, and one a layer is measured. Leave by_head out."
+            )
     check_lengths("retrieval", subject, [length])
     usable = sorted({k for k in top_k if k <= length})
     if not usable:
@@ -121,7 +125,7 @@ class _Recorder(nn.Module):
 
     def __init__(self, layer, indexer, positions, forced, rules, seed):
         super().__init__()
-        self.attention, self.indexer, self.layer = layer.module, indexer, layer
+        self.attention, self.indexer, self.layer = layer.module, _lightning(indexer), layer
         self.positions, self.forced, self.seed = positions, forced, seed
         # What the runtime would hold for each rule of selecting: its own cache.
         self.rules = {name: make_rule("select", name).bind(layer, indexer) for name in rules}
@@ -191,36 +195,12 @@ class _Recorder(nn.Module):
 
 
 def _methods(indexer):
-    return METHODS if indexer is not None else _NO_INDEXER
+    return METHODS if _lightning(indexer) is not None else _NO_INDEXER
 
 
-def _measure(self, x, offset, here, keys):
-        rows = mx.array(here - offset)
-        positions = mx.array(here)
-        queries = self.layer.project(x, offset).queries
-        logits, probabilities = true_attention(
-            queries[0][:, rows], keys[0], positions, self.layer.scale
-        )
-        index_queries, weights = self.indexer.project_queries(x, offset)
-        scores = index_scores(index_queries[:, :, rows], weights[:, rows], self.index_keys)[0]
-        slots = mx.broadcast_to(mx.arange(keys.shape[2], dtype=mx.float32), scores.shape)
-        key = mx.random.key(self.seed * 1_000_003 + self.layer.index * 1009 + offset)
-        for k, always in self.forced.items():
-            use = np.flatnonzero(here + 1 >= k)
-            if not len(use):
-                continue
-            take = mx.array(use)
-            chosen = {
-                "index": (scores, always),
-                "random": (mx.random.uniform(shape=scores.shape, key=key), always),
-                "window": (slots, always),
-                "attention": (probabilities.sum(axis=0), (0, 0)),
-            }
-            for method, (worth, kept) in chosen.items():
-                mask = selection_mask(worth[take], k, positions[take], *kept)
-                recall, mass = coverage(mask, logits[:, take], probabilities[:, take], k)
-                self.found.append((k, method, recall, mass))
-        mx.eval(self.found)  # all at once: each wait for a GPU costs
+def _lightning(indexer):
+    """Return an indexer if it is a lightning indexer, else ``None``."""
+    return indexer if getattr(indexer, "kind", "lightning") == "lightning" else None
 
 
 def _measure(subject, window, positions, forced, rules, seed):

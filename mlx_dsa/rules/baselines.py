@@ -17,6 +17,8 @@ from .select_rule import SelectRule
 class SelectWindow(SelectRule):
     """Read the sinks and the newest keys."""
 
+    by_position = True
+
     def scores(self, probe, cache, n_visible, end):
         B, _, L, _ = probe.queries.shape
         return mx.broadcast_to(cache.positions[:, None, :end].astype(mx.float32), (B, L, end))
@@ -44,6 +46,7 @@ class SelectRandom(SelectRule):
     """
 
     seed: int = 0
+    by_position = True
 
     def scores(self, probe, cache, n_visible, end):
         B, _, L, _ = probe.queries.shape

@@ -16,6 +16,7 @@ import mlx.core as mx
 from ..registry import register
 from ..selectors import keydiff_scores, pool_neighbours
 from .evict_rule import EvictRule
+from .rule import at_least
 
 # Positions beside a token that are kept with it.
 POOL_RADIUS = 4
@@ -34,6 +35,9 @@ class KeyDiff(EvictRule):
     pool: int = POOL_RADIUS
     by_head: bool = False
 
+    def __post_init__(self):
+        at_least("evict", "keydiff", pool=(self.pool, 0))
+
     def worth(self, cache):
         return pool_neighbours(keydiff_scores(cache.keys), cache.positions, self.pool)
 
@@ -50,6 +54,9 @@ class KeyNorm(EvictRule):
 
     pool: int = 0
     by_head: bool = False
+
+    def __post_init__(self):
+        at_least("evict", "knorm", pool=(self.pool, 0))
 
     def worth(self, cache):
         norms = mx.linalg.norm(cache.keys.astype(mx.float32), axis=-1)

@@ -2,7 +2,8 @@
 
 Liang et al., LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important,
 2025. Deviations: one set a layer, by the mean over its key heads; a prompt is cut once, at its
-end; partitions are of what is in the cache then.
+end; partitions are of what is in the cache then. What always stays, the last whole partition and
+what follows, is up to twice ``lag``: a budget below that is a window.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..ops import index_scores, tile_scores
-from ..registry import register
+from ..registry import register, rule_class
 from .evict_rule import EvictRule
 from .rule import Probe
 from .select_rule import SelectRule
@@ -53,6 +53,15 @@ class Index(EvictRule):
 
     observes = 1
     every_step = True
+
+    def check(self, config):
+        select = rule_class("select", config.select)
+        if config.cache == "budget" and not (select.keeps_entry or select.by_position):
+            raise ValueError(
+                f"[SparseConfig] evict 'index' orders entries by what a rule of selecting keeps of "
+                f"them, and select {config.select!r} keeps nothing. Use evict='tova' or 'snapkv', "
+                f"or select='lightning'."
+            )
 
     def worth(self, cache):
         *probe, positions = cache.window

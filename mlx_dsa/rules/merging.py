@@ -12,6 +12,7 @@ common; steps of decode drop without a merge. The threshold is this project's.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -45,10 +46,15 @@ class Merging(EvictRule):
         object.__setattr__(self, "rule", make_rule("evict", self.base))
         if self.rule.merges:
             raise ValueError("[SparseConfig] 'evict' 'ems': option 'base' must be another rule.")
-        if not self.share >= 0:
+        if self.rule.by_head:
             raise ValueError(
-                f"[SparseConfig] 'evict' 'ems': option 'share' must be at least 0 but got "
-                f"{self.share}."
+                "[SparseConfig] 'evict' 'ems': option 'base' must be a rule whose entries the heads "
+                "share. Leave by_head out."
+            )
+        if not 0 <= self.share < math.inf:
+            raise ValueError(
+                f"[SparseConfig] 'evict' 'ems': option 'share' must be a number of at least 0 but "
+                f"got {self.share}."
             )
 
     def bind(self, layer, indexer=None, backend="auto", selecting=None, observes=0):

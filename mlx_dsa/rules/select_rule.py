@@ -23,11 +23,13 @@ class SelectRule(Rule):
         keeps_entry (bool): Whether it keeps something of each token beside key and value:
           what :meth:`entry` returns. Without that it reads ``cache.keys``.
         fills (bool): Whether :meth:`select` leaves no slot empty.
+        by_position (bool): Whether scores depend on positions alone.
         reads (str): The kind of trained indexers that it wants, where it does.
     """
 
     keeps_entry: ClassVar[bool] = False
     fills: ClassVar[bool] = True
+    by_position: ClassVar[bool] = False
     reads: ClassVar[str] = LIGHTNING
 
     def bind(self, layer: Layer, indexer: Indexer | None = None, backend: str = "auto"):

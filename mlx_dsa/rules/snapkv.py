@@ -17,6 +17,7 @@ from ..selectors import pool_neighbours
 from .attending import attention_probabilities
 from .keydiff import POOL_RADIUS
 from .evict_rule import EvictRule
+from .rule import at_least
 
 
 @register("evict", "snapkv")
@@ -36,6 +37,9 @@ class SnapKV(EvictRule):
 
     # More than any mean of attention: what came after the prompt goes after what came in it.
     _NEWER = 2.0
+
+    def __post_init__(self):
+        at_least("evict", "snapkv", pool=(self.pool, 0))
 
     def score(self, x, offset):
         return mx.full(x.shape[:2], self._NEWER)

@@ -39,6 +39,17 @@ class Numbers(click.ParamType):
         return list(dict.fromkeys(numbers))
 
 
+def split_rules(value: str) -> list[str]:
+    """Return names with commas between them; a rule's options have commas between them, too."""
+    names: list[str] = []
+    for part in (part.strip() for part in value.split(",")):
+        if names and "=" in part and ":" not in part:
+            names[-1] += f",{part}"
+        else:
+            names.append(part)
+    return names
+
+
 class Names(click.ParamType):
     """Policies, with commas between them."""
 
@@ -48,7 +59,7 @@ class Names(click.ParamType):
         """Return a list."""
         if isinstance(value, list):
             return value
-        names = list(dict.fromkeys(part.strip() for part in value.split(",")))
+        names = list(dict.fromkeys(split_rules(value)))
         for name in names:
             try:
                 lookup(name)

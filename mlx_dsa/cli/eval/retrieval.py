@@ -9,7 +9,7 @@ import click
 from ...evals.retrieval import retrieval as run_retrieval
 from ...rules import rule_names
 from ..command import Command
-from .options import eval_options, open_run
+from .options import eval_options, open_run, split_rules
 from .show import progress_bar, show
 
 
@@ -33,7 +33,7 @@ from .show import progress_bar, show
 @click.option(
     "--select",
     metavar="NAME,...",
-    callback=lambda context, option, value: value.split(",") if value else [],
+    callback=lambda context, option, value: split_rules(value) if value else [],
     help=f"Rules of selecting to measure too: {', '.join(rule_names('select'))}; or '*', each.",
 )
 @eval_options(policies=False)
