@@ -169,3 +169,16 @@ def make_tokenizer():
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0")
     return TokenizerWrapper(fast, eos_token_ids=[VOCAB + 1])
+
+
+def spy_widths(patch, monkeypatch):
+    """Return a list that gets how many keys each dense attention of a patch sees."""
+    seen = []
+    for layer in patch.layers.values():
+
+        def attend_all(queries, keys, values, causal, of=layer._attend_all):
+            seen.append(keys.shape[2])
+            return of(queries, keys, values, causal)
+
+        monkeypatch.setattr(layer, "_attend_all", attend_all)
+    return seen

@@ -5,7 +5,7 @@ import functools
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, feed, feed_calls, make_indexers, make_model, make_tokens
+from builders import SHAPES, feed, feed_calls, make_indexers, make_model, make_tokens, spy_widths
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from simulate import (
@@ -106,14 +106,7 @@ def test_raw_calls_give_one_answer_and_never_hold_more_than_a_chunk_beside_the_b
     tokens, rest = make_text(300), make_text(6, seed=9)
     rules = {**RULES, "evict": evict, "top_k": 24, "stream_chunk": 16}
     with patch_sparse_generate(model, indexers, **rules) as patch:
-        seen = []
-        for layer in patch.layers.values():
-
-            def attend_all(queries, keys, values, causal, of=layer._attend_all):
-                seen.append(keys.shape[2])
-                return of(queries, keys, values, causal)
-
-            monkeypatch.setattr(layer, "_attend_all", attend_all)
+        seen = spy_widths(patch, monkeypatch)
 
         def read(calls):
             cache, start, last = make_prompt_cache(model), 0, None

@@ -5,7 +5,7 @@ import functools
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, feed, feed_calls, make_indexers, make_model, make_tokens
+from builders import SHAPES, feed, feed_calls, make_indexers, make_model, make_tokens, spy_widths
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from simulate import LOGITS
@@ -173,14 +173,7 @@ def test_raw_calls_give_one_answer_and_attend_to_no_more_than_a_chunk_beside_the
     noise = np.random.default_rng(ORDERS.index(evict))
     tokens, rest = make_text(300), make_text(6, seed=9)
     with patch_sparse_generate(model, indexers, **TIERED, evict=evict) as patch:
-        seen = []
-        for layer in patch.layers.values():
-
-            def attend_all(queries, keys, values, causal, of=layer._attend_all):
-                seen.append(keys.shape[2])
-                return of(queries, keys, values, causal)
-
-            monkeypatch.setattr(layer, "_attend_all", attend_all)
+        seen = spy_widths(patch, monkeypatch)
 
         def read(calls):
             cache, start, last = make_prompt_cache(model), 0, None

@@ -11,11 +11,12 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..cache import FullKVCache
+from ..checkpoint_file import LIGHTNING
 from ..chunks import chunk_size
 from ..families import family_of
 from ..ops import index_scores
 from ..registry import rule_class
-from ..rules import Probe, make_rule
+from ..rules import Probe, kind_of, make_rule
 from .documents import load_documents, windows_of
 from .each_rule import SELECT, rules_alone
 from .fidelity import coverage, selection_mask, slots_mask, true_attention
@@ -64,15 +65,14 @@ def retrieval(
     Raises:
         ValueError: if no query sees so many keys, or a rule is none.
     """
-    kinds = {getattr(x, "kind", "lightning") for x in subject.indexers.values() if x is not None}
+    kinds = {kind_of(x) for x in subject.indexers.values() if x is not None}
     rules = tuple(select)
     if rules == ("*",):  # every one that has what it reads
         rules = tuple(n for n in rules_alone("select") if _has_what_it_reads(n, kinds))
     for rule in rules:
-        made = make_rule("select", rule)
-        if made.wants_indexer and made.reads not in kinds:
+        if not _has_what_it_reads(rule, kinds):
             raise ValueError(f"[retrieval] select {rule!r} reads indexers, and there are none of its kind.")
-        if getattr(made, "by_head", False):
+        if getattr(make_rule("select", rule), "by_head", False):
             raise ValueError(
                 f"[retrieval] select {rule!r} has a set for each head, and one a layer is measured. Leave by_head out."
             )
@@ -200,7 +200,7 @@ def _methods(indexer):
 
 def _lightning(indexer):
     """Return an indexer if it is a lightning indexer, else ``None``."""
-    return indexer if getattr(indexer, "kind", "lightning") == "lightning" else None
+    return indexer if kind_of(indexer) == LIGHTNING else None
 
 
 def _measure(subject, window, positions, forced, rules, seed):

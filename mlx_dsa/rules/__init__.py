@@ -19,10 +19,10 @@ from . import (  # noqa: F401
 from .kvzip import KVzip
 from .evict_rule import EvictRule
 from .rule import Probe, fold_heads
-from .select_rule import SelectRule
+from .select_rule import SelectRule, kind_of
 from .sparsek import sparsek_settings
 
 __all__ = [
-    "EvictRule", "KVzip", "Probe", "SelectRule", "fold_heads", "make_rule", "register",
+    "EvictRule", "KVzip", "Probe", "SelectRule", "fold_heads", "kind_of", "make_rule", "register",
     "rule_names", "sparsek_settings",
 ]  # fmt: skip

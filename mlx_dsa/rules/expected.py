@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..registry import register
 from .evict_rule import EvictRule
-from .rule import Probe
+from .rule import Probe, at_least
 
 
 @register("evict", "expected_attention")
@@ -47,12 +47,8 @@ class ExpectedAttention(EvictRule):
     _NEWER = 1e30
 
     def __post_init__(self):
-        for name, least in (("queries", 1), ("future", 1), ("sinks", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"[SparseConfig] 'evict' 'expected_attention': option {name!r} must be at "
-                    f"least {least} but got {getattr(self, name)}."
-                )
+        least = {"queries": (self.queries, 1), "future": (self.future, 1), "sinks": (self.sinks, 0)}
+        at_least("evict", "expected_attention", **least)
 
     def bind(self, *args, **kwargs):
         return super().bind(*args, **kwargs)._with(observes=self.queries)

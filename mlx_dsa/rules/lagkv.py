@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ..registry import register
 from .evict_rule import EvictRule
+from .rule import at_least
 
 
 @register("evict", "lagkv")
@@ -31,11 +32,7 @@ class LagKV(EvictRule):
     sinks: int = 4
 
     def __post_init__(self):
-        if self.lag < 2 or self.sinks < 0:
-            raise ValueError(
-                f"[SparseConfig] 'evict' 'lagkv': option 'lag' must be at least 2 and 'sinks' at "
-                f"least 0 but got {self.lag} and {self.sinks}."
-            )
+        at_least("evict", "lagkv", lag=(self.lag, 2), sinks=(self.sinks, 0))
 
     def worth(self, cache):
         B, n_heads, T, _ = cache.keys.shape

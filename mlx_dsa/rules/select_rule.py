@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
@@ -13,6 +13,11 @@ from ..families import Layer
 from ..indexer import Indexer
 from ..selectors import select_topk
 from .rule import Probe, Rule
+
+
+def kind_of(indexer: Any) -> str:
+    """Return which rule of selecting reads an indexer."""
+    return getattr(indexer, "kind", LIGHTNING)
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class SelectRule(Rule):
         Raises:
             ValueError: If the indexer is of another kind than it reads.
         """
-        kind = getattr(indexer, "kind", LIGHTNING)
+        kind = kind_of(indexer)
         if self.wants_indexer and indexer is not None and kind != self.reads:
             raise ValueError(
                 f"[patch_sparse_generate] the indexers given are for select='{kind}', but "

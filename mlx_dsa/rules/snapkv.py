@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..cache import BudgetKVCache
+from ..families import Layer
 from ..registry import register
 from ..selectors import pool_neighbours
 from .attending import attention_probabilities
-from .keydiff import POOL_RADIUS
 from .evict_rule import EvictRule
+from .keydiff import POOL_RADIUS
 from .rule import at_least
 
 
@@ -51,17 +53,7 @@ class SnapKV(EvictRule):
         return worth
 
     def worth(self, cache):
-        return pool_neighbours(self._paid(cache), cache.positions, self.pool)
-
-    def _paid(self, cache) -> mx.array:
-        """Return the mean attention that entries are paid by the queries that see them."""
-        queries, _, positions = cache.window
-        if cache.shift:  # keys have been numbered anew
-            back = mx.full((queries.shape[0], queries.shape[2]), -cache.shift, mx.int32)
-            queries = self.layer.turn(queries, back)
-        seen = cache.positions[:, None] <= mx.array(positions, mx.int32)[:, None]
-        paid = attention_probabilities(queries, cache.keys, seen, self.layer.scale)
-        return paid.sum(axis=1) / mx.maximum(seen.sum(axis=1), 1)
+        return pool_neighbours(_observed_attention(self.layer, cache), cache.positions, self.pool)
 
 
 @register("evict", "tova")
@@ -82,9 +74,20 @@ class TOVA(EvictRule):
         return worth
 
     def worth(self, cache):
-        return SnapKV._paid(self, cache)
+        return _observed_attention(self.layer, cache)
 
     def step_worth(self, x, cache):
         queries = self.layer.project(x, cache.number).queries
         seen = mx.ones((1, cache.size()), mx.bool_)
         return attention_probabilities(queries, cache.keys, seen, self.layer.scale)[:, 0]
+
+
+def _observed_attention(layer: Layer, cache: BudgetKVCache) -> mx.array:
+    """Return the mean attention that entries are paid by the observed queries that see them."""
+    queries, _, positions = cache.window
+    if cache.shift:  # keys have been numbered anew
+        back = mx.full((queries.shape[0], queries.shape[2]), -cache.shift, mx.int32)
+        queries = layer.turn(queries, back)
+    seen = cache.positions[:, None] <= mx.array(positions, mx.int32)[:, None]
+    paid = attention_probabilities(queries, cache.keys, seen, layer.scale)
+    return paid.sum(axis=1) / mx.maximum(seen.sum(axis=1), 1)

@@ -75,6 +75,28 @@ def train_indexers(
         DeepSeek Sparse Attention, 2025.
     """
     out = Path(out)
+    sequences, identity, report = prepare_run(model, tokenizer, data, config, out, resume)
+    state = TrainState(new_indexers(model, config), config, LayerScore)
+    run = IndexerRun(model, config, state, *split(sequences, config))
+    run.finish(out, identity, resume, progress)
+    told = {"held_out": of_best(state)}
+    return assemble(out, model, config, state, told)._replace(left_out=str(report))
+
+
+def prepare_run(model, tokenizer, data, config, out: Path, resume: bool):
+    """Check what a run is given, and load its rows.
+
+    Args:
+        model, tokenizer, data, resume: As in :func:`train_indexers`.
+        config: The run, of selections.
+        out (Path): Its folder.
+
+    Returns:
+        tuple: The sequences, what tells the run from others, and the report of rows left out.
+
+    Raises:
+        ValueError: As in :func:`train_indexers`.
+    """
     check_model(model)
     check_out(out, resume)
     wanted = config.steps * config.batch_size + config.held_out
@@ -82,12 +104,7 @@ def train_indexers(
     sequences = load_sequences(
         data, tokenizer, config.sequence_length, config.top_k, wanted, report=report
     )
-    identity = run_identity(model, fingerprint(sequences), config)
-    state = TrainState(new_indexers(model, config), config, LayerScore)
-    run = IndexerRun(model, config, state, *split(sequences, config))
-    run.finish(out, identity, resume, progress)
-    told = {"held_out": of_best(state)}
-    return assemble(out, model, config, state, told)._replace(left_out=str(report))
+    return sequences, run_identity(model, fingerprint(sequences), config), report
 
 
 class TrainRun:

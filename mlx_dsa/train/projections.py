@@ -21,12 +21,10 @@ import mlx.core as mx
 from ..families import family_of
 from ..search import Projections, ProjectionsArgs, save_projections
 from .config import LayerScore, RunConfig, TrainProgress, TrainResult
-from .data import fingerprint, load_sequences
-from .loop import IndexerRun, of_best, split
+from .loop import IndexerRun, of_best, prepare_run, split
 from .loss import distillation_loss, layer_score, open_keys
-from .report import Report
-from .state import CHECKPOINT, TrainState, check_out, run_identity
-from .teacher import LayerView, attention_target, check_model, visible_keys
+from .state import CHECKPOINT, TrainState
+from .teacher import LayerView, attention_target, visible_keys
 
 _UNSEEN = -1e30
 _INIT = 0.02  # standard deviation of new matrices
@@ -111,14 +109,7 @@ def train_projections(
         ValueError: As there.
     """
     out = Path(out)
-    check_model(model)
-    check_out(out, resume)
-    wanted = config.steps * config.batch_size + config.held_out
-    report = Report()
-    sequences = load_sequences(
-        data, tokenizer, config.sequence_length, config.top_k, wanted, report=report
-    )
-    identity = run_identity(model, fingerprint(sequences), config)
+    sequences, identity, report = prepare_run(model, tokenizer, data, config, out, resume)
     state = TrainState(new_projections(model, config), config, LayerScore)
     run = ProjectionsRun(model, config, state, *split(sequences, config))
     run.finish(out, identity, resume, progress)

@@ -11,11 +11,10 @@ from ...evals.suite import read_suite, select_runs
 from ...presets import load_settings, resource
 from ..command import Command
 from ..options import model_options
-from ..outputs import check_output
 from ..session import hint_at_blas
 from .options import open_world
 from .show import progress_bar
-from .suite import suite_settings
+from .suite import folder_options, suite_folder, suite_settings
 
 
 @click.command(cls=Command)
@@ -33,13 +32,7 @@ from .suite import suite_settings
     metavar="NAME",
     help="Make this run only; may be repeated. Tables show the others that are there.",
 )
-@click.option("--quick", is_flag=True, help="A few items of each run, to see that it works.")
-@click.option(
-    "--out",
-    metavar="DIR",
-    type=click.Path(file_okay=False),
-    help="Where to.  [default: results/NAME beside FILE]",
-)
+@folder_options
 @model_options
 def leaderboard(
     file: str | None,
@@ -64,9 +57,7 @@ def leaderboard(
         raise click.UsageError(f"{source} has no boards. Use mlx-dsa eval suite.")
     select_runs(plan, only)
     settings, called = suite_settings(plan, preset, model, indexer, config)
-    title = plan.get("name", source.stem) + ("-quick" if quick else "")
-    folder = Path(out) if out else source.parent / "results" / title
-    check_output(folder, folder=True)
+    folder = suite_folder(plan, source, out, quick)
     world = open_world()
     hint_at_blas()
     subject = load_settings(settings)

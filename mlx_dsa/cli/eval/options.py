@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -37,6 +37,22 @@ class Numbers(click.ParamType):
         if any(number < 1 for number in numbers):
             self.fail(f"{value!r} holds a number below 1.", param, ctx)
         return list(dict.fromkeys(numbers))
+
+
+class Listing(click.Option):
+    """An option whose help ends with names that are asked for when it is shown.
+
+    Rules of other packages are loaded for that, not whenever a command starts.
+    """
+
+    def __init__(self, *args: Any, names: Callable[[], Iterable[str]], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.names = names
+
+    def get_help_record(self, ctx):
+        """Return the option and its help, the names in place of ``{}``."""
+        option, text = super().get_help_record(ctx)
+        return option, text.replace("{}", ", ".join(self.names()))
 
 
 def split_rules(value: str) -> list[str]:
@@ -125,7 +141,9 @@ _POLICIES = (
         default="dense,sparse",
         show_default=True,
         metavar="NAME,...",
-        help=f"What to run: {', '.join(policy_names())}.",
+        cls=Listing,
+        names=policy_names,
+        help="What to run: {}.",
     ),
     click.option(
         "--compare",

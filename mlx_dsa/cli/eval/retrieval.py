@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import click
@@ -9,7 +10,7 @@ import click
 from ...evals.retrieval import retrieval as run_retrieval
 from ...rules import rule_names
 from ..command import Command
-from .options import eval_options, open_run, split_rules
+from .options import Listing, eval_options, open_run, split_rules
 from .show import progress_bar, show
 
 
@@ -34,7 +35,9 @@ from .show import progress_bar, show
     "--select",
     metavar="NAME,...",
     callback=lambda context, option, value: split_rules(value) if value else [],
-    help=f"Rules of selecting to measure too: {', '.join(rule_names('select'))}; or '*', each.",
+    cls=Listing,
+    names=partial(rule_names, "select"),
+    help="Rules of selecting to measure too: {}; or '*', each.",
 )
 @eval_options(policies=False)
 def retrieval(

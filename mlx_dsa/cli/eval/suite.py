@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,28 @@ def suite_settings(
     return settings, subject_name(settings, preset, model, config)
 
 
+def folder_options(command: Callable) -> Callable:
+    """Add the options of what makes the runs of a suite into a folder."""
+    quick = click.option(
+        "--quick", is_flag=True, help="A few items of each run, to see that it works."
+    )
+    out = click.option(
+        "--out",
+        metavar="DIR",
+        type=click.Path(file_okay=False),
+        help="Where to.  [default: results/NAME beside FILE]",
+    )
+    return quick(out(command))
+
+
+def suite_folder(plan: dict[str, Any], file: Path, out: str | None, quick: bool) -> Path:
+    """Return where the runs of a suite go: ``--out``, or a folder beside its file."""
+    title = plan.get("name", file.stem) + ("-quick" if quick else "")
+    folder = Path(out) if out else file.parent / "results" / title
+    check_output(folder, folder=True)
+    return folder
+
+
 @click.command(cls=Command)
 @click.argument("file", metavar="FILE")
 @click.option(
@@ -66,13 +89,7 @@ def suite_settings(
     callback=_share,
     help="Make part I of N of each run, for processes side by side; without it, the parts are joined.",
 )
-@click.option("--quick", is_flag=True, help="A few items of each run, to see that it works.")
-@click.option(
-    "--out",
-    metavar="DIR",
-    type=click.Path(file_okay=False),
-    help="Where to.  [default: results/NAME beside FILE]",
-)
+@folder_options
 @model_options
 def suite(
     file: str,
@@ -92,9 +109,7 @@ def suite(
     plan = read_suite(file)
     select_runs(plan, only)
     settings, called = suite_settings(plan, preset, model, indexer, config)
-    title = plan.get("name", Path(file).stem) + ("-quick" if quick else "")
-    folder = Path(out) if out else Path(file).parent / "results" / title
-    check_output(folder, folder=True)
+    folder = suite_folder(plan, Path(file), out, quick)
     world = share or open_world()
     hint_at_blas()
     subject = load_settings(settings)
