@@ -24,9 +24,13 @@ class FullKVCache:
 
     Attributes:
         prompt (PromptPhase): Whether the calls that it sees are of a prompt.
+        companion (Any): What a rule of selecting has built over the first entries, or
+          ``None``. It is told of entries that are taken back (``trim(size)``), and no
+          copy of the cache has it.
     """
 
     step = 256
+    companion: Any = None
     _saves_memory = "for less memory use cache 'budget' or 'tiered'"
 
     def __init__(self):
@@ -37,6 +41,7 @@ class FullKVCache:
         self.offset = 0
         self._size = 0
         self._buffers: list[mx.array] | None = None
+        self.companion = None
         self.prompt = PromptPhase()
 
     @property
@@ -155,6 +160,7 @@ class FullKVCache:
         keys, values, index_keys, self.offset, prompt = snapshot(contents)
         self.prompt = PromptPhase.from_code(prompt, getattr(self, "prompt", None))
         self._buffers = None if keys is None else [keys, values, index_keys]
+        self.companion = None
         self._size = self.offset
 
     def copy(self) -> FullKVCache:
@@ -211,6 +217,8 @@ class FullKVCache:
         self.offset -= n
         if n:
             self.prompt.reopen()
+            if self.companion is not None:
+                self.companion.trim(self._size)
         return n
 
     def make_mask(

@@ -5,6 +5,7 @@ from . import (  # noqa: F401
     baselines,
     expected,
     h2o,
+    hnsw,
     keydiff,
     lagkv,
     lightning,
