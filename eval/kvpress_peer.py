@@ -22,9 +22,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dsa.config import SparseConfig
-from mlx_dsa.evals.haystack import read_haystack
-from mlx_dsa.evals.needle import needle
-from mlx_dsa.evals.needle_items import NeedleSpec, make_items
+from mlx_dsa.tasks.haystack import read_haystack
+from mlx_dsa.evals.needles import needle
+from mlx_dsa.tasks.needle_items import NeedleSpec, make_items
 from mlx_dsa.evals.policies import DENSE, Policy, make_policy
 from mlx_dsa.evals.subject import fingerprint
 from mlx_dsa.presets import load_preset

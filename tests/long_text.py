@@ -18,9 +18,9 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_dsa.evals.documents import load_documents
-from mlx_dsa.evals.facts import make_facts
-from mlx_dsa.evals.prompts import frame
+from mlx_dsa.tasks.documents import load_documents
+from mlx_dsa.tasks.facts import make_facts
+from mlx_dsa.tasks.prompts import frame
 from mlx_dsa.pictures import save_picture
 
 # Pages, and where on a page of 600 tokens its facts stand.

@@ -10,7 +10,7 @@ import pytest
 from evals_subject import make_subject
 
 from mlx_dsa.evals import code, make_policies
-from mlx_dsa.evals.code_items import (
+from mlx_dsa.tasks.code_items import (
     FORMS,
     QUESTIONS,
     TASKS,
@@ -18,12 +18,12 @@ from mlx_dsa.evals.code_items import (
     FunctionTurn,
     make_code_items,
 )
-from mlx_dsa.evals.code_items import _candidates as candidates
-from mlx_dsa.evals.code_items import _chosen as chosen
-from mlx_dsa.evals.code_window import Lines, Window
-from mlx_dsa.evals.needle_items import Turn
-from mlx_dsa.evals.prompts import evened, frame
-from mlx_dsa.evals.source import Source, read_source
+from mlx_dsa.tasks.code_items import _candidates as candidates
+from mlx_dsa.tasks.code_items import _chosen as chosen
+from mlx_dsa.tasks.code_window import Lines, Window
+from mlx_dsa.tasks.needle_items import Turn
+from mlx_dsa.tasks.prompts import evened, frame
+from mlx_dsa.tasks.source import Source, read_source
 
 FILE = '''"""A file."""
 import os

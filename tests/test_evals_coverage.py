@@ -10,9 +10,9 @@ from evals_subject import make_subject
 from mlx_dsa import SparseConfig
 from mlx_dsa.cli import main
 from mlx_dsa.evals import Policy, coverage, ppl, retrieval
-from mlx_dsa.evals.coverage import coverage_tables, plot_coverage, propose
+from mlx_dsa.evals.layer_coverage import coverage_tables, plot_coverage, propose
 
-module = sys.modules["mlx_dsa.evals.coverage"]
+module = sys.modules["mlx_dsa.evals.layer_coverage"]
 OPTIONS = dict(top_k=48, length=160, limit=2, queries=8)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_dsa.evals.extract import INVALID, flexible, matches, strict
+from mlx_dsa.tasks.extraction import INVALID, flexible, matches, strict
 
 # reply, strict, flexible
 TABLE = [

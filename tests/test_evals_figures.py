@@ -7,13 +7,14 @@ from evals_subject import make_subject
 
 from mlx_dsa import SparseConfig
 from mlx_dsa.cli import main
-from mlx_dsa.evals import asking, compare, make_policies, make_policy, needle, plot, plots, ppl, retrieval
-from mlx_dsa.evals.overview import overview
-from mlx_dsa.evals.results import write_result
-from mlx_dsa.evals.stats import bootstrap
+from mlx_dsa.evals import asking, compare, make_policies, make_policy, needle, plot, ppl, retrieval
+from mlx_dsa.evals.report import plots
+from mlx_dsa.evals.report.overview import overview
+from mlx_dsa.evals.running.results import write_result
+from mlx_dsa.evals.report.stats import bootstrap
 from mlx_dsa.evals.subject import policies_config
 from mlx_dsa.evals.suite import report
-from mlx_dsa.evals.tables import caption, pairs_table, table
+from mlx_dsa.evals.report.tables import caption, pairs_table, table
 
 CONFIG = SparseConfig(top_k=128, n_recent=32)
 ABOUT = {"versions": {"mlx": "1"}, "work_s": 1.0, "device": dict(device="d", system="s", machine="m", cpus=1)}

@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 from evals_subject import make_subject
 
-from mlx_dsa.evals.documents import load_documents
-from mlx_dsa.evals.haystack import Haystack, sentences
-from mlx_dsa.evals.needle_items import SETTINGS, TASKS, NeedleSpec, Turn, make_items
-from mlx_dsa.evals.prompts import frame
+from mlx_dsa.tasks.documents import load_documents
+from mlx_dsa.tasks.haystack import Haystack, sentences
+from mlx_dsa.tasks.needle_items import SETTINGS, TASKS, NeedleSpec, Turn, make_items
+from mlx_dsa.tasks.prompts import frame
 
 
 @pytest.fixture(scope="module")

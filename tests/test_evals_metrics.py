@@ -12,7 +12,7 @@ from mlx_lm.perplexity import eval_ppl
 
 from mlx_dsa import BudgetKVCache
 from mlx_dsa.evals import gsm8k, make_policies, memory, ppl, retrieval
-from mlx_dsa.evals.documents import load_documents, windows_of
+from mlx_dsa.tasks.documents import load_documents, windows_of
 from mlx_dsa.evals.fidelity import coverage, selection_mask, true_attention
 
 

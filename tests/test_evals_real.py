@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_dsa.cli import main
 from mlx_dsa.evals import read_result, read_suite
-from mlx_dsa.evals.tables import table
+from mlx_dsa.evals.report.tables import table
 from mlx_dsa.presets import resolve
 
 ROOT = Path(__file__).resolve().parents[1]

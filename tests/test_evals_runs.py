@@ -15,8 +15,8 @@ from local_models import write_indexers, write_model
 from mlx_dsa import SparseConfig, blas
 from mlx_dsa.cli import main
 from mlx_dsa.evals import compare, make_policies, plot, read_result, read_suite
-from mlx_dsa.evals.results import Journal
-from mlx_dsa.evals.runner import Unit, journal_path, run_units
+from mlx_dsa.evals.running.results import Journal
+from mlx_dsa.evals.running.runner import Unit, journal_path, run_units
 from mlx_dsa.presets import resolve
 
 ROOT = Path(__file__).resolve().parents[1]

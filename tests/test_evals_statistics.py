@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlx_dsa.evals.stats import bootstrap, mcnemar, paired_proportions, smallest_difference, wilson
+from mlx_dsa.evals.report.stats import bootstrap, mcnemar, paired_proportions, smallest_difference, wilson
 
 stats = pytest.importorskip("scipy.stats")
 

@@ -10,10 +10,11 @@ from evals_subject import make_subject
 from local_models import write_indexers, write_model
 
 from mlx_dsa.cli import main
-from mlx_dsa.evals import code, make_policies, needle, plots, read_result, read_suite, run_suite
-from mlx_dsa.evals.code_items import FORMS, TASKS, CodeSpec, make_code_items
-from mlx_dsa.evals.documents import load_documents
-from mlx_dsa.evals.facts import (
+from mlx_dsa.evals import code, make_policies, needle, read_result, read_suite, run_suite
+from mlx_dsa.evals.report import plots
+from mlx_dsa.tasks.code_items import FORMS, TASKS, CodeSpec, make_code_items
+from mlx_dsa.tasks.documents import load_documents
+from mlx_dsa.tasks.facts import (
     is_correct,
     make_facts,
     make_key_value,
@@ -22,10 +23,10 @@ from mlx_dsa.evals.facts import (
     stem_of,
 )
 from mlx_dsa.evals.generation import Heard, Reply
-from mlx_dsa.evals.haystack import Haystack
-from mlx_dsa.evals.needle_items import NeedleSpec, fields_of, make_items
-from mlx_dsa.evals.prompts import CLOSINGS, MORE_CLOSINGS, evened, frame
-from mlx_dsa.evals.source import read_source
+from mlx_dsa.tasks.haystack import Haystack
+from mlx_dsa.tasks.needle_items import NeedleSpec, fields_of, make_items
+from mlx_dsa.tasks.prompts import CLOSINGS, MORE_CLOSINGS, evened, frame
+from mlx_dsa.tasks.source import read_source
 
 asking = sys.modules["mlx_dsa.evals.asking"]
 GRID = dict(lengths=[320], depths=[0.5], limit=1)

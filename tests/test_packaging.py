@@ -22,7 +22,7 @@ PACKAGE = ROOT / "mlx_dsa"
 LAYERS = [
     {"arrays", "blas", "config", "files", "fingerprint", "gguf", "hub", "pictures", "positions", "registry",
      "sealed", "texts", "versions"},
-    {"startup"},
+    {"startup", "tasks"},
     {"ops"},
     {"families", "indexer", "indexer_args", "selectors", "cache", "checkpoint", "checkpoint_file", "chunks", "crossovers", "projections"},
     {"search", "convert"},
@@ -262,7 +262,7 @@ def test_a_package_without_its_metadata_says_its_version_itself(monkeypatch):
     from importlib.metadata import PackageNotFoundError
 
     from mlx_dsa import versions
-    from mlx_dsa.evals import results
+    from mlx_dsa.evals.running import results
 
     known = results.versions()
 

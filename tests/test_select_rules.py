@@ -9,7 +9,7 @@ from probe import Probe
 from simulate import MARGIN, generate_calls, whole_calls
 
 from mlx_dsa import FullKVCache, SparseConfig, patch_sparse_generate, sparse_attention
-from mlx_dsa.evals.watch import Watch
+from mlx_dsa.evals.running.watch import Watch
 from mlx_dsa.ops import index_scores
 from mlx_dsa.rules import Probe as Queries
 from mlx_dsa.rules import make_rule, rule_names

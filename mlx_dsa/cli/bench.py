@@ -17,7 +17,7 @@ from ..bench import TRAINED, OpsShape, bench_ops, check_contexts
 from ..bench import bench as run_bench
 from ..bench.plot import plot as draw
 from ..crossovers import resolve_auto
-from ..evals.results import device, versions, write_text
+from ..evals.running.results import device, versions, write_text
 from ..families import family_of
 from ..presets import runs_float32
 from .bench_training import check_options, run_training

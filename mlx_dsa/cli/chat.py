@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from ..evals.facts import user_message
+from ..tasks.facts import user_message
 from ..saved import load_cache
 from .command import Command
 from .conversation import Conversation, check_prompt

@@ -15,7 +15,7 @@ from rich.live import Live
 
 from ..config import override
 from ..crossovers import resolve_auto
-from ..evals.facts import user_message
+from ..tasks.facts import user_message
 from ..patch import patch_sparse_generate
 from ..presets import Preset, load_settings, resource
 from .columns import Column, columns

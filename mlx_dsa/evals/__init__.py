@@ -1,20 +1,20 @@
 """Evaluators: dense and sparse on the very same items, compared in pairs."""
 
-from .code import code
-from .compare import compare
-from .coverage import coverage
-from .gsm8k import gsm8k
-from .leaderboard import leaderboard
-from .memory import memory
-from .needle import needle
-from .plots import plot
+from .code_recall import code
+from .report.compare import compare
+from .layer_coverage import coverage
+from .word_problems import gsm8k
+from .leaders import leaderboard
+from .cache_memory import memory
+from .needles import needle
+from .report.plots import plot
 from .policies import Policy, make_policies, make_policy
-from .ppl import ppl
-from .results import read_result
-from .retrieval import retrieval
-from .runner import connect
+from .perplexity import ppl
+from .running.results import read_result
+from .key_retrieval import retrieval
+from .running.runner import connect
 from .suite import read_suite, run_suite
-from .timing import timing
+from .timings import timing
 
 __all__ = [
     "Policy",

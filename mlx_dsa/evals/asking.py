@@ -10,12 +10,12 @@ import numpy as np
 from ..rules import kvzip
 from .generation import converse
 from .policies import pairings
-from .prompts import frame
+from ..tasks.prompts import frame
 from .reading import DenseReading
-from .runner import Unit, evaluate
-from .stats import paired_proportions, wilson
+from .running.runner import Unit, evaluate
+from .report.stats import paired_proportions, wilson
 from .subject import check_lengths, describe, fingerprint, policies_config
-from .watch import STATES, Watch, verdict
+from .running.watch import STATES, Watch, verdict
 
 
 def ask(kind, subject, policies, items, about, *, max_tokens, batch_size, compare, name, out, world, progress):

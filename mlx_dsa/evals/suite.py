@@ -10,19 +10,19 @@ import mlx.core as mx
 
 from ..config import SparseConfig, override
 from ..pictures import check_pictures
-from .board import board, board_markdown, check_board
-from .code import code
-from .gsm8k import gsm8k
-from .memory import memory
-from .needle import needle
-from .overview import ASKED, check_cells, check_labels, overview
-from .plots import plot, plot_board, plot_retention
+from .report.board import board, board_markdown, check_board
+from .code_recall import code
+from .word_problems import gsm8k
+from .cache_memory import memory
+from .needles import needle
+from .report.overview import ASKED, check_cells, check_labels, overview
+from .report.plots import plot, plot_board, plot_retention
 from .policies import make_policies
-from .ppl import ppl
-from .results import write_text
-from .retrieval import retrieval
-from .tables import caption, markdown, pairs_table, table
-from .timing import timing
+from .perplexity import ppl
+from .running.results import write_text
+from .key_retrieval import retrieval
+from .report.tables import caption, markdown, pairs_table, table
+from .timings import timing
 
 EVALUATORS = {
     "needle": needle,

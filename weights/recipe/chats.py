@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "mlx_dsa" / "evals"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "mlx_dsa" / "tasks"))
 import facts as F  # noqa: E402
 import frames  # noqa: E402
 import problems as P  # noqa: E402

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import chats as C  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
-from mlx_dsa.evals.haystack import sentences  # noqa: E402
+from mlx_dsa.tasks.haystack import sentences  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 LENGTH = 9216  # tokens of a sequence: longer than the longest context measured

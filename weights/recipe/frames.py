@@ -1,4 +1,4 @@
-"""Phrasings for training alone, composed of parts, beside the lists in mlx_dsa/evals/wordlists.py.
+"""Phrasings for training alone, composed of parts, beside the lists in mlx_dsa/tasks/wordlists.py.
 
 A list of phrasings, however long, is learnt as a list. What is composed of many verbs, places and
 openings teaches to look for the entity and the value, whatever stands around them. The words that

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from ...evals.code import code as run_code
-from ...evals.code_items import FORMS, SETTINGS, TASKS
+from ...evals.code_recall import code as run_code
+from ...tasks.code_items import FORMS, SETTINGS, TASKS
 from ..command import Command
 from ..options import max_tokens_option
 from .options import Numbers, eval_options

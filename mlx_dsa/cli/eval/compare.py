@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from ...evals.compare import compare as compare_results
-from ...evals.results import read_result
+from ...evals.report.compare import compare as compare_results
+from ...evals.running.results import read_result
 from ..command import Command
 from .show import print_table
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from ...evals.coverage import coverage as run_coverage
-from ...evals.coverage import coverage_tables, plot_coverage
+from ...evals.layer_coverage import coverage as run_coverage
+from ...evals.layer_coverage import coverage_tables, plot_coverage
 from ...presets import load_settings
 from ..command import Command
 from ..options import SEED, FiniteRange, RuleName, model_options, plot_option, settings_from, subject_name

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from ...evals.gsm8k import PROMPTS
-from ...evals.gsm8k import gsm8k as run_gsm8k
+from ...evals.word_problems import PROMPTS
+from ...evals.word_problems import gsm8k as run_gsm8k
 from ..command import Command
 from ..options import max_tokens_option
 from .options import eval_options

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ...evals.leaderboard import leaderboard as run_leaderboard
+from ...evals.leaders import leaderboard as run_leaderboard
 from ...evals.suite import read_suite, select_runs
 from ...presets import load_settings, resource
 from ..command import Command

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ...evals.memory import memory as run_memory
+from ...evals.cache_memory import memory as run_memory
 from ..command import Command
 from .options import Numbers, eval_options
 from .show import run_and_show

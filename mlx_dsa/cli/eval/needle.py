@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from ...evals.needle import needle as run_needle
-from ...evals.needle_items import SETTINGS, TASKS
+from ...evals.needles import needle as run_needle
+from ...tasks.needle_items import SETTINGS, TASKS
 from ..command import Command
 from ..options import max_tokens_option
 from .options import Numbers, eval_options

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import click
 
 from ...evals.policies import Policy, followed, lookup, make_policies, policy_names
-from ...evals.runner import World, connect
+from ...evals.running.runner import World, connect
 from ...presets import Preset, load_settings
 from ..options import PREFILL_HELP, SEED, add_options, may_stream, model_options
 from ..options import plot_option, positions_option, settings_from, subject_name

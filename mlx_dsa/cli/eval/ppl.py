@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from ...evals.ppl import PATHS
-from ...evals.ppl import ppl as run_ppl
+from ...evals.perplexity import PATHS
+from ...evals.perplexity import ppl as run_ppl
 from ..command import Command
 from .options import eval_options
 from .show import run_and_show

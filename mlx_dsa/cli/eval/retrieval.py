@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ...evals.retrieval import retrieval as run_retrieval
+from ...evals.key_retrieval import retrieval as run_retrieval
 from ...rules import rule_names
 from ..command import Command
 from .options import Listing, eval_options, open_run, split_rules

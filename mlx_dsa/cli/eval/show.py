@@ -10,9 +10,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ...evals.plots import plot as draw
-from ...evals.runner import World
-from ...evals.tables import caption, pairs_table, table
+from ...evals.report.plots import plot as draw
+from ...evals.running.runner import World
+from ...evals.report.tables import caption, pairs_table, table
 from ..progress import counting_bar
 from .options import open_run
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ...evals.runner import Share
+from ...evals.running.runner import Share
 from ...evals.suite import read_suite, run_suite, select_runs
 from ...presets import Settings, load_settings
 from ..command import Command

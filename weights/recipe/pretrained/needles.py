@@ -9,9 +9,9 @@ import argparse
 import json
 
 import mlx_dsa  # noqa: F401  before MLX, for OpenBLAS
-from mlx_dsa.evals.documents import load_documents
-from mlx_dsa.evals.haystack import Haystack
-from mlx_dsa.evals.needle_items import NeedleSpec, make_items
+from mlx_dsa.tasks.documents import load_documents
+from mlx_dsa.tasks.haystack import Haystack
+from mlx_dsa.tasks.needle_items import NeedleSpec, make_items
 from mlx_lm.utils import load_tokenizer
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """Wordings of facts for training alone, in many registers.
 
-A line is one template, filled as in mlx_dsa/evals/facts.py: {np} is "the gate code of Ada Thorne",
+A line is one template, filled as in mlx_dsa/tasks/facts.py: {np} is "the gate code of Ada Thorne",
 {a} and {e} its parts, {v} the value; capitals begin a sentence. "\\n" is a line's end. What the
 evaluators hold out, in word or in wording, stands nowhere here.
 """

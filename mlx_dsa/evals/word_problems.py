@@ -9,14 +9,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .documents import HUB, load_hub, read_lines
-from .extract import INVALID, flexible, matches, strict
+from ..tasks.documents import HUB, load_hub, read_lines
+from ..tasks.extraction import INVALID, flexible, matches, strict
 from .generation import converse
 from .policies import pairings
-from .problems import make_problems
-from .prompts import frame
-from .runner import Unit, evaluate
-from .stats import paired_proportions, wilson
+from ..tasks.problems import make_problems
+from ..tasks.prompts import frame
+from .running.runner import Unit, evaluate
+from .report.stats import paired_proportions, wilson
 from .subject import check_lengths, describe, fingerprint, policies_config
 
 PROMPTS = ("chat", "plain")

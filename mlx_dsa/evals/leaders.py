@@ -11,11 +11,11 @@ from ..families import family_of
 from ..pictures import check_pictures
 from ..registry import rule_class
 from ..rules import rule_names
-from .board import board_markdown
+from .report.board import board_markdown
 from .each_rule import EVERY, rules_alone
 from .generation import read
 from .policies import make_policies
-from .results import read_result, write_text
+from .running.results import read_result, write_text
 from .suite import draw_boards, report, run_suite, select_runs
 
 # A rule is tried on a text of so many tokens.

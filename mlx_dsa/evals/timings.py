@@ -7,10 +7,10 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..families import family_of
-from .documents import load_documents, windows_of
+from ..tasks.documents import load_documents, windows_of
 from .generation import read
-from .memory import computed_bytes
-from .runner import Unit, evaluate
+from .cache_memory import computed_bytes
+from .running.runner import Unit, evaluate
 from .subject import check_lengths, describe, policies_config
 
 

@@ -2,7 +2,7 @@
 
 import textwrap
 
-from ..pictures import save_picture
+from ...pictures import save_picture
 from .tables import problems_name, selection_name
 
 _INK = "#333333"

@@ -5,9 +5,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..families import family_of
 from ..rules import make_rule
-from .documents import load_documents, windows_of
+from ..tasks.documents import load_documents, windows_of
 from .generation import read
-from .runner import Unit, evaluate
+from .running.runner import Unit, evaluate
 from .subject import check_lengths, describe, policies_config
 
 _STEPS = 8

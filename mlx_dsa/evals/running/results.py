@@ -7,8 +7,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..files import replacing
-from ..versions import package_version
+from ...files import replacing
+from ...versions import package_version
 
 
 class Journal:

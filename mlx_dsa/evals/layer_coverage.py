@@ -9,9 +9,9 @@ from ..config import SparseConfig
 from ..pictures import save_picture
 from .each_rule import SELECT
 from .policies import Policy
-from .ppl import ppl
-from .results import device, read_result, versions, write_result
-from .retrieval import retrieval
+from .perplexity import ppl
+from .running.results import device, read_result, versions, write_result
+from .key_retrieval import retrieval
 from .subject import describe
 
 _PARTS = ("mass", "alone", "curve")

@@ -1,8 +1,8 @@
 """Needles in a haystack: is a fact in a long text still found, by length and depth?"""
 
 from .asking import ask
-from .haystack import read_haystack
-from .needle_items import NeedleSpec, fields_of, make_items
+from ..tasks.haystack import read_haystack
+from ..tasks.needle_items import NeedleSpec, fields_of, make_items
 from .subject import check_lengths
 
 

@@ -13,11 +13,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..chunks import chunk_size
 from ..families import family_of
-from .documents import load_documents, windows_of
+from ..tasks.documents import load_documents, windows_of
 from .generation import read
 from .policies import DENSE, pairings
-from .runner import Unit, evaluate
-from .stats import bootstrap
+from .running.runner import Unit, evaluate
+from .report.stats import bootstrap
 from .subject import check_lengths, describe, fingerprint, policies_config
 
 PATHS = ("prefill", "decode")

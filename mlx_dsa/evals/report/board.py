@@ -1,6 +1,6 @@
 """A board: how every rule does, over several runs of a suite, by budget."""
 
-from .each_rule import SELECT
+from ..each_rule import SELECT
 from .stats import wilson
 from .tables import markdown, percent
 

@@ -3,9 +3,9 @@
 import platform
 
 from .asking import ask
-from .code_items import CodeSpec, make_code_items
-from .needle_items import fields_of
-from .source import read_source
+from ..tasks.code_items import CodeSpec, make_code_items
+from ..tasks.needle_items import fields_of
+from ..tasks.source import read_source
 from .subject import check_lengths, fingerprint
 
 

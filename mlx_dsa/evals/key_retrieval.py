@@ -17,11 +17,11 @@ from ..families import family_of
 from ..ops import index_scores
 from ..registry import rule_class
 from ..rules import Probe, kind_of, make_rule
-from .documents import load_documents, windows_of
+from ..tasks.documents import load_documents, windows_of
 from .each_rule import SELECT, rules_alone
 from .fidelity import coverage, selection_mask, slots_mask, true_attention
-from .runner import Unit, evaluate
-from .stats import bootstrap
+from .running.runner import Unit, evaluate
+from .report.stats import bootstrap
 from .subject import check_lengths, describe, fingerprint
 from .wrapping import wrapping
 

@@ -1,0 +1,1 @@
+"""Evaluations that can be interrupted and go on: units of work, their journal, what is watched."""
