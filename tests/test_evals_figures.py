@@ -79,7 +79,7 @@ def bars(axis):
 
 def test_what_has_no_interval_gets_no_bar(texts, plt):
     n, perplexity, _ = texts
-    axis = plots._ppl(perplexity, plt).axes[0]
+    axis = plots.plot_ppl(perplexity, plt).axes[0]
     assert len(bars(axis)) == (0 if n == 1 else 2)
 
 
@@ -165,7 +165,7 @@ def test_word_problems_are_named_as_what_they_are(data, said, plt):
     result = problems_result(data)
     assert caption(result) == said
     assert said in report({"runs": [{"name": "p"}]}, {"p": result})
-    title = plots._gsm8k(result, plt).axes[0].get_title().replace("\n", " ")
+    title = plots.plot_gsm8k(result, plt).axes[0].get_title().replace("\n", " ")
     assert said.removeprefix("8 word problems: ").rstrip(".") in title
 
 
@@ -173,7 +173,7 @@ def test_an_order_of_eviction_and_a_selection_have_different_names(texts, plt):
     recall = texts[2]
     assert set(column(table(recall), "selection")) == {"indexer", "random", "window", "attention"}
     assert set(column(pairs_table(recall), "selection")) == {"indexer"}
-    legend = plots._retrieval(recall, plt).axes[-1].get_legend()
+    legend = plots.plot_retrieval(recall, plt).axes[-1].get_legend()
     assert "indexer" in [text.get_text() for text in legend.get_texts()]
     assert column(table(needle_result("index")), "policy") == ["dense", "index@128"]
 
@@ -231,9 +231,9 @@ def test_a_depth_at_which_nothing_stands_is_left_blank(plt):
 def test_legends_cover_nothing(texts, plt):
     memory = [dict(policy="dense", length=n, value=n, peak_gb=n) for n in (8, 16)]
     figures = [
-        plots._gsm8k(problems_result("gsm8k"), plt),
-        plots._ppl(texts[1], plt),
-        plots._retrieval(texts[2], plt),
+        plots.plot_gsm8k(problems_result("gsm8k"), plt),
+        plots.plot_ppl(texts[1], plt),
+        plots.plot_retrieval(texts[2], plt),
         plots._memory({"rows": memory}, plt),
         plots._needle(needle_result("full", {"policy": "full", "top_k": 200}, {"policy": "full", "top_k": 300}) | {"config": dict(task="t", setting="s")}, plt),
     ]  # fmt: skip

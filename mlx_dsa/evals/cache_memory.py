@@ -9,6 +9,9 @@ from ..tasks.documents import load_documents, windows_of
 from .generation import read
 from .running.runner import Unit, evaluate
 from .subject import check_lengths, describe, policies_config
+from .evaluator import Evaluator, register
+from .report.plots import plot_memory
+from .report.tables import memory_pairs, memory_table
 
 _STEPS = 8
 
@@ -126,3 +129,6 @@ def _pairs(records):
         for r in records
         if r["policy"] != "dense" and r["length"] in dense
     ]
+
+
+register(Evaluator("memory", memory, memory_table, plot_memory, pairs=memory_pairs))

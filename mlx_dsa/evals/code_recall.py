@@ -7,6 +7,8 @@ from ..tasks.code_items import CodeSpec, make_code_items
 from ..tasks.needle_items import fields_of
 from ..tasks.source import read_source
 from .subject import check_lengths, fingerprint
+from .evaluator import Evaluator, register
+from .needles import ASKING
 
 
 def code(
@@ -72,3 +74,6 @@ def code(
         world=world,
         progress=progress,
     )
+
+
+register(Evaluator("code", code, **ASKING))

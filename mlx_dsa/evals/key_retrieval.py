@@ -24,6 +24,10 @@ from .running.runner import Unit, evaluate
 from .report.stats import bootstrap
 from .subject import check_lengths, describe, fingerprint
 from .wrapping import wrapping
+from .evaluator import Evaluator, register
+from .report.overview import mass_cell
+from .report.plots import plot_retrieval
+from .report.tables import retrieval_pairs, retrieval_table
 
 METHODS = ("index", "random", "window", "attention")
 _NO_INDEXER = METHODS[1:]
@@ -305,3 +309,16 @@ def _pairs(records, seed):
                 | {"difference": mean, "low": low, "high": high}
             )
     return pairs
+
+
+register(
+    Evaluator(
+        "retrieval",
+        retrieval,
+        retrieval_table,
+        plot_retrieval,
+        pairs=retrieval_pairs,
+        cell=mass_cell,
+        takes_policies=False,
+    )
+)

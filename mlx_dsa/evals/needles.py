@@ -4,6 +4,10 @@ from .asking import ask
 from ..tasks.haystack import read_haystack
 from ..tasks.needle_items import NeedleSpec, fields_of, make_items
 from .subject import check_lengths
+from .evaluator import Evaluator, register
+from .report.overview import answers_cell
+from .report.plots import plot_needle
+from .report.tables import begun_note, needle_table, proportions
 
 
 def needle(
@@ -83,3 +87,15 @@ def needle(
         world=world,
         progress=progress,
     )
+
+
+ASKING = {
+    "table": needle_table,
+    "plot": plot_needle,
+    "pairs": proportions(["length"]),
+    "note": begun_note,
+    "metrics": ("correct",),
+    "cell": answers_cell,
+    "asks": True,
+}
+register(Evaluator("needle", needle, **ASKING))

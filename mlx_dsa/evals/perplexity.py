@@ -19,6 +19,11 @@ from .policies import DENSE, pairings
 from .running.runner import Unit, evaluate
 from .report.stats import bootstrap
 from .subject import check_lengths, describe, fingerprint, policies_config
+from .evaluator import Evaluator, register
+from .report.compare import nll_difference
+from .report.overview import ppl_cell
+from .report.plots import plot_ppl
+from .report.tables import ppl_pairs, ppl_table
 
 PATHS = ("prefill", "decode")
 # Positions whose logits of two policies are compared at once: bounds memory for large vocabularies.
@@ -321,3 +326,8 @@ def _buckets(records):
         place = {"from": same[0]["from"], "to": same[0]["to"], "n": n}
         found.append(place | {k: math.exp(sum(b[of] for b in same) / n) for k, of in means.items()})
     return found
+
+
+register(
+    Evaluator("ppl", ppl, ppl_table, plot_ppl, pairs=ppl_pairs, difference=nll_difference, cell=ppl_cell)
+)

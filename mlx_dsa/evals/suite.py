@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import fields
-from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,29 +9,14 @@ import mlx.core as mx
 
 from ..config import SparseConfig, override
 from ..pictures import check_pictures
+from .evaluator import Evaluator, evaluator_kinds, evaluator_of
 from .report.board import board, board_markdown, check_board
-from .code_recall import code
-from .word_problems import gsm8k
-from .cache_memory import memory
-from .needles import needle
-from .report.overview import ASKED, check_cells, check_labels, overview
+from .report.overview import check_cells, check_labels, overview
 from .report.plots import plot, plot_board, plot_retention
 from .policies import make_policies
-from .perplexity import ppl
 from .running.results import write_text
-from .key_retrieval import retrieval
 from .report.tables import caption, markdown, pairs_table, table
-from .timings import timing
 
-EVALUATORS = {
-    "needle": needle,
-    "code": code,
-    "ppl": ppl,
-    "gsm8k": gsm8k,
-    "retrieval": retrieval,
-    "memory": memory,
-    "timing": timing,
-}
 DTYPES = ("float32", "float16", "bfloat16")
 _OWN = ("name", "kind", "title", "policies", "top_k", "config", "quick")
 # By key, or by the type of the evaluator's default: what a value is, and what the entries of a list are.
@@ -43,7 +27,6 @@ _VALUES = {
     **{kind: (kind,) for kind in (bool, int, str)},
     "compare": ((str, list),),
 }
-_GIVEN = ("subject", "policies", "name", "out", "world", "progress")
 
 
 def read_suite(path):
@@ -78,9 +61,10 @@ def read_suite(path):
     for picture in suite.get("pictures", []):
         _require("picture", picture, name=str, runs=list)
         for run in select_runs(suite, picture["runs"]):
-            if run["kind"] not in ASKED:
+            if not evaluator_of(run["kind"]).asks:
+                asking = " or ".join(kind for kind in evaluator_kinds() if evaluator_of(kind).asks)
                 raise ValueError(
-                    f"[suite] picture '{picture['name']}' must be of {' or '.join(ASKED)} but run "
+                    f"[suite] picture '{picture['name']}' must be of {asking} but run "
                     f"'{run['name']}' is {run['kind']}."
                 )
     for shown in suite.get("tables", []):
@@ -122,14 +106,13 @@ def _check(run, names):
     name, kind = run.get("name"), run.get("kind")
     if not name or names.count(name) > 1:
         raise ValueError(f"[suite] each run needs a name of its own but got {name!r}.")
-    if kind not in EVALUATORS:
+    if kind not in evaluator_kinds():
         raise ValueError(
-            f"[suite] run '{name}': 'kind' must be one of {', '.join(EVALUATORS)} but got {kind!r}."
+            f"[suite] run '{name}': 'kind' must be one of {', '.join(evaluator_kinds())} but got {kind!r}."
         )
-    parameters = signature(EVALUATORS[kind]).parameters
-    options = [p for p in parameters if p not in _GIVEN]
+    options = evaluator_of(kind).options
     for options_of in (run, run.get("quick", {})):
-        _check_values(name, options_of, {k: p.default for k, p in parameters.items()})
+        _check_values(name, options_of, {k: p.default for k, p in options.items()})
         unknown = [k for k in options_of if k not in (*_OWN, *options)]
         if unknown:
             raise ValueError(
@@ -208,7 +191,7 @@ def _naming(run, progress):
 class _Plan(NamedTuple):
     """A run with its settings and policies: none for a selection, which has K."""
 
-    kind: str
+    evaluator: Evaluator
     config: SparseConfig
     policies: list | None
     options: dict
@@ -221,24 +204,23 @@ class _Plan(NamedTuple):
     def run(self, subject, given):
         """Return the result, or ``None`` from a `Share`."""
         if self.policies is None:
-            return retrieval(subject._replace(config=self.config), **self.options, **given)
-        return EVALUATORS[self.kind](subject, self.policies, **self.options, **given)
+            return self.evaluator.run(subject._replace(config=self.config), **self.options, **given)
+        return self.evaluator.run(subject, self.policies, **self.options, **given)
 
 
 def _plan(run, config, quick):
     options = {k: v for k, v in run.items() if k not in ("name", "kind", "title", "quick")}
     options.update(run.get("quick", {}) if quick else {})
-    kind, config = run["kind"], _config(config, options.pop("config", {}))
-    parameters = signature(EVALUATORS[kind]).parameters.items()
-    wanted = [k for k, p in parameters if p.default is p.empty and k not in _GIVEN]
+    evaluator, config = evaluator_of(run["kind"]), _config(config, options.pop("config", {}))
+    wanted = [k for k, p in evaluator.options.items() if p.default is p.empty]
     missing = [k for k in wanted if not isinstance(options.get(k), list)]
     if missing:
         raise ValueError(f"[suite] run '{run['name']}' must have a list as {missing[0]!r}.")
-    if kind == "retrieval":
+    if not evaluator.takes_policies:
         options.pop("policies", None)
-        return _Plan(kind, config, None, options)
+        return _Plan(evaluator, config, None, options)
     top_k, names = options.pop("top_k", ()), options.pop("policies", ("dense", "sparse"))
-    return _Plan(kind, config, make_policies(names, config, top_k), options)
+    return _Plan(evaluator, config, make_policies(names, config, top_k), options)
 
 
 def _config(config, changes):

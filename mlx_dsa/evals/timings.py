@@ -12,16 +12,19 @@ from .generation import read
 from .cache_memory import computed_bytes
 from .running.runner import Unit, evaluate
 from .subject import check_lengths, describe, policies_config
+from .evaluator import Evaluator, register
+from .report.plots import plot_timing
+from .report.tables import timing_table
 
 
 def timing(
     subject,
     policies,
     *,
-    length=4096,
-    steps=64,
-    repeats=3,
-    data=None,
+    length: int = 4096,
+    steps: int = 64,
+    repeats: int = 3,
+    data: str | None = None,
     name=None,
     out=None,
     world=None,
@@ -106,3 +109,6 @@ def _measure(subject, policy, ids, steps, repeats):
         "read_ms": 1e6 * statistics.median(read_s) / len(ids),
         "entry_bytes": None if total is None else total / n_entries,
     }
+
+
+register(Evaluator("timing", timing, timing_table, plot_timing))

@@ -18,6 +18,9 @@ from ..tasks.prompts import frame
 from .running.runner import Unit, evaluate
 from .report.stats import paired_proportions, wilson
 from .subject import check_lengths, describe, fingerprint, policies_config
+from .evaluator import Evaluator, register
+from .report.plots import plot_gsm8k
+from .report.tables import gsm8k_table, problems_note, proportions
 
 PROMPTS = ("chat", "plain")
 _KEYS = ("question", "answer")  # of a problem
@@ -260,3 +263,16 @@ def _pairs(records, policies, compare):
         for label, against in pairings(policies, compare)
         for reading in ("strict", "flexible")
     ]
+
+
+register(
+    Evaluator(
+        "gsm8k",
+        gsm8k,
+        gsm8k_table,
+        plot_gsm8k,
+        pairs=proportions(["reading"]),
+        note=problems_note,
+        metrics=("strict", "flexible"),
+    )
+)

@@ -11,12 +11,13 @@ from .gsm8k import gsm8k
 from .leaderboard import leaderboard
 from .memory import memory
 from .needle import needle
+from .other import Evaluations
 from .ppl import ppl
 from .retrieval import retrieval
 from .suite import suite
 
 
-@click.group("eval")
+@click.group("eval", cls=Evaluations)
 def evaluate():
     """Measure quality and memory, dense and sparse on the same items.
 

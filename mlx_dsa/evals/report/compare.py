@@ -1,8 +1,7 @@
 """Two result files, compared in pairs: the same items, or nothing."""
 
+from ..evaluator import evaluator_of
 from .stats import bootstrap, paired_proportions
-
-_METRICS = {"needle": ("correct",), "code": ("correct",), "gsm8k": ("strict", "flexible")}
 
 
 def compare(first, second):
@@ -25,16 +24,17 @@ def compare(first, second):
         raise ValueError(
             f"[compare] the results are of different kinds: {kind} and {second['kind']}."
         )
-    if kind not in (*_METRICS, "ppl"):
+    evaluator = evaluator_of(kind)
+    if not (evaluator.metrics or evaluator.difference):
         raise ValueError(f"[compare] results of kind {kind} have no items to pair.")
     pairs = []
     for name, other in _policies(first, second):
         left, right = _items(first, name), _items(second, other)
         _check(left, right)
         label = {"policy": name, "against": other}
-        if kind == "ppl":
-            pairs.append({**label, "metric": "NLL", **_nll(left, right)})
-        for metric in _METRICS.get(kind, ()):
+        if evaluator.difference:
+            pairs.append({**label, **evaluator.difference(left, right)})
+        for metric in evaluator.metrics:
             values = [[r[metric] for r in side.values()] for side in (left, right)]
             pairs.append({**label, "metric": metric, **paired_proportions(*values)})
     return pairs
@@ -73,10 +73,11 @@ def _check(left, right):
         )
 
 
-def _nll(left, right):
+def nll_difference(left, right):
+    """Return how the NLL of the same tokens differs, first - second."""
     counts = [[r["n"] for r in side.values()] for side in (left, right)]
     if counts[0] != counts[1]:
         raise ValueError("[compare] the results score different tokens: their top_k differ.")
     differences = [a["nll"] - b["nll"] for a, b in zip(left.values(), right.values())]
     mean, low, high = bootstrap(differences, counts[0])
-    return {"n": sum(counts[0]), "difference": mean, "low": low, "high": high}
+    return {"metric": "NLL", "n": sum(counts[0]), "difference": mean, "low": low, "high": high}

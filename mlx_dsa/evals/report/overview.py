@@ -1,9 +1,7 @@
 """Tables over several runs of a suite."""
 
+from ..evaluator import evaluator_of
 from .tables import of_dense, over_attention, percent
-
-ASKED = ("needle", "code")  # evaluators of questions
-_KINDS = (*ASKED, "ppl", "retrieval")
 
 
 def check_cells(spec, kinds):
@@ -22,7 +20,7 @@ def check_cells(spec, kinds):
                 raise ValueError(f"{where}: a cell must be a run and a policy, or K, but got {cell!r}.")
             if cell[0] not in kinds:
                 raise ValueError(f"{where}: there is no run {cell[0]!r}: the runs are {', '.join(kinds)}.")
-            if kinds[cell[0]] not in _KINDS:
+            if evaluator_of(kinds[cell[0]]).cell is None:
                 raise ValueError(f"{where}: a run of kind {kinds[cell[0]]} has no cell.")
 
 
@@ -50,26 +48,33 @@ def overview(spec, results):
             and the label of a policy in it, or the K of a selection.
         results (dict): from runs to their results.
     """
-    rows = [[name, *(_cell(results[run], label) for run, label in cells)] for name, cells in spec["rows"].items()]
+    rows = []
+    for name, cells in spec["rows"].items():
+        rows.append([name, *(evaluator_of(results[run]["kind"]).cell(results[run], label) for run, label in cells)])
     return ["", *spec["columns"]], rows
 
 
-def _cell(result, label):
-    """Return what a policy reaches of what the dense model does."""
-    if result["kind"] == "retrieval":
-        return "; worst ".join(over_attention(result, "index", label))
-    pairs = [p for p in result["pairs"] if p["policy"] == label]
-    if result["kind"] == "ppl":
-        pair = next((p for p in pairs if p["against"] == "dense"), None)
-        if pair is None:
-            row = next(r for r in result["rows"] if r["policy"] == label)
-            return f"{row['value']:.1f}" if row["n"] else "-"  # nothing was dropped
-        ends = (f"{100 * (pair[k] - 1):+.1f}" for k in ("ratio_low", "ratio_high") if pair[k] is not None)
-        return f"{100 * (pair['ratio'] - 1):+.1f}% [{', '.join(ends) or 'one text'}]"
+def mass_cell(result, k):
+    """Return a selection's mass over that of the attention's own."""
+    return "; worst ".join(over_attention(result, "index", k))
+
+
+def ppl_cell(result, label):
+    """Return by how much a policy's perplexity is above the dense model's."""
+    pair = next((p for p in result["pairs"] if p["policy"] == label and p["against"] == "dense"), None)
+    if pair is None:
+        row = next(r for r in result["rows"] if r["policy"] == label)
+        return f"{row['value']:.1f}" if row["n"] else "-"  # nothing was dropped
+    ends = (f"{100 * (pair[k] - 1):+.1f}" for k in ("ratio_low", "ratio_high") if pair[k] is not None)
+    return f"{100 * (pair['ratio'] - 1):+.1f}% [{', '.join(ends) or 'one text'}]"
+
+
+def answers_cell(result, label):
+    """Return what a policy answers right of what the dense model does, and of all."""
     rows = {r["policy"]: r for r in result["rows"] if r.get("depth") is None}
     if label == "dense":
         return percent(rows["dense"]["value"], rows["dense"]["low"], rows["dense"]["high"])
-    pair = next((p for p in pairs if p["against"] == "dense"), None)
+    pair = next((p for p in result["pairs"] if p["policy"] == label and p["against"] == "dense"), None)
     if "dense" not in rows:
         return f"{percent(rows[label]['value'], rows[label]['low'], rows[label]['high'])} of all"
     return f"{of_dense(pair)}; {percent(rows[label]['value'])} of all"

@@ -3,6 +3,7 @@
 import textwrap
 
 from ...pictures import save_picture
+from ..evaluator import evaluator_of
 from .tables import problems_name, selection_name
 
 _INK = "#333333"
@@ -21,7 +22,7 @@ def plot(result, path):
     Raises:
         ValueError: if matplotlib is missing, or there is nothing to draw.
     """
-    save_picture(lambda plt: _PLOTS[result["kind"]](result, plt), path)
+    save_picture(lambda plt: evaluator_of(result["kind"]).plot(result, plt), path)
 
 
 def plot_retention(results, title, path):
@@ -86,7 +87,7 @@ def _begun(config):
     return ", replies begun" if config.get("stem") else ""
 
 
-def _needle(result, plt):
+def plot_needle(result, plt):
     """Accuracy against retention where a kind of policy has three budgets, else a heat map."""
     kinds = {}
     for row in result["rows"]:
@@ -231,7 +232,7 @@ def _legend(axis, *handles):
     axis.legend(*handles, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _ppl(result, plt):
+def plot_ppl(result, plt):
     """The ratio of perplexities against K, one line a kind of policy; without the dense model
     the perplexities."""
     series = {}
@@ -258,7 +259,7 @@ def _ppl(result, plt):
     return figure
 
 
-def _retrieval(result, plt):
+def plot_retrieval(result, plt):
     """Recall and mass against K, one line a selection."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     rows = [r for r in result["rows"] if r["layer"] is None]
@@ -278,7 +279,7 @@ def _retrieval(result, plt):
     return figure
 
 
-def _memory(result, plt):
+def plot_memory(result, plt):
     """The cache and the program's peak against the context."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, key, scale, name in (
@@ -298,7 +299,7 @@ def _memory(result, plt):
     return figure
 
 
-def _timing(result, plt):
+def plot_timing(result, plt):
     """Milliseconds a step and for 1,000 tokens of the prompt, a bar a policy."""
     rows = result["rows"][::-1]
     size = (10, 1.2 + 0.22 * len(rows))
@@ -312,7 +313,7 @@ def _timing(result, plt):
     return figure
 
 
-def _gsm8k(result, plt):
+def plot_gsm8k(result, plt):
     """Accuracy of each policy, by both readings."""
     policies = list(dict.fromkeys(r["policy"] for r in result["rows"]))
     figure, axis = plt.subplots(figsize=(1.8 + 0.9 * len(policies), 3.4), layout="constrained")
@@ -333,13 +334,3 @@ def _gsm8k(result, plt):
     axis.set_title(textwrap.fill(title, 36), fontsize=10)
     return figure
 
-
-_PLOTS = {
-    "needle": _needle,
-    "code": _needle,
-    "ppl": _ppl,
-    "gsm8k": _gsm8k,
-    "retrieval": _retrieval,
-    "memory": _memory,
-    "timing": _timing,
-}

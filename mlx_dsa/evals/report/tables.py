@@ -1,17 +1,18 @@
 """Results as tables of text, for the terminal and for reports."""
 
+from ..evaluator import evaluator_of
+
 
 def table(result):
     """Return the header and the rows of a result's main table, all strings."""
-    return _TABLES[result["kind"]](result)
+    return evaluator_of(result["kind"]).table(result)
 
 
 def pairs_table(result):
     """Return the header and the rows of a result's comparisons in pairs, or ``None``."""
     pairs = result["pairs"]
-    if not pairs:
-        return None
-    return _PAIRS[result["kind"]](pairs)
+    build = evaluator_of(result["kind"]).pairs
+    return build(pairs) if pairs and build else None
 
 
 def markdown(header, rows):
@@ -22,10 +23,19 @@ def markdown(header, rows):
 
 def caption(result):
     """Return what a table must not be read without, or ``None``."""
+    note = evaluator_of(result["kind"]).note
+    return note and note(result)
+
+
+def begun_note(result):
+    """Return what a table of answers must not be read without, or ``None``."""
     if result["config"].get("stem"):
         return "Each reply is begun for the model, up to the value or to the function's name."
-    if result["kind"] != "gsm8k":
-        return None
+    return None
+
+
+def problems_note(result):
+    """Return which word problems were solved."""
     return f"{result['rows'][0]['n']:,} word problems: {problems_name(result)}."
 
 
@@ -69,7 +79,7 @@ def _shares(config, length):
     return (read if config["cache"] == "budget" else 1.0), read
 
 
-def _needle(result):
+def needle_table(result):
     header = [
         "policy",
         "context",
@@ -115,7 +125,7 @@ def of_dense(pair):
     return percent(pair["retained"], pair["retained_low"], pair["retained_high"])
 
 
-def _ppl(result):
+def ppl_table(result):
     header = [
         "policy",
         "top_k",
@@ -155,7 +165,7 @@ def _ppl(result):
     return header, rows
 
 
-def _gsm8k(result):
+def gsm8k_table(result):
     header = [
         "policy",
         "reading",
@@ -180,7 +190,7 @@ def _gsm8k(result):
     return header, rows
 
 
-def _retrieval(result):
+def retrieval_table(result):
     header = [
         "selection",
         "K",
@@ -218,7 +228,7 @@ def over_attention(result, method, k):
     return f"{sum(over.values()) / len(over):.3f}", f"{over[worst]:.3f} (layer {worst})"
 
 
-def _memory(result):
+def memory_table(result):
     header = [
         "policy",
         "context",
@@ -243,7 +253,7 @@ def _memory(result):
     return header, rows
 
 
-def _proportions(columns):
+def proportions(columns):
     def build(pairs):
         header = [
             "policy",
@@ -281,7 +291,7 @@ def _proportions(columns):
     return build
 
 
-def _ppl_pairs(pairs):
+def ppl_pairs(pairs):
     header = ["policy", "against", "tokens", "over", "difference in NLL [95%]"]
     rows = [
         [
@@ -296,7 +306,7 @@ def _ppl_pairs(pairs):
     return header, rows
 
 
-def _retrieval_pairs(pairs):
+def retrieval_pairs(pairs):
     header = ["selection", "against", "K", "texts", "difference in recall [95%]"]
     rows = [
         [
@@ -311,14 +321,14 @@ def _retrieval_pairs(pairs):
     return header, rows
 
 
-def _memory_pairs(pairs):
+def memory_pairs(pairs):
     header = ["policy", "against", "context", "cache"]
     return header, [
         [p["policy"], p["against"], f"{p['length']:,}", f"{p['ratio']:.3f} times"] for p in pairs
     ]
 
 
-def _timing(result):
+def timing_table(result):
     header = ["policy", "context", "ms a step (least, most)", "ms for 1,000 prompt tokens", "bytes an entry"]
     return header, [
         [r["policy"], f"{r['length']:,}", f"{r['value']:.2f} ({r['low']:.2f}, {r['high']:.2f})", f"{r['read_ms']:.1f}",
@@ -326,21 +336,3 @@ def _timing(result):
         for r in result["rows"]
     ]  # fmt: skip
 
-
-_TABLES = {
-    "needle": _needle,
-    "code": _needle,
-    "ppl": _ppl,
-    "gsm8k": _gsm8k,
-    "retrieval": _retrieval,
-    "memory": _memory,
-    "timing": _timing,
-}
-_PAIRS = {
-    "needle": _proportions(["length"]),
-    "code": _proportions(["length"]),
-    "ppl": _ppl_pairs,
-    "gsm8k": _proportions(["reading"]),
-    "retrieval": _retrieval_pairs,
-    "memory": _memory_pairs,
-}
