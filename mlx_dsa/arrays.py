@@ -6,6 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .machine import on_cpu
+
 
 def evaluate(*modules: nn.Module) -> None:
     """Make every array that modules hold, those that are no parameters among them.
@@ -46,5 +48,4 @@ def is_imprecise(dtype: mx.Dtype) -> bool:
     Args:
         dtype (mx.Dtype): Of a model's activations.
     """
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return on_cpu and dtype in (mx.float16, mx.bfloat16)
+    return on_cpu() and dtype in (mx.float16, mx.bfloat16)

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .arrays import start_on
-from .cache import BudgetKVCache, FullKVCache, TieredKVCache
+from .cache import BudgetKVCache, FullKVCache, SparseKVCache
 from .chunks import cut_chunk, stream_cuts
 from .config import SparseConfig
 from .crossovers import PrefillPlan
@@ -69,14 +69,14 @@ class SparseAttention(nn.Module):
         self,
         x: mx.array,
         mask: mx.array | str | None = None,
-        cache: FullKVCache | None = None,
+        cache: SparseKVCache | None = None,
     ) -> mx.array:
         """Run the layer.
 
         Args:
             x (mx.array): Normalised hidden states ``[B, L, dim]``.
             mask: Not read: mlx-lm builds it for the first layer's cache.
-            cache (FullKVCache or BudgetKVCache, optional): Without it the tokens
+            cache (SparseKVCache, optional): Without it the tokens
               are the whole text, of which only a stream drops something.
 
         Returns:
@@ -88,7 +88,7 @@ class SparseAttention(nn.Module):
         streams = self.prefill == "stream"
         if cache is None:
             cache = BudgetKVCache(self.config.top_k) if streams else FullKVCache()
-        elif not isinstance(cache, FullKVCache):
+        elif not isinstance(cache, SparseKVCache):
             raise ValueError(
                 f"[SparseAttention] 'cache' must be made after patching, with "
                 f"make_prompt_cache(model), but got a {type(cache).__name__}."
@@ -98,7 +98,7 @@ class SparseAttention(nn.Module):
                 f"[SparseAttention] 'cache' keeps {cache.budget} entries but top_k is "
                 f"{self.config.top_k}. Make one with make_prompt_cache(model)."
             )
-        if streams and not isinstance(cache, (BudgetKVCache, TieredKVCache)):
+        if streams and not (cache.evicts or cache.recalls):
             raise ValueError(
                 "[SparseAttention] 'cache' keeps all entries but prefill 'stream' cuts it. "
                 "Make one with make_prompt_cache(model)."
@@ -107,15 +107,13 @@ class SparseAttention(nn.Module):
             steps = [self(step, mask, cache) for step in mx.split(x, x.shape[1], axis=1)]
             return mx.concatenate(steps, axis=1)
         in_prompt = cache.prompt.call(x.shape[1])
-        is_tiered = isinstance(cache, TieredKVCache)
-        if streams and is_tiered and cache.asks():
+        if streams and cache.asks():
             in_prompt = False  # what is cold is recalled for it, as for a step of decode
         if in_prompt and streams:
             output, gate = self._stream(x, cache)
         else:
-            if is_tiered:
-                cache.end_stream()
-            if not in_prompt and isinstance(cache, BudgetKVCache):
+            cache.end_stream()
+            if not in_prompt and cache.evicts:
                 self._make_room(cache)  # which may number entries anew
             self.limit.check(cache, x.shape[1])
             read = self._prefill if in_prompt else self._decode
@@ -146,11 +144,10 @@ class SparseAttention(nn.Module):
         *folded, gate = projected  # key heads are rows of the batch, each with its entries
         return Projected(*(fold_heads(a, self.layer.n_kv_heads) for a in folded), gate)
 
-    def _append(self, x, keys, values, cache: FullKVCache):
-        if isinstance(cache, BudgetKVCache):
-            cache.settle(self.eviction.project)
-            cache.sort()
-        if isinstance(cache, BudgetKVCache) or self.prefill == "stream":
+    def _append(self, x, keys, values, cache: SparseKVCache):
+        cache.settle(self.eviction.project)
+        cache.sort()
+        if cache.evicts or self.prefill == "stream":
             cache.append(keys, values, *self.eviction.project(x, cache.offset))
         else:
             cache.append(keys, values, self.selecting.entry(x, cache.offset))
@@ -168,12 +165,12 @@ class SparseAttention(nn.Module):
     # Decode.
 
     def _decode(self, x, queries, keys, values, cache) -> mx.array:
-        if isinstance(cache, BudgetKVCache) and cache.size() == cache.budget:
+        if cache.evicts and cache.size() == cache.budget:
             self.eviction.replace(x, keys, values, cache, queries)
             return self._attend_all(queries, cache.keys, cache.values, causal=False)
         if cache.size() < self.config.top_k:
             self._append(x, keys, values, cache)
-            if isinstance(cache, BudgetKVCache):
+            if cache.evicts:
                 self.eviction.credit(x, cache, queries)
             return self._attend_all(queries, cache.keys, cache.values, causal=False)
         if self.prefill == "stream":  # a later prompt's cuts need more than an entry
@@ -192,27 +189,27 @@ class SparseAttention(nn.Module):
         if cache.size() == cache.budget:
             self.eviction.make_room(cache)
 
-    def take(self, x: mx.array, keys: mx.array, values: mx.array, cache: FullKVCache):
+    def take(self, x: mx.array, keys: mx.array, values: mx.array, cache: SparseKVCache):
         """Add tokens that were attended to elsewhere, as reading them here would.
 
         Args:
             x (mx.array): Normalised hidden states ``[B, L, dim]``.
             keys (mx.array): ``[B, Hkv, L, D]``, rotated.
             values (mx.array): ``[B, Hkv, L, D]``.
-            cache (FullKVCache): Changed in place.
+            cache (SparseKVCache): Changed in place.
         """
         cache.prompt.reopen()
         if self.by_head:
             keys, values = (fold_heads(a, self.layer.n_kv_heads) for a in (keys, values))
         self._append(x, keys, values, cache)
-        if isinstance(cache, BudgetKVCache):
+        if cache.evicts:
             self.eviction.observe(x, cache)
 
-    def _stream(self, x, cache: FullKVCache) -> tuple[mx.array, mx.array | None]:
+    def _stream(self, x, cache: SparseKVCache) -> tuple[mx.array, mx.array | None]:
         """Attend in parts to what was kept and to the part's own tokens, and cut the cache
         after each but the last, which waits for its cut; return the gate, too."""
         L = x.shape[1]
-        tiers = cache if isinstance(cache, TieredKVCache) else None
+        tiers = cache if cache.recalls else None
         hot = cache if tiers is None else tiers.begin_stream()
         cuts = stream_cuts(self.config.stream_chunk, hot.budget, (L, hot.offset, hot.size()))
         outputs, gates = [], []
@@ -236,7 +233,6 @@ class SparseAttention(nn.Module):
 
     def _prefill(self, x, queries, keys, values, cache) -> mx.array:
         L, offset = x.shape[1], cache.offset
-        is_budget = isinstance(cache, BudgetKVCache)
         self._append(x, keys, values, cache)
         cuts = cut_chunk(
             self.prefill,
@@ -245,7 +241,7 @@ class SparseAttention(nn.Module):
             (x.shape[0], L, offset, cache.size()),
         )
         n_dense = cuts[0]
-        if is_budget:
+        if cache.evicts:
             self.eviction.observe(x, cache, queries)
         # What selects is made of the queries of the sparse part alone.
         probe = None
@@ -254,7 +250,7 @@ class SparseAttention(nn.Module):
             probe = self.selecting.probe(x[:, rest], offset + n_dense, queries[:, :, rest])
 
         T = cache.size()
-        if isinstance(cache, TieredKVCache):
+        if cache.recalls:
             # One selection can be recalled, if that gives what reading everything does.
             if n_dense or L > 1 or not cache.recalls_exactly:
                 cache = cache.assembled()
@@ -300,14 +296,14 @@ class SparseAttention(nn.Module):
 
         Args:
             queries (mx.array): ``[B, Hq, L, D]``.
-            cache (FullKVCache): The entries.
+            cache (SparseKVCache): The entries.
             slots (mx.array): ``[B, L, top_k]``, int32, none empty where the rule fills
               them; or a set a key head, ``[B, Hkv, L, top_k]``.
 
         Returns:
             mx.array: ``[B, Hq, L, D]``.
         """
-        if isinstance(cache, TieredKVCache):
+        if cache.recalls:
             return self._attend_all(queries, *cache.recall(slots[:, 0]), causal=False)
         if queries.shape[2] == 1 and slots.ndim == 3 and self.selecting.fills:
             rows = (gather_rows(x, slots[:, 0]) for x in (cache.keys, cache.values))

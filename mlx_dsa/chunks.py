@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import mlx.core as mx
-
+from .machine import on_cpu
 from .ops.reference import BLOCK_BYTES
 
 
 def chunk_size() -> int:
     """Return the tokens of a prompt that are read at once: fewer where that takes long."""
-    return 512 if mx.default_device() == mx.Device(mx.cpu) else 2048
+    return 512 if on_cpu() else 2048
 
 
 def cut_chunk(

@@ -18,6 +18,7 @@ from .config import SparseConfig
 from .families import family_of
 from .files import replacing
 from .indexer import Indexer
+from .machine import device_name
 from .ops import crossover
 from .versions import package_version
 
@@ -96,7 +97,7 @@ def describe_run(config: SparseConfig) -> dict[str, Any]:
         "top_k": config.top_k,
         "tile_size": config.tile_size,
         "backend": config.backend,
-        "device": str(mx.device_info().get("device_name", mx.default_device())),
+        "device": device_name(),
         "default_device": str(mx.default_device()),
         "mlx": package_version("mlx"),
         "mlx-dsa": mlx_dsa.__version__,

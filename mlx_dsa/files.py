@@ -155,3 +155,16 @@ def _is_at(path: Path, file: int) -> bool:
         return os.path.samestat(os.lstat(path), os.fstat(file))
     except FileNotFoundError:
         return False
+
+
+def write_text(path: str | os.PathLike, text: str):
+    """Write a file so that the old one or the new one is there, never half of one.
+
+    Args:
+        path (str or PathLike): The file; its folder is made.
+        text (str): What is to stand in it.
+    """
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as part:
+        part.write_text(text, encoding="utf-8")

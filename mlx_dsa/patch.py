@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from .arrays import evaluate, is_imprecise
 from .attention import SparseAttention
-from .cache import BudgetKVCache, ColdFile, FullKVCache, make_cache
+from .cache import ColdFile, SparseKVCache, make_cache
 from .cache.callers import find_caller
 from .cache.cold_file import claim
 from .config import SparseConfig
@@ -144,7 +144,7 @@ class SparsePatch:
               and full caches keep what they have.
         """
         for i, layer in self.layers.items():
-            if isinstance(caches[i], BudgetKVCache):
+            if caches[i].evicts:
                 layer.eviction.prune(caches[i])
             caches[i].prompt.end()
         # What was dropped can go, and another thread can go on.
@@ -200,7 +200,7 @@ class SparsePatch:
     def clear(self):
         """Empty every cache that this patch has made."""
         for cache, empty in self._caches.items():
-            if isinstance(cache, FullKVCache):
+            if isinstance(cache, SparseKVCache):
                 cache.reset()
             else:
                 vars(cache).clear()

@@ -71,7 +71,7 @@ class PositionLimit:
         """Note that the next tokens are read.
 
         Args:
-            cache (FullKVCache): Of what was read before.
+            cache (SparseKVCache): Of what was read before.
             n_tokens (int): How many they are.
         """
         if self._limit is None:

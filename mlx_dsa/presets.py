@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from .families import family_of
 from .gguf import read_metadata
 from .hub import INDEXER_FILES, fetch, first_line, flawed_json, is_repository, read_object
 from .indexer import Indexer
+from .machine import runs_float32
 from .registry import rule_class
 from .rules.sparsek import sparsek_settings, with_model_settings
 from .search import load_projections
@@ -341,10 +341,3 @@ def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
     return model, tokenizer
 
 
-def runs_float32() -> bool:
-    """Whether models are cast to float32 here: on the CPU of a Linux machine.
-
-    MLX has no fast float16 or bfloat16 matrix product there: they run about 30
-    times slower than float32 with OpenBLAS.
-    """
-    return sys.platform.startswith("linux") and mx.default_device() == mx.Device(mx.cpu)

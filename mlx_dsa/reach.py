@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
-from .cache import FullKVCache
+from .cache import SparseKVCache
 from .config import SparseConfig
 from .crossovers import resolve_auto
 from .eviction import steps_planned
@@ -117,7 +117,7 @@ class Reach(NamedTuple):
     def _at(self, caches) -> tuple[int, int]:
         """Return the number and the position of the next token."""
         seen = max((c.offset for c in caches if hasattr(c, "offset")), default=0)
-        ours = [c.number for c in caches if isinstance(c, FullKVCache)]
+        ours = [c.number for c in caches if isinstance(c, SparseKVCache)]
         return (max(ours) if self.is_compact and ours else seen), seen
 
 

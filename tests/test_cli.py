@@ -19,7 +19,8 @@ from local_models import write_indexers, write_model
 from mlx_dsa.cli import conversation, main
 from mlx_dsa.cli.documents import read_texts
 from mlx_dsa.cli.stats import Cold, Report, describe
-from mlx_dsa.presets import resource, runs_float32
+from mlx_dsa.machine import runs_float32
+from mlx_dsa.presets import resource
 from mlx_dsa.train import (
     LayerScore,
     RetentionConfig,

@@ -154,7 +154,7 @@ def test_a_backend_that_is_not_here_is_refused_when_it_is_used(backend):
 @pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("B", [1, 2])
 def test_gather_rows(B, on_cpu, monkeypatch):
-    monkeypatch.setattr(reference_ops, "_on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(reference_ops, "on_cpu", lambda: on_cpu)
     rows = np.random.default_rng(0).normal(size=(B, 3, 40, 8)).astype(np.float32)
     slots = np.random.default_rng(1).integers(0, 40, (B, 12)).astype(np.int32)
     expected = np.stack([rows[b][:, slots[b]] for b in range(B)])

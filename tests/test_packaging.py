@@ -20,7 +20,7 @@ PACKAGE = ROOT / "mlx_dsa"
 
 # Imports run from right to left only (docs/design.md, layout).
 LAYERS = [
-    {"arrays", "blas", "config", "files", "fingerprint", "gguf", "hub", "pictures", "positions", "registry",
+    {"arrays", "blas", "config", "files", "fingerprint", "gguf", "hub", "machine", "pictures", "positions", "registry",
      "sealed", "texts", "versions"},
     {"startup", "tasks"},
     {"ops"},
@@ -261,15 +261,14 @@ def test_a_package_without_its_metadata_says_its_version_itself(monkeypatch):
     # As a folder that was copied to a machine: what was measured there must not be lost for it.
     from importlib.metadata import PackageNotFoundError
 
-    from mlx_dsa import versions
-    from mlx_dsa.evals.running import results
+    from mlx_dsa import machine, versions
 
-    known = results.versions()
+    known = machine.versions()
 
     def missing(name):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(versions, "version", missing)
-    found = results.versions()
+    found = machine.versions()
     assert found["numpy"] == known["numpy"] and found["mlx-lm"] == known["mlx-lm"]
     assert found.keys() == known.keys() and all(found.values())

@@ -17,7 +17,8 @@ from mlx_dsa import IndexerArgs, SparseConfig, load_indexers, load_preset
 from mlx_dsa import patch_sparse_generate
 from mlx_dsa.hub import fetch
 from mlx_dsa.presets import preset_names, preset_of, read_preset, read_settings
-from mlx_dsa.presets import resolve, resource, runs_float32
+from mlx_dsa.machine import runs_float32
+from mlx_dsa.presets import resolve, resource
 
 
 @pytest.fixture(scope="module")

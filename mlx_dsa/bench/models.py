@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_lm.models import llama, qwen2, qwen3
 
 from ..indexer import Indexer, IndexerArgs
-from ..presets import runs_float32
+from ..machine import runs_float32
 
 _GROUP = 64
 _BITS = (2, 3, 4, 6, 8, 16)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ..machine import on_cpu
 from ..ops import gather_tiles, reference, select_topk, tile_attention, tile_scores
 from ..ops.reference import tile_slots
 
@@ -65,7 +66,7 @@ def measure_rates(dtype: mx.Dtype = mx.bfloat16, size: int | None = None) -> Rat
         Rates: Medians of 5.
     """
     if size is None:
-        size = 8192 if mx.default_device().type == mx.DeviceType.gpu else 1024
+        size = 1024 if on_cpu() else 8192
     a, b = (mx.random.normal((size, size)).astype(dtype) for _ in range(2))
     source = mx.random.normal((max(1 << 26, 8 * size * size),))
     mx.eval(a, b, source)

@@ -5,6 +5,7 @@ from .cold import MemoryStore
 from .cold_file import ColdFile, FileStore
 from .full import FullKVCache
 from .making import make_cache
+from .sparse import SparseKVCache
 from .tiered import TieredKVCache
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "FileStore",
     "FullKVCache",
     "MemoryStore",
+    "SparseKVCache",
     "TieredKVCache",
     "make_cache",
 ]

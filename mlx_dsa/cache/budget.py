@@ -8,17 +8,17 @@ from typing import Any
 import mlx.core as mx
 
 from ..ops import gather_rows, write_rows
-from .full import FullKVCache, snapshot
 from .late import LateStates
 from .numbers import Numbers
 from .prompt import PromptPhase
+from .sparse import SparseKVCache, snapshot
 from .window import Window
 
 # Steps that may leave something open, and the share of the budget that they may be.
 _MOST_LATE, _LATE_SHARE = 256, 4
 
 
-class BudgetKVCache(FullKVCache):
+class BudgetKVCache(SparseKVCache):
     """Keep at most ``budget`` entries once the prompt has been read.
 
     Slots are in the order of their positions until a step overwrites one;
@@ -43,7 +43,7 @@ class BudgetKVCache(FullKVCache):
         ValueError: If the budget is below 1.
     """
 
-    phase, rows_a_text = 0, 1  # of a cache that from_state builds
+    evicts, phase, rows_a_text = True, 0, 1  # the last two of a cache that from_state builds
     _saves_memory = "for less memory lower top_k, the number of entries that it keeps"
 
     def __init__(self, budget: int, phase: int = 0):
@@ -129,7 +129,7 @@ class BudgetKVCache(FullKVCache):
         return self._fetch(3)[:, 0, :, column]
 
     def append(self, *entries: mx.array):
-        """Add entries after those there are: see :meth:`FullKVCache.append`.
+        """Add entries after those there are: see :meth:`SparseKVCache.append`.
 
         Args:
             *entries (mx.array): As there, and where there is a retention head its

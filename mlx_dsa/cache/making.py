@@ -7,12 +7,13 @@ from .budget import BudgetKVCache
 from .cold import MemoryStore
 from .cold_file import ColdFile, FileStore
 from .full import FullKVCache
+from .sparse import SparseKVCache
 from .tiered import TieredKVCache
 
 
 def make_cache(
     config: SparseConfig, layer: int, cold_file: ColdFile | None = None
-) -> FullKVCache:
+) -> SparseKVCache:
     """Make the empty cache of a sparse layer.
 
     Args:
@@ -22,7 +23,7 @@ def make_cache(
           Default: ``None``, to memory.
 
     Returns:
-        FullKVCache: It, or a class of its own for a budget or two tiers.
+        SparseKVCache: It, of a class of its own for a budget or two tiers.
     """
     if config.cache == "full":
         return FullKVCache()

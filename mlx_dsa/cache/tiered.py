@@ -12,12 +12,13 @@ from .budget import BudgetKVCache
 from .callers import find_caller
 from .cold import MemoryStore
 from .cold_file import FileStore
-from .full import FullKVCache, snapshot
+from .full import FullKVCache
 from .prompt import PromptPhase
 from .reader import Reader
+from .sparse import SparseKVCache, snapshot
 
 
-class TieredKVCache(FullKVCache):
+class TieredKVCache(SparseKVCache):
     """Keep the entries that attention reads at hand, and all others cold.
 
     A prompt is read as with a full cache. When it ends, every entry goes to the
@@ -35,6 +36,7 @@ class TieredKVCache(FullKVCache):
         phase (int): As of a :class:`BudgetKVCache`. Default: ``0``.
     """
 
+    recalls = True
     _saves_memory = "for less memory use cold_bits=4, or cold_file"
 
     def __init__(
@@ -74,7 +76,7 @@ class TieredKVCache(FullKVCache):
         return self._recalled.item()
 
     def append(self, *entries: mx.array):
-        """Add entries after those there are: see :meth:`FullKVCache.append`.
+        """Add entries after those there are: see :meth:`SparseKVCache.append`.
 
         Args:
             *entries (mx.array): As there, and for cuts by a retention head its scores,

@@ -14,7 +14,6 @@ from typing import Any
 import click
 import numpy as np
 
-from ..cache import BudgetKVCache
 from ..patch import SparsePatch
 from ..presets import Settings, names_of, resolve_auto_of
 from ..saved import load_cache, save_cache
@@ -256,5 +255,5 @@ def _write_report(
 def _kept(patch: SparsePatch, caches: list[Any]) -> list[np.ndarray]:
     """Return the positions in the text that are kept by each layer that drops tokens, or by
     each of its key heads, where these keep their own."""
-    budgets = (caches[i] for i in patch.layers if isinstance(caches[i], BudgetKVCache))
+    budgets = (caches[i] for i in patch.layers if caches[i].evicts)
     return [kept for cache in budgets for kept in np.array(cache.positions)]

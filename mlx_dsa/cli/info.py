@@ -19,7 +19,7 @@ from ..hub import INDEXER_FILES, MODEL_FILES, fetch, is_repository, read_object
 from ..indexer import Indexer
 from ..ops import check_backend
 from ..presets import Settings, preset_names, read_indexers, resolve_auto_of, resource
-from ..presets import runs_float32
+from ..machine import runs_float32
 from ..saved import SavedSettings
 from ..search import Projections
 from ..versions import package_version

@@ -14,6 +14,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .. import blas
+from ..machine import on_cpu
 from ..patch import SparsePatch, patch_sparse_generate
 from ..presets import Settings, load_model, load_settings
 
@@ -56,5 +57,5 @@ def open_session(
 def hint_at_blas():
     """Tell a user on the CPU of a Linux machine what would make it fast."""
     slow = sys.platform.startswith("linux") and not blas.preload()
-    if slow and mx.default_device() == mx.Device(mx.cpu):
+    if slow and on_cpu():
         click.echo(f"Note: {blas.HINT}", err=True)

@@ -11,7 +11,6 @@ import click
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import KVCache
 
-from ..cache import TieredKVCache
 
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 _CUTS = {
@@ -175,7 +174,7 @@ def megabytes(count: int) -> str:
 
 
 def _cold(layers: list[Any]) -> Cold | None:
-    split = [c for c in layers if isinstance(c, TieredKVCache) and c.n_selections]
+    split = [c for c in layers if getattr(c, "recalls", False) and c.n_selections]
     if not split:
         return None
     selections = sum(c.n_selections for c in split)

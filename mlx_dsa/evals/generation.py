@@ -12,7 +12,7 @@ from time import perf_counter
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
-from ..cache import FullKVCache
+from ..cache import SparseKVCache
 from ..chunks import chunk_size
 from ..patch import patch_of
 
@@ -61,14 +61,14 @@ def take_rows(caches, rows):
     """Return caches that hold some rows of a batch; those given don't notice."""
     rows = mx.array(rows)
     # mlx-lm's from_state differs by version.
-    taken = [c.copy() if isinstance(c, FullKVCache) else copy.copy(c) for c in caches]
+    taken = [c.copy() if isinstance(c, SparseKVCache) else copy.copy(c) for c in caches]
     for c in taken:
         if isinstance(c, ArraysCache):  # of a layer without attention
             c.filter(rows)
             mx.eval(c.cache)
             continue
         # What ours hold can be read without a word on whether a prompt goes on.
-        name = "contents" if isinstance(c, FullKVCache) else "state"
+        name = "contents" if isinstance(c, SparseKVCache) else "state"
         held = [
             a[_rows_of(c, rows, a)] if isinstance(a, mx.array) and a.ndim > 1 else a
             for a in getattr(c, name)

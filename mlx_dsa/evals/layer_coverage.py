@@ -6,11 +6,12 @@ from pathlib import Path
 from time import perf_counter
 
 from ..config import SparseConfig
+from ..machine import device, versions
 from ..pictures import save_picture
 from .each_rule import SELECT
 from .policies import Policy
 from .perplexity import ppl
-from .running.results import device, read_result, versions, write_result
+from .running.results import read_result, write_result
 from .key_retrieval import retrieval
 from .subject import describe
 

@@ -8,6 +8,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..config import SparseConfig
 from ..families import family_of
+from ..files import write_text
 from ..pictures import check_pictures
 from ..registry import rule_class
 from ..rules import rule_names
@@ -15,7 +16,7 @@ from .report.board import board_markdown
 from .each_rule import EVERY, rules_alone
 from .generation import read
 from .policies import make_policies
-from .running.results import read_result, write_text
+from .running.results import read_result
 from .suite import draw_boards, report, run_suite, select_runs
 
 # A rule is tried on a text of so many tokens.

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..config import SparseConfig, override
+from ..files import write_text
 from ..pictures import check_pictures
 from .evaluator import Evaluator, evaluator_kinds, evaluator_of
 from .report.board import board, board_markdown, check_board
 from .report.overview import check_cells, check_labels, overview
 from .report.plots import plot, plot_board, plot_retention
 from .policies import make_policies
-from .running.results import write_text
 from .report.tables import caption, markdown, pairs_table, table
 
 DTYPES = ("float32", "float16", "bfloat16")

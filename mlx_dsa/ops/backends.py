@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from ..machine import device_language
+
 _BACKENDS = ("auto", "reference", "metal", "cuda")
 # What a kernel's result may differ by, as a share of the reference's largest value.
 _TOLERANCE = 1e-2
@@ -41,15 +43,6 @@ def check_backend(backend: str) -> None:
 
 
 _DEVICES = {"metal": "an Apple GPU", "cuda": "an NVIDIA GPU"}
-
-
-def device_language() -> str | None:
-    """Return the language of kernels for MLX's default device, if it has one."""
-    if mx.default_device().type != mx.DeviceType.gpu:
-        return None
-    if mx.metal.is_available():
-        return "metal"
-    return "cuda" if mx.cuda.is_available() else None
 
 
 def crossover(top_k: int) -> int:

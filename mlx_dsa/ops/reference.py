@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from ..machine import on_cpu
 from .levels import SAMPLED, score_levels
 
 # No intermediate is larger, and so none nears MLX's 2^31 elements.
@@ -46,12 +47,8 @@ def index_scores(queries: mx.array, weights: mx.array, keys: mx.array) -> mx.arr
     return _join(parts, axis=1)
 
 
-def _on_cpu() -> bool:
-    return mx.default_device().type == mx.DeviceType.cpu
-
-
 def _block_bytes() -> int:
-    return min(BLOCK_BYTES, _CPU_BLOCK_BYTES) if _on_cpu() else BLOCK_BYTES
+    return min(BLOCK_BYTES, _CPU_BLOCK_BYTES) if on_cpu() else BLOCK_BYTES
 
 
 def _sum_heads(queries, weights, keys) -> mx.array:
@@ -173,7 +170,7 @@ def gather_rows(x: mx.array, slots: mx.array) -> mx.array:
     """
     # Whole rows, with heads put back before them, are several times as fast on a GPU as
     # their elements one by one, and slower on a CPU (docs/log.md).
-    if x.shape[0] == 1 and not _on_cpu():
+    if x.shape[0] == 1 and not on_cpu():
         return mx.contiguous(mx.take(x, slots[0], axis=2))
     return mx.take_along_axis(x, slots[:, None, :, None], axis=2)
 

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..cache import BudgetKVCache, FullKVCache
+from ..cache import SparseKVCache
 from .evict_rule import EvictRule
 
 # What asks for the first chunk of a text, and for a later one, whose beginning follows.
@@ -77,13 +77,13 @@ def read_again(
     if not all(layer.prefill == "dense" for layer in layers.values()):
         raise ValueError("[read_again] a text is read densely: use prefill 'dense'.")
     if not all(
-        isinstance(c, BudgetKVCache) and c.offset == c.size() == ids.shape[1] and not c.evicted
+        c.evicts and c.offset == c.size() == ids.shape[1] and not c.evicted
         for c in sparse
     ):
         raise ValueError("[read_again] 'caches' must hold the text whole, and nothing else.")
     found = {i: [] for i in layers}
     for start, stop, tokens in _chunks(ids, asks, chunk):
-        again = [c.copy() if isinstance(c, FullKVCache) else copy.deepcopy(c) for c in caches]
+        again = [c.copy() if isinstance(c, SparseKVCache) else copy.deepcopy(c) for c in caches]
         rules = {i: layer.eviction.rule for i, layer in layers.items()}
         try:
             for i, layer in layers.items():

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from ..cache import FullKVCache
+from ..cache import SparseKVCache
 from ..checkpoint_file import LIGHTNING
 from ..families import Layer
 from ..indexer import Indexer
@@ -84,13 +84,13 @@ class SelectRule(Rule):
         return self.entry(x, offset), self.probe(x, offset, queries)
 
     def scores(
-        self, probe: Probe, cache: FullKVCache, n_visible: mx.array, end: int
+        self, probe: Probe, cache: SparseKVCache, n_visible: mx.array, end: int
     ) -> mx.array:
         """Score entries for queries.
 
         Args:
             probe (Probe): Of ``L`` queries.
-            cache (FullKVCache): The entries, in the order of the text.
+            cache (SparseKVCache): The entries, in the order of the text.
             n_visible (mx.array): Entries that each query sees, its first ones ``[L]``.
             end (int): The most that one of them sees.
 
@@ -101,13 +101,13 @@ class SelectRule(Rule):
         raise NotImplementedError
 
     def tile_scores(
-        self, probe: Probe, cache: FullKVCache, tile_size: int, end: int, first: int
+        self, probe: Probe, cache: SparseKVCache, tile_size: int, end: int, first: int
     ) -> mx.array:
         """Score entries before tiles of queries; by default the largest of a tile's.
 
         Args:
             probe (Probe): Of ``L`` queries, the last of which sees ``end`` entries.
-            cache (FullKVCache): The entries.
+            cache (SparseKVCache): The entries.
             tile_size (int): Neighbouring queries that share a selection; divides ``L``.
             end (int): Entries that the last query sees.
             first (int): Entries before the first tile, without its newest ones: what may
@@ -124,7 +124,7 @@ class SelectRule(Rule):
     def select(
         self,
         probe: Probe,
-        cache: FullKVCache,
+        cache: SparseKVCache,
         top_k: int,
         n_visible: mx.array,
         end: int,
@@ -134,7 +134,7 @@ class SelectRule(Rule):
 
         Args:
             probe (Probe): Of ``L`` queries.
-            cache (FullKVCache): The entries.
+            cache (SparseKVCache): The entries.
             top_k (int): Entries a query.
             n_visible (mx.array): Entries that each query sees ``[L]``.
             end (int): The most that one of them sees.

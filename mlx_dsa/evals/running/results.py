@@ -2,13 +2,9 @@
 
 import json
 import os
-import platform
 from pathlib import Path
 
-import mlx.core as mx
-
-from ...files import replacing
-from ...versions import package_version
+from ...files import write_text
 
 
 class Journal:
@@ -65,14 +61,6 @@ class Journal:
         self.done[unit] = json.loads(json.dumps(records))
 
 
-def write_text(path, text):
-    """Write a file so that the old one or the new one is there, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
 def write_result(path, result):
     """Write a result as JSON with one row, pair or item on each line."""
     lists = ("rows", "pairs", "items")
@@ -106,26 +94,3 @@ def read_result(path):
             f"[results] '{path}' is not a result of mlx-dsa eval: it has no {', '.join(missing)}."
         )
     return result
-
-
-def versions():
-    """Return the versions of what takes part in a result."""
-    import mlx_dsa  # here: the package imports the evaluators
-
-    found = {"python": platform.python_version(), "mlx-dsa": mlx_dsa.__version__}
-    return found | {name: package_version(name) for name in ("mlx", "mlx-lm", "numpy")}
-
-
-def device():
-    """Return the machine that a result was measured on."""
-    return {
-        "device": str(mx.default_device()),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "cpus": os.cpu_count(),
-        **{
-            k: v
-            for k, v in mx.device_info().items()
-            if k in ("device_name", "architecture", "memory_size")
-        },
-    }

@@ -9,7 +9,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .results import Journal, device, read_result, versions, write_result
+from ...machine import device, versions
+from .results import Journal, read_result, write_result
 
 
 @dataclass(frozen=True)
