@@ -17,7 +17,7 @@ from .ops import gather_rows, sparse_attention, tile_attention
 from .positions import PositionLimit, check_turn
 from .projections import JoinedProjections
 from .rules import EvictRule, fold_heads, make_rule
-from .selectors import select_topk
+from .selection import select_topk
 
 
 class SparseAttention(nn.Module):

@@ -10,7 +10,7 @@ from .cache import BudgetKVCache
 from .config import SparseConfig
 from .registry import make_rule
 from .rules import EvictRule
-from .selectors import lay_last, plan_evicted, select_evicted, select_kept
+from .selection import lay_last, plan_evicted, select_evicted, select_kept
 
 # Steps for which evictions are planned at once, and for how few it does not pay.
 _PLANNED, _PLANNED_FROM = 256, 4

@@ -24,7 +24,7 @@ LAYERS = [
      "sealed", "texts", "versions"},
     {"startup", "tasks"},
     {"ops"},
-    {"families", "indexer", "indexer_args", "selectors", "cache", "checkpoint", "checkpoint_file", "chunks", "crossovers", "projections"},
+    {"families", "indexer", "indexer_args", "selection", "cache", "checkpoint", "checkpoint_file", "chunks", "crossovers", "projections"},
     {"search", "convert"},
     {"rules"},
     {"eviction"},

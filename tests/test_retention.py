@@ -20,7 +20,7 @@ from mlx_dsa import (
     save_cache,
     save_indexers,
 )
-from mlx_dsa.selectors import pool_neighbours
+from mlx_dsa.selection import pool_neighbours
 
 RULES = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact")
 

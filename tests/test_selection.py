@@ -12,7 +12,7 @@ from probe import Probe, clear_probe
 from simulate import MARGIN, generate_calls, whole_calls
 
 from mlx_dsa import ops, patch_sparse_generate
-from mlx_dsa.selectors import plan_evicted, select_evicted, select_kept, select_topk
+from mlx_dsa.selection import plan_evicted, select_evicted, select_kept, select_topk
 from numpy_reference import ReferenceModel, Rules
 
 

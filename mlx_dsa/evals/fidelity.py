@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from ..selectors import select_topk
+from ..selection import select_topk
 
 
 def true_attention(queries, keys, positions, scale):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..registry import register
-from ..selectors import keydiff_scores, pool_neighbours
+from ..selection import keydiff_scores, pool_neighbours
 from .evict_rule import EvictRule
 from .rule import at_least
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from ..registry import make_rule, register
-from ..selectors import select_kept
+from ..selection import select_kept
 from .evict_rule import EvictRule
 from .rule import Rule
 

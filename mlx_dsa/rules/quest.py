@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..registry import register
-from ..selectors import select_pages
+from ..selection import select_pages
 from .rule import at_least
 from .select_rule import SelectRule
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 import mlx.core as mx
 
 from ..registry import register
-from ..selectors import keydiff_scores, pool_neighbours
+from ..selection import keydiff_scores, pool_neighbours
 from .keydiff import POOL_RADIUS
 from .lightning import Lightning
 from .evict_rule import EvictRule

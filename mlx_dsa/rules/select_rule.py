@@ -11,7 +11,7 @@ from ..cache import SparseKVCache
 from ..checkpoint_file import LIGHTNING
 from ..families import Layer
 from ..indexer import Indexer
-from ..selectors import select_topk
+from ..selection import select_topk
 from .rule import Probe, Rule
 
 

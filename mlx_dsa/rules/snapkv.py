@@ -15,7 +15,7 @@ import mlx.core as mx
 from ..cache import BudgetKVCache
 from ..families import Layer
 from ..registry import register
-from ..selectors import pool_neighbours
+from ..selection import pool_neighbours
 from .attending import attention_probabilities
 from .evict_rule import EvictRule
 from .keydiff import POOL_RADIUS

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..registry import register
-from ..selectors import select_topk
+from ..selection import select_topk
 from .rule import at_least
 from .select_rule import SelectRule
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ..ops.reference import order_keys
 from ..registry import register
-from ..selectors import select_topk
+from ..selection import select_topk
 from .lightning import Lightning
 from .rule import at_least
 
