@@ -185,7 +185,7 @@ class SparseAttention(nn.Module):
         """Cut a cache to its budget where a prompt has left more; decide what a step drops."""
         if cache.size() > cache.budget:
             self.eviction.prune(cache, decoding=True)
-        cache.window = None
+        cache.observed = None
         if cache.size() == cache.budget:
             self.eviction.make_room(cache)
 

@@ -147,10 +147,10 @@ class Eviction:
         """
         cache.settle(self.project)
         if cache.size() <= cache.budget:
-            cache.window = None
+            cache.observed = None
             return
         # What was observed can have been taken back.
-        blind = self.rule.observes and cache.window is None
+        blind = self.rule.observes and cache.observed is None
         scores = None if blind else self.rule.worth(cache)
         worth = scores if self.rule.is_final and cache.worth is not None else None
         backend = self._config.backend
@@ -176,9 +176,9 @@ class Eviction:
             cache (BudgetKVCache): The cache, changed in place; the observed queries stay, so
               that as many decide at the prompt's end, however near the last cut is.
         """
-        window = cache.window
+        observed = cache.observed
         self.prune(cache)
-        cache.window = window
+        cache.observed = observed
 
 
 def steps_planned(config: SparseConfig, rule: EvictRule | None = None) -> int:

@@ -64,7 +64,7 @@ def test_scores_are_the_largest_attention_of_a_second_reading(patched):
     read_again(model, patch.layers, caches, ids, ASKS, chunk=CHUNK)
     for cache, (keys, values, offset) in zip(caches, before):  # the reading leaves nothing else
         assert np.array_equal(cache.keys, keys) and np.array_equal(cache.values, values)
-        assert cache.offset == offset and cache.window is None
+        assert cache.offset == offset and cache.observed is None
     found = [np.array(c.worth) for c in caches]
     patch.restore()
     for row, tokens in enumerate(ids.tolist()):

@@ -10,9 +10,9 @@ import mlx.core as mx
 from ..ops import gather_rows, write_rows
 from .late import LateStates
 from .numbers import Numbers
+from .observed import Observed
 from .prompt import PromptPhase
 from .sparse import SparseKVCache, snapshot
-from .window import Window
 
 # Steps that may leave something open, and the share of the budget that they may be.
 _MOST_LATE, _LATE_SHARE = 256, 4
@@ -63,7 +63,7 @@ class BudgetKVCache(SparseKVCache):
         self._positions: mx.array | None = None  # None: slot = position
         self._sorted = True
         self._numbers = Numbers()
-        self.window: Window | None = None
+        self.observed: Observed | None = None
         self._late = LateStates(self.most_late)
         self._late_slots: list[mx.array] = []  # theirs, where no plan tells them
         self.n_planned = 0
@@ -164,9 +164,9 @@ class BudgetKVCache(SparseKVCache):
             limit (int): Queries to remember.
         """
         n = queries.shape[2]
-        new = Window(queries, weights, tuple(range(self.offset - n, self.offset)))
-        self.window = (new if self.window is None else self.window.joined(new)).last(limit)
-        self._tie(self.window.queries, self.window.weights)
+        new = Observed(queries, weights, tuple(range(self.offset - n, self.offset)))
+        self.observed = (new if self.observed is None else self.observed.joined(new)).last(limit)
+        self._tie(self.observed.queries, self.observed.weights)
 
     def prune(self, slots: mx.array, worth: mx.array | None = None, n_planned: int = 0):
         """Drop all entries but some, and forget the observed queries.
@@ -182,7 +182,7 @@ class BudgetKVCache(SparseKVCache):
         if worth is not None:
             self.worth = worth
         self.plan(slots, n_planned)
-        self.window = None
+        self.observed = None
 
     def plan(self, order: mx.array, n_planned: int):
         """Lay the entries that the next steps replace last, in their order.
@@ -293,8 +293,8 @@ class BudgetKVCache(SparseKVCache):
     def nbytes(self) -> int:
         """Bytes of entries, positions and observed queries, as allocated."""
         extra = self._numbers.arrays + ([] if self._positions is None else [self._positions])
-        if self.window is not None:
-            extra += self.window[:2]
+        if self.observed is not None:
+            extra += self.observed[:2]
         return super().nbytes + self._late.nbytes + sum(a.nbytes for a in extra)
 
     @property
@@ -306,8 +306,8 @@ class BudgetKVCache(SparseKVCache):
             if self._late_slots:
                 late[1] = mx.stack(self._late_slots, axis=1)
         window = [None, None, None]
-        if self.window is not None:
-            window = [*self.window[:2], mx.array(self.window.positions, mx.int32)]
+        if self.observed is not None:
+            window = [*self.observed[:2], mx.array(self.observed.positions, mx.int32)]
         state = [
             *(self.keys, self.values, self.index_keys, self.offset, self.prompt.code),
             *(self.positions if self.evicted else None, int(self._sorted)),
@@ -337,7 +337,7 @@ class BudgetKVCache(SparseKVCache):
         self._size = 0 if keys is None else keys.shape[2]
         self._sorted = bool(in_order)
         there = window[0] is not None
-        self.window = Window(*window[:2], tuple(window[2].tolist())) if there else None
+        self.observed = Observed(*window[:2], tuple(window[2].tolist())) if there else None
 
     def _is_trimmable(self) -> bool:
         return not self.evicted
@@ -345,6 +345,6 @@ class BudgetKVCache(SparseKVCache):
     def trim(self, n: int) -> int:
         """Take back the newest ``n`` tokens; return how many were."""
         n = super().trim(n)
-        if self.window is not None and n:
-            self.window = self.window.before(self.offset)
+        if self.observed is not None and n:
+            self.observed = self.observed.before(self.offset)
         return n

@@ -22,7 +22,7 @@ class EvictRule(Rule):
     Attributes:
         selecting (SelectRule): Once bound, the layer's rule of selecting.
         observes (int): Once bound, the last queries of a prompt that :meth:`worth` finds in
-          ``cache.window``.
+          ``cache.observed``.
         is_final (bool): Whether what the end of a prompt says stands for later steps, and
           tokens that come then are worth :meth:`score`. Else :meth:`worth` is asked again.
         every_step (bool): Whether each step's query decides what goes, by
@@ -120,7 +120,7 @@ class EvictRule(Rule):
 
         Args:
             cache (BudgetKVCache): In the order of positions; at the end of a prompt
-              ``cache.window`` has the observed queries.
+              ``cache.observed`` has the observed queries.
 
         Returns:
             mx.array: ``[B, size]`` in float32; ``None``: the oldest go.

@@ -67,7 +67,7 @@ class ExpectedAttention(EvictRule):
         return worth
 
     def worth(self, cache):
-        queries = cache.window.queries.astype(mx.float32)
+        queries = cache.observed.queries.astype(mx.float32)
         n_kv_heads = cache.keys.shape[1]
         group = queries.shape[1] // n_kv_heads
         turn = self._mean_turn(cache.number, queries.shape[-1])

@@ -94,7 +94,7 @@ def read_again(
             for i, layer in layers.items():
                 layer.eviction.rule = rules[i]
         for i, layer in layers.items():
-            queries, keys = again[i].window.queries, again[i].keys
+            queries, keys = again[i].observed.queries, again[i].keys
             n_sinks = min(_SINKS, start)
             parts = keys[:, :, :n_sinks], keys[:, :, start:stop], keys[:, :, ids.shape[1] :]
             paid = _largest(queries, mx.concatenate(parts, axis=2), layer.layer.scale)

@@ -64,7 +64,7 @@ class Index(EvictRule):
             )
 
     def worth(self, cache):
-        *probe, positions = cache.window
+        *probe, positions = cache.observed
         scores = self._all_scores(Probe(*probe), cache)
         seen = cache.positions[:, None] <= mx.array(positions, mx.int32)[:, None]
         total = mx.where(seen, scores, 0).sum(axis=1)

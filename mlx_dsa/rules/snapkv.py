@@ -84,7 +84,7 @@ class TOVA(EvictRule):
 
 def _observed_attention(layer: Layer, cache: BudgetKVCache) -> mx.array:
     """Return the mean attention that entries are paid by the observed queries that see them."""
-    queries, _, positions = cache.window
+    queries, _, positions = cache.observed
     if cache.shift:  # keys have been numbered anew
         back = mx.full((queries.shape[0], queries.shape[2]), -cache.shift, mx.int32)
         queries = layer.turn(queries, back)

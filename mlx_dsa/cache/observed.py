@@ -7,7 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 
-class Window(NamedTuple):
+class Observed(NamedTuple):
     """The last prompt queries of the indexer, which decide what a prune keeps.
 
     Args:
@@ -20,19 +20,19 @@ class Window(NamedTuple):
     weights: mx.array
     positions: tuple[int, ...]
 
-    def joined(self, newer: Window) -> Window:
+    def joined(self, newer: Observed) -> Observed:
         """Return these queries and newer ones."""
         queries = mx.concatenate([self.queries, newer.queries], axis=2)
         weights = mx.concatenate([self.weights, newer.weights], axis=1)
-        return Window(queries, weights, self.positions + newer.positions)
+        return Observed(queries, weights, self.positions + newer.positions)
 
-    def last(self, n: int) -> Window:
+    def last(self, n: int) -> Observed:
         """Return the newest ``n`` queries."""
-        return Window(self.queries[:, :, -n:], self.weights[:, -n:], self.positions[-n:])
+        return Observed(self.queries[:, :, -n:], self.weights[:, -n:], self.positions[-n:])
 
-    def before(self, position: int) -> Window | None:
+    def before(self, position: int) -> Observed | None:
         """Return the queries before a position; ``None`` where there is none."""
         n = sum(p < position for p in self.positions)
         if not n:
             return None
-        return Window(self.queries[:, :, :n], self.weights[:, :n], self.positions[:n])
+        return Observed(self.queries[:, :, :n], self.weights[:, :n], self.positions[:n])
