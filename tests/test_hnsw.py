@@ -174,3 +174,14 @@ def test_without_usearch_one_line_says_what_to_install(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "usearch.index", None)
     with pytest.raises(ValueError, match=r"pip install 'mlx-dsa\[hnsw\]'"):
         patch_sparse_generate(model, make_projections(model), select="hnsw", **SETTINGS)
+
+
+def test_with_room_for_all_it_is_dense_bit_for_bit(model):
+    ids = make_tokens(90, seed=5)
+    for top_k, same in ((100, True), (24, False)):
+        settings = {**SETTINGS, "top_k": top_k, "select": "hnsw"}
+        with patch_sparse_generate(model, make_projections(model), **settings):
+            ours = np.concatenate(feed_calls(model, ids, [50, 40], make_prompt_cache(model)), axis=1)
+        with patch_sparse_generate(model, None, select="window", cache="full", top_k=100, n_recent=5):
+            dense = np.concatenate(feed_calls(model, ids, [50, 40], make_prompt_cache(model)), axis=1)
+        assert (ours == dense).all() == same

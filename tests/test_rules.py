@@ -196,8 +196,8 @@ def test_rules_in_a_list_keep_their_options():
     assert split_rules("dense, keydiff:pool=2,by_head=true,tova") == ["dense", "keydiff:pool=2,by_head=true", "tova"]
 
 
-# Search projections are trained indexers of another kind: tests/test_search.py.
-@pytest.mark.parametrize("select", [n for n in rule_names("select") if n != "projections"])
+# Search projections, and an index of them, are trained indexers of another kind: tests/test_search.py, tests/test_hnsw.py.
+@pytest.mark.parametrize("select", [n for n in rule_names("select") if n not in ("projections", "hnsw")])
 @pytest.mark.parametrize("prefill", ["exact", "tile", "dense"])
 def test_every_rule_of_selecting_with_room_for_all_is_dense(select, prefill):
     model, tokens = make_model(), make_tokens(70)
