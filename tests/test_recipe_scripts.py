@@ -1,6 +1,6 @@
-"""Every script of the recipes starts, and makes the rows that the published models were trained on.
+"""Every script of the recipes starts, and what it makes of a seed stays the same.
 
-The hashes of rows are of the code that made them first: who changes one on purpose trains other models.
+Another hash means other data to train on than the READMEs tell of.
 """
 
 import copy

@@ -192,7 +192,7 @@ def make_attribute(rng, kind, entities="train", words=None):
 
 def _draw_template(rng, kind, entities, phrasing, words, templates):
     s, q = (rng.randrange(len(listed)) for listed in templates)
-    sentence, question = (listed[i] for listed, i in zip(templates, (s, q)))
+    sentence, question = templates[0][s], templates[1][q]
     attribute = make_attribute(rng, kind, entities, words)
     bare = phrasing == "heldout" and rng.random() < 0.3
     if bare:
