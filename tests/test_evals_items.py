@@ -6,7 +6,9 @@ from collections import Counter
 import pytest
 from evals_subject import make_subject
 
+from mlx_dsa.tasks import wordlists
 from mlx_dsa.tasks.documents import load_documents
+from mlx_dsa.tasks.facts import make_facts
 from mlx_dsa.tasks.haystack import Haystack, sentences
 from mlx_dsa.tasks.needle_items import SETTINGS, TASKS, NeedleSpec, Turn, make_items
 from mlx_dsa.tasks.prompts import frame
@@ -59,6 +61,18 @@ def test_half_of_a_number_rich_haystack_is_problems(tokenizer):
 def test_lengths_that_cannot_be(haystack, length, message):
     with pytest.raises(ValueError, match=message):
         haystack.place(["The code of Ada is 4711."], [0.5], length, random.Random(0))
+
+
+@pytest.mark.parametrize("value", ["digits", "word", "mixed"])
+def test_facts_in_templates_of_ones_own(value):
+    own = ["{NP} equals {v}!"], ["{np} - which is it?"]
+    facts = make_facts(random.Random(0), 8, value=value, templates=own)
+    assert all(fact.sentence.endswith(f" equals {fact.value}!") for fact in facts)
+    assert {fact.question.split(" - ")[1] for fact in facts} == {"which is it?"}
+    # Chance is used as it is for the built-in ones.
+    listed = wordlists.SENTENCES["train"], wordlists.QUESTIONS["train"]
+    built_in = make_facts(random.Random(0), 8, value=value)
+    assert make_facts(random.Random(0), 8, value=value, templates=listed) == built_in != facts
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -5,7 +5,6 @@ computes it again. `python tests/test_recipe_losses.py` writes the record.
 """
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from family_models import COMMON, family_model
 from mlx.utils import tree_flatten
+from recipe_modules import PRETRAINED, recipe_imports
 
 from mlx_dsa import Indexer, IndexerArgs
 from mlx_dsa.families import family_of
@@ -24,7 +24,6 @@ from mlx_dsa.train.retention import retention_loss
 from mlx_dsa.train.teacher import attention_target, future_attention, layer_views
 
 RECORD = Path(__file__).with_name("recipe_losses.json")
-RECIPE = Path(__file__).resolve().parents[1] / "weights" / "recipe" / "pretrained"
 DIM, LENGTH, HIDDEN, SHAPE = COMMON["hidden_size"], 160, 8, (2, 16, 8)
 N_SINK, N_RECENT, DISTANCE, N_KEYS = 4, 32, 32, 100
 TOKENS = np.random.default_rng(0).integers(0, COMMON["vocab_size"], LENGTH)
@@ -86,10 +85,10 @@ def mlx_figures(name):
 def torch_figures(name):
     """Return the same as the recipe computes it."""
     torch = pytest.importorskip("torch")
-    sys.path.insert(0, str(RECIPE))
-    import heads
-    import targets
-    from teacher import Teacher
+    with recipe_imports(PRETRAINED):
+        import heads
+        import targets
+        from teacher import Teacher
 
     model, found = model_of(name), {}
     config = {**COMMON, "model_type": "qwen2" if name == "qwen2" else "llama"}

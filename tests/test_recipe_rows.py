@@ -5,62 +5,32 @@ import json
 import random
 import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
+from recipe_modules import PRETRAINED, ROOT, recipe_imports, write_sources
 from transformers import AutoTokenizer
 
 from mlx_dsa.train.data import load_sequences
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "weights" / "recipe" / "pretrained"
 TINY = ROOT / "weights" / "tiny"
-FUNCTION = '''
-def {name}_{i}(path, limit={i}, *, {word}="{word}"):
-    """Return the {word} of a path as often as it is asked for."""
-    for part in path.split("{word}"):
-        limit = limit - len(part) * {i}
-    return limit + {i}
-'''
 MARKERS = ("scribbled", "next to", "confirmed", "regarding", "remind", "my friend", "someone asked", "anyone asks")
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    """The recipe's modules; their plain names are gone again afterwards."""
-    before, path = set(sys.modules), list(sys.path)
-    sys.path.insert(0, str(RECIPE))
-    try:
+    """The recipe's modules."""
+    with recipe_imports(PRETRAINED):
         import prepare
         import rows
 
         yield rows, prepare
-    finally:
-        sys.path[:] = path
-        for name in set(sys.modules) - before:
-            if str(ROOT) in str(getattr(sys.modules[name], "__file__", "")) and not name.startswith("mlx_dsa"):
-                del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """A book of invented sentences, and a folder of Python files."""
-    rng, folder = random.Random(5), tmp_path_factory.mktemp("sources")
-    words = [a + b + c for a in "mo ta ri lu".split() for b in "nar dil sot".split() for c in "a en is".split()]
-    lines = []
-    for number in range(2500):
-        text = " ".join(rng.choice(words) for _ in range(rng.randint(6, 22)))
-        lines.append(text.capitalize() + "." + ("\n\n" if number % 7 == 0 else " "))
-    with gzip.open(folder / "books.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.write(json.dumps({"text": "".join(lines)}) + "\n")
-    code = folder / "code"
-    code.mkdir()
-    for number in range(24):
-        name = rng.choice(words)
-        body = "".join(FUNCTION.format(name=name, i=i + 31 * number, word=rng.choice(words)) for i in range(8))
-        (code / f"module{number}.py").write_text("import os\n" + body, encoding="utf-8")
-    return folder / "books.jsonl.gz", code
+    return write_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ import re
 from dataclasses import dataclass
 
 from .code_window import Mark, Window, line_ends
-from .facts import PARTS, is_correct, make_value
+from .facts import is_correct, make_value
 from .needle_items import NeedleItem, Turn, locate, tokens_of
 from .prompts import frame
+from .wordlists import PARTS
 
 TASKS = ("constants", "definitions", "functions")
 SETTINGS = ("in-prompt", "before-question")

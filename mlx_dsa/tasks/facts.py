@@ -1,8 +1,8 @@
 """Facts to hide in a text, and the questions about them.
 
-Standard library only, importing nothing of mlx_dsa: the recipe of the bundled model loads this
-file by its path, so that training and evaluation draw from one source. Names, objects, words and
-phrasings are split: what `entities="heldout"` or `phrasing="heldout"` yields, no training saw.
+The recipes under weights/recipe draw from here too, so that training and evaluation have one source.
+Names, objects, words and phrasings are split: what `entities="heldout"` or `phrasing="heldout"`
+yields, no training saw.
 The tasks beyond the single fact follow RULER [1].
 
 [1] Hsieh et al., RULER: What's the Real Context Size of Your Long-Context Language Models?, 2024.
@@ -10,6 +10,9 @@ The tasks beyond the single fact follow RULER [1].
 
 import re
 from dataclasses import dataclass
+
+from . import wordlists as w
+from .wordlists import PARTS
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,6 @@ class Task:
 def stem_of(asked):
     """Return the answer of a Fact or Task up to its values: "The access code of Ada Thorne is"."""
     return asked.answer[: max(0, asked.answer.rfind(asked.short_answer))].rstrip()
-
-
-try:
-    from . import wordlists as w
-except ImportError:  # loaded by its path, with its folder on sys.path
-    import wordlists as w
-
-PARTS = w.PARTS
 
 
 def made_up(rng, low=2, high=4):
@@ -144,8 +139,9 @@ def fill(template, attribute, entity, value, form):
 
 
 def make_facts(
-    rng, n, *, value="digits", entities="train", phrasing="train", same_template=None, words=None, names=None
-):
+    rng, n, *, value="digits", entities="train", phrasing="train", same_template=None, words=None, names=None,
+    templates=None,
+):  # fmt: skip
     """Return `n` facts with different entities and different values.
 
     Args:
@@ -158,16 +154,22 @@ def make_facts(
         words (list of str): values that are words come from these, and some attributes and objects.
             Default: the built-in lists.
         names (list of str): more names of people and places (training). Default: ``None``.
+        templates (tuple): a list of sentences and one of questions, as in wordlists.py, to take the
+            place of the built-in ones of `phrasing`. Default: ``None``.
+
+    Raises:
+        ValueError: if `value` is none of the three.
     """
     if value not in ("digits", "word", "mixed"):
         raise ValueError(f"[facts] 'value' must be 'digits', 'word' or 'mixed' but got {value!r}.")
     if same_template is None:
         same_template = rng.random() < 0.5
+    templates = templates or (w.SENTENCES[phrasing], w.QUESTIONS[phrasing])
     facts, seen, shared = [], set(), None
     while len(facts) < n:
         kind = rng.choice(("digits", "word")) if value == "mixed" else value
         if shared is None or not same_template:
-            shared = _draw_template(rng, kind, entities, phrasing, words)
+            shared = _draw_template(rng, kind, entities, phrasing, words, templates)
         if same_template:
             kind = shared["kind"]
         fact = _make_fact(rng, shared, entities, phrasing, words, names)
@@ -188,17 +190,18 @@ def make_attribute(rng, kind, entities="train", words=None):
     return rng.choice(PARTS[entities]["digits_attr" if kind == "digits" else "word_attr"])
 
 
-def _draw_template(rng, kind, entities, phrasing, words):
-    s, q = rng.randrange(len(w.SENTENCES[phrasing])), rng.randrange(len(w.QUESTIONS[phrasing]))
+def _draw_template(rng, kind, entities, phrasing, words, templates):
+    s, q = (rng.randrange(len(listed)) for listed in templates)
+    sentence, question = templates[0][s], templates[1][q]
     attribute = make_attribute(rng, kind, entities, words)
     bare = phrasing == "heldout" and rng.random() < 0.3
     if bare:
         attribute = f"{rng.choice(w.BARE_ADJ)} {rng.choice(w.BARE_NOUN[kind])}"
     form, other = rng.choice(("of", "for", "poss")), rng.choice(("of", "for", "poss"))
-    if "{np}" not in w.QUESTIONS[phrasing][q] and "{NP}" not in w.QUESTIONS[phrasing][q]:
+    if "{np}" not in question and "{NP}" not in question:
         form, other = "of", "of"  # what the question leaves open, the answer settles in one way
     return {
-        "kind": kind, "sentence": s, "question": q, "attribute": attribute, "bare": bare,
+        "kind": kind, "sentence": sentence, "question": question, "ids": (s, q), "attribute": attribute, "bare": bare,
         "form": form, "ask_form": form if rng.random() < 0.6 else other, "lead": rng.choice(w.LEADS),
     }  # fmt: skip
 
@@ -213,15 +216,15 @@ def _make_fact(rng, t, entities, phrasing, words, names):
             key, value, kind, sentence, question, f"The {attribute} is {value}.", value, "bare", "", attribute
         )
     entity = make_entity(rng, entities, names, words)
-    ask = w.QUESTIONS[phrasing][t["question"]]
-    sentence = fill(w.SENTENCES[phrasing][t["sentence"]], attribute, entity, value, form)
+    sentence = fill(t["sentence"], attribute, entity, value, form)
     if phrasing == "train" and t["lead"]:
         keep = entity.split()[0] not in ("the",) and not sentence.startswith(("The ", "They", "Some", "Every"))
         keep = keep and not sentence.startswith(("One ", "It ", "In ", "For ", "We "))
         sentence = t["lead"] + (sentence if keep else sentence[:1].lower() + sentence[1:])
-    question = fill(ask, attribute, entity, value, t["ask_form"])
+    question = fill(t["question"], attribute, entity, value, t["ask_form"])
     key = noun_phrase(t["ask_form"], attribute, entity)
-    template = f"{phrasing[0]}{t['sentence']}:{form}/q{t['question']}:{t['ask_form']}"
+    s, q = t["ids"]
+    template = f"{phrasing[0]}{s}:{form}/q{q}:{t['ask_form']}"
     return Fact(
         key, value, kind, sentence, question, f"{capital(key)} is {value}.", value, template, entity, attribute
     )

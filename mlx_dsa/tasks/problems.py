@@ -1,12 +1,9 @@
 """Arithmetic word problems in GSM8K's format: worked steps with <<48/2=24>> notes, then "#### N".
 
-Standard library only, importing nothing of mlx_dsa (the recipe of the bundled model loads this
-file by its path). People, things and combinations of numbers are split into train and held-out
-parts.
+People, things and combinations of numbers are split into train and held-out parts.
 """
 
 import re
-
 from dataclasses import dataclass
 
 

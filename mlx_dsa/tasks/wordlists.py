@@ -1,7 +1,8 @@
 """Names, words and phrasings from which facts are made, split into train and held-out parts.
 
-Standard library only. Every fifth entry of each list is held out; of the phrasings, whole
-families are ("The secret code is 7392." / "What is the secret code?" among them).
+Every fifth entry of each list is held out; of the phrasings, whole families are ("The secret code
+is 7392." / "What is the secret code?" among them). Nobody changes these lists: whoever adds to one
+adds to a copy.
 """
 
 FIRST = """Ada Alan Albert Alice Amos Anna Arthur Beatrice Bernard Bertha Boris Bridget Carla Cedric

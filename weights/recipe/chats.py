@@ -1,17 +1,14 @@
 """Conversations to train on, as text: needles with their questions, word problems, small talk."""
 
-import sys
-from pathlib import Path
+import frames
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "mlx_dsa" / "tasks"))
-import facts as F  # noqa: E402
-import frames  # noqa: E402
-import problems as P  # noqa: E402
-import wordlists as w  # noqa: E402
+from mlx_dsa.tasks import facts as F, problems as P, wordlists as w
 
-# Half of the phrasings from the lists, half composed.
-for listed, composed in zip((w.SENTENCES, w.QUESTIONS), frames.compose()):
-    listed["train"] = listed["train"] * (len(composed) // len(listed["train"])) + composed
+# To train on: half of the phrasings from the lists, half composed.
+SENTENCES, QUESTIONS = (
+    listed["train"] * (len(composed) // len(listed["train"])) + composed
+    for listed, composed in zip((w.SENTENCES, w.QUESTIONS), frames.compose())
+)
 
 HELPFUL = ["You are a helpful assistant.", "You are a careful reader.", "Answer the user's questions.",
            "You answer questions about texts."]  # fmt: skip
@@ -79,7 +76,10 @@ def needle_task(rng, split, room, pools, spec=None):
     most = max(1, min(20, room // 60))
     n = spec.get("facts") or min(most, rng.choice((1, 1, 1, 2, 3, 4, 4, 4, 4, 5, 6, 8, 10, 12, 16)))
     task = spec.get("task") or rng.choices(("single", "values", "query"), (0.78, 0.1, 0.12))[0]
-    facts = F.make_facts(rng, n, value=value, entities=split, phrasing=phrasing, **pools)
+    templates = (SENTENCES, QUESTIONS) if phrasing == "train" else None
+    facts = F.make_facts(
+        rng, n, value=value, entities=split, phrasing=phrasing, templates=templates, **pools
+    )
     sentences = [f.sentence for f in facts]
     turns = spec.get("turns") or min(n, rng.choice((1, 1, 2, 2, 3, 4) if room < 1500 else (1, 2, 3, 4, 6, 8, 10)))
     asked = [(f.question, f.answer, f.short_answer, (f.value,)) for f in rng.sample(facts, turns)]

@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import chats as C  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
+from mlx_dsa.tasks import facts as F, problems as P, wordlists as w  # noqa: E402
 from mlx_dsa.tasks.haystack import sentences  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -68,7 +68,7 @@ def document(rng, books, hidden, room):
     pieces = books.passage(rng, int(room * (1 - share)))
     filled = 0
     while filled < share * room - 200:
-        problem = C.P.make_problem(rng, "train")
+        problem = P.make_problem(rng, "train")
         text = f" {problem.question} " + " ".join(problem.answer.split())
         filled += books.count(text)
         pieces.insert(rng.randint(0, len(pieces)), text)
@@ -94,14 +94,14 @@ def conversation(rng, books, pools, room, listed=False):
     for number, (question, answer, short, _) in enumerate(asked):
         question, reply = C.ask(rng, question, answer, short, brief, rng.random() < 0.4)
         if number == 0:
-            question = C.F.user_message(body, question, style)
+            question = F.user_message(body, question, style)
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
     return messages
 
 
 def problems(rng):
     """Return messages: one to four word problems, with examples before the first or not."""
-    items = [C.P.make_problem(rng, "train") for _ in range(rng.choice((1, 1, 2, 4, 7)))]
+    items = [P.make_problem(rng, "train") for _ in range(rng.choice((1, 1, 2, 4, 7)))]
     if rng.random() < 0.5:
         shots = [f"Question: {p.question}\nAnswer: {p.answer}" for p in items[:-1]]
         items = items[-1:]
@@ -140,7 +140,7 @@ def write_mixture(books_path, words, out, count, seed):
     books = Books(books_path, Tokenizer.from_file(str(HERE.parent / "tiny" / "tokenizer.json")))
     pools = json.loads(Path(words).read_text(encoding="utf-8"))
     pools.pop("sentences")  # they go between questions in training alone
-    own = C.F.PARTS["train"]["words"]
+    own = w.PARTS["train"]["words"]
     pools["words"] += own * (len(pools["words"]) // (8 * len(own)))
     with gzip.open(out, "wt", encoding="utf-8", compresslevel=9) as file:
         for _ in range(count):

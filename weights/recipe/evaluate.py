@@ -14,6 +14,8 @@ import torch
 import chats as C
 import rows as R
 
+from mlx_dsa.tasks.problems import make_problems
+
 # name: (length, specification of the case)
 CELLS = {
     "digits-512": (512, {"facts": 4, "turns": 1, "value": "digits"}),
@@ -64,7 +66,7 @@ class Suite:
         rng = random.Random("cases-problems")
         return [
             self.rows.told(C.chat([(p.question, p.answer)]), [p.answer], R.PROBLEM)
-            for p in C.P.make_problems(rng, n, "heldout")[self.rank :: self.world]
+            for p in make_problems(rng, n, "heldout")[self.rank :: self.world]
         ]
 
     def judge(self, model, device, cases, width, strict):

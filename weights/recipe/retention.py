@@ -16,10 +16,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import chats as C  # noqa: E402
 import distil as D  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
+
+from mlx_dsa.tasks import facts as F, problems as P  # noqa: E402
+from mlx_dsa.tasks.haystack import sentences  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 LENGTH = 4000  # tokens of a sequence
@@ -34,10 +36,10 @@ def document(rng, books, hidden, room):
     pieces = books.passage(rng, int(room * (1 - share)))
     filled = 0
     while filled < share * room - 100:
-        problem = C.P.make_problem(rng, "train")
+        problem = P.make_problem(rng, "train")
         text = f" {problem.question} " + " ".join(problem.answer.split())
         filled += books.count(text)
-        parts = [f" {p.strip()}" for p in D.sentences(text)]
+        parts = [f" {p.strip()}" for p in sentences(text)]
         # Whole, or anywhere sentence by sentence.
         place = rng.randint(0, len(pieces))
         for part in parts if rng.random() < 0.3 else [text]:
@@ -60,7 +62,7 @@ def conversation(rng, books, room):
     for number, (question, answer, short, _) in enumerate(asked):
         question, reply = C.ask(rng, question, answer, short, False, rng.random() < 0.6)
         if number == 0:
-            question = C.F.user_message(body, question)
+            question = F.user_message(body, question)
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
     return messages
 

@@ -21,16 +21,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import chats  # noqa: E402
 import evaluate  # noqa: E402
 import rows as R  # noqa: E402
 from corpus import Corpus  # noqa: E402
 from model import CONFIG, Model, hf_name  # noqa: E402
 from optim import Optimizer  # noqa: E402
 
+from mlx_dsa.tasks import problems as P, wordlists as w  # noqa: E402
+
 
 def problem_text(rng):
-    problem = chats.P.make_problem(rng)
+    problem = P.make_problem(rng)
     return f"{problem.question}\n{problem.answer}"
 
 
@@ -48,7 +49,7 @@ class Batches(torch.utils.data.IterableDataset):
         self.corpus = load_corpus(args, "books-train")
         pools = json.loads((args.data / "words.json").read_text())
         # The built-in words keep a share of the values.
-        own = chats.F.PARTS["train"]["words"]
+        own = w.PARTS["train"]["words"]
         pools["words"] += own * (len(pools["words"]) // (8 * len(own)))
         self.rows = R.Rows(self.corpus, pools=pools)
 

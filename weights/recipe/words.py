@@ -13,8 +13,10 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import chats  # noqa: E402
 from tokenizer import books  # noqa: E402
+
+from mlx_dsa.tasks.problems import held_out_words  # noqa: E402
+from mlx_dsa.tasks.wordlists import PARTS  # noqa: E402
 
 
 def main():
@@ -27,8 +29,8 @@ def main():
         lower.update(re.findall(r"(?<=[a-z,] )[a-z]{3,12}(?=[ ,.;])", text))
         names.update(re.findall(r"(?<=[a-z,] )[A-Z][a-z]{2,10}(?=[ ,.;])", text))
         asides.update(re.findall(r"(?<=[.!?] )[A-Z][A-Za-z', ]{8,60}[.!?](?= [A-Z])", text))
-    held = [word.lower() for words in chats.F.PARTS["heldout"].values() for word in words]
-    held = set(held) | {word.lower() for word in chats.P.held_out_words()}
+    held = [word.lower() for words in PARTS["heldout"].values() for word in words]
+    held = set(held) | {word.lower() for word in held_out_words()}
     common = {word for word, _ in lower.most_common(250)}
     out = {
         "words": sorted(w for w, n in lower.items() if n >= 4 and w not in held and w not in common),

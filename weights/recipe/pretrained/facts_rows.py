@@ -4,11 +4,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import chats as C  # noqa: E402
 import questions as Q  # noqa: E402
 import values as V  # noqa: E402
 import wordings as W  # noqa: E402
-from values import C, F, w  # noqa: E402
+
+from mlx_dsa.tasks import facts as F, wordlists as w  # noqa: E402
 
 
 class Fact(NamedTuple):
@@ -73,7 +75,7 @@ def say(rng, fact):
         return fact.fill(rng.choice(W.BLOCKS)), "own"
     if chance < 0.3:
         return fact.fill(rng.choice(W.CLAUSES)), "end"
-    template = rng.choice(W.STATED if chance < 0.62 else w.SENTENCES["train"])
+    template = rng.choice(W.STATED if chance < 0.62 else C.SENTENCES)
     sentence = fact.fill(template)
     if rng.random() < 0.15:
         sentence = rng.choice(W.WRAPPED).format(s=sentence, t=soften(sentence, fact))
@@ -149,7 +151,7 @@ def ask(rng, facts, group, brief):
     if fact.old and rng.random() < 0.6:
         template = rng.choice(Q.ASK_NEWEST)
     else:
-        template = rng.choice(Q.QUESTIONS if rng.random() < 0.55 else w.QUESTIONS["train"])
+        template = rng.choice(Q.QUESTIONS if rng.random() < 0.55 else C.QUESTIONS)
     question = fact.fill(template, form)
     answer = fact.fill(rng.choice(Q.ANSWERS), form)
     question, answer = C.ask(rng, question, answer, fact.value, brief or rng.random() < 0.5, rng.random() < 0.55)

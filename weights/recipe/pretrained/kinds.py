@@ -5,10 +5,12 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import chats as C  # noqa: E402
 import facts_rows as R  # noqa: E402
 import values as V  # noqa: E402
-from values import C, F  # noqa: E402
+
+from mlx_dsa.tasks import facts as F, problems as P  # noqa: E402
 
 TURN = 7  # tokens of the template around a message, at most
 READ = C.READ + ["This is the document.", "Take a look at this.", "Have a look at the pages below.",
@@ -95,7 +97,7 @@ def problems(rng, room, measure):
     """Return sentences full of numbers that nobody asks for."""
     parts = []
     while room > 60:
-        problem = C.P.make_problem(rng, "train")
+        problem = P.make_problem(rng, "train")
         text = f"{problem.question} " + " ".join(problem.answer.split())
         room -= measure.counts([text])[0] + 2
         parts.append(text)

@@ -10,16 +10,14 @@ from), kind [R] and length [R].
 import argparse
 import itertools
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import numpy as np  # noqa: E402
 
-from mlx_dsa.train.lessons import read_once  # noqa: E402
 from mlx_dsa.train.data import Sequence  # noqa: E402
+from mlx_dsa.train.lessons import read_once  # noqa: E402
 from mlx_dsa.train.rendering import render_row  # noqa: E402
 from mlx_dsa.train.sources import read_rows  # noqa: E402
 

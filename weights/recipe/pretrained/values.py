@@ -1,14 +1,9 @@
 """Values of many kinds, and what may be said to have them."""
 
-import sys
-from pathlib import Path
+from mlx_dsa.tasks import facts as F, problems as P, wordlists as w
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import chats as C  # noqa: E402
-
-F, w = C.F, C.w
 HELD = {item.lower() for items in w.PARTS["heldout"].values() for item in items} | {
-    word.lower() for word in C.P.held_out_words()
+    word.lower() for word in P.held_out_words()
 }
 TRAIN = w.PARTS["train"]
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
