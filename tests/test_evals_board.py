@@ -1,8 +1,9 @@
 """Policies that are rules' names, the time of each, and the leaderboard over all rules."""
 
+import functools
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +15,8 @@ from evals_subject import make_subject
 from mlx_dsa import SparseConfig
 from mlx_dsa.cli import main
 from mlx_dsa.evals import leaderboard, make_policies, make_policy, read_suite, retrieval, timing
-from mlx_dsa.evals import suite as suite_module
+from mlx_dsa.evals import evaluator as evaluator_module
+from mlx_dsa.evals.evaluator import evaluator_of
 from mlx_dsa.evals.report.board import board, board_markdown, board_tables
 from mlx_dsa.evals.each_rule import each_rule
 from mlx_dsa.evals.generation import read
@@ -226,13 +228,15 @@ def test_a_leaderboard_goes_on_past_what_fails(middle, tmp_path, monkeypatch):
     suite, notes, fails = read_suite(write(tmp_path)), [], [True]
     rules = ["tova", "test-middle", "test-broken", "oracle"]
 
-    def ppl(*args, evaluator=suite_module.EVALUATORS["ppl"], **options):
+    known = evaluator_of("ppl")
+
+    @functools.wraps(known.run)
+    def ppl(*args, **options):
         if fails.pop():
             raise RuntimeError("out of memory")
-        return evaluator(*args, **options)
+        return known.run(*args, **options)
 
-    ppl.__signature__ = suite_module.signature(suite_module.EVALUATORS["ppl"])
-    monkeypatch.setitem(suite_module.EVALUATORS, "ppl", ppl)
+    monkeypatch.setitem(evaluator_module._EVALUATORS, "ppl", replace(known, run=ppl))
     results, failed = leaderboard(subject, suite, folder, rules=rules, note=notes.append)
     assert list(failed) == ["p"] and set(results) == {"n", "t", "r"}
     assert notes == [

@@ -1,13 +1,14 @@
 """What is wrong with a suite is said before the work of its first run."""
 
+import functools
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from evals_subject import make_subject
 
-from mlx_dsa.evals import read_suite, run_suite
-from mlx_dsa.evals import suite as suite_module
+from mlx_dsa.evals import evaluator, read_suite, run_suite
 
 NEEDLE = dict(name="n", kind="needle", lengths=[256], depths=[0.5], limit=1, max_tokens=2)
 POLICIES = ["dense", {"policy": "retention", "top_k": 64}]
@@ -26,15 +27,15 @@ def table(*cells):
 def make(tmp_path, monkeypatch):
     """Return what makes a suite, and notes the evaluators that were begun."""
     begun = []
-    for kind, evaluator in suite_module.EVALUATORS.items():
+    for kind in evaluator.evaluator_kinds():
+        known = evaluator.evaluator_of(kind)
 
-        def noting(*args, kind=kind, evaluator=evaluator, **options):
-            begun.append(kind)
-            return evaluator(*args, **options)
+        @functools.wraps(known.run)
+        def noting(*args, known=known, **options):
+            begun.append(known.kind)
+            return known.run(*args, **options)
 
-        noting.__signature__ = suite_module.signature(evaluator)
-        monkeypatch.setitem(suite_module.EVALUATORS, kind, noting)
-    monkeypatch.setattr(suite_module, "retrieval", suite_module.EVALUATORS["retrieval"])
+        monkeypatch.setitem(evaluator._EVALUATORS, kind, replace(known, run=noting))
 
     def make(**suite):
         file = tmp_path / "suite.json"
