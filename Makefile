@@ -1,6 +1,8 @@
 # Works with GNU make 3.81, which macOS ships.
 PYTHON ?= python3
 EXTRAS ?= $(shell [ "$$(uname -s)" = Linux ] && echo cpu,)test
+# Tests at once; each is mostly one thread. A file's tests stay together: they share models.
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -10,7 +12,7 @@ demo: $(STAMP)
 	$(BIN)/python demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
