@@ -13,7 +13,8 @@ _SELECT_THREADS = 512
 _SHARED_BYTES = {"metal": 32 << 10, "cuda": 48 << 10}
 _WARPS = 4  # of a thread group that scores
 _CHUNK = 16  # queries that it takes at a time, where they fit
-_PITCH = 8  # elements after a row, so that rows lie in different banks
+# Elements after a row in shared memory, so that 8 rows lie in different banks.
+_PAD = {"metal": 4, "cuda": 8}
 _VECTOR_BYTES = 16
 _ATTEND_WARPS = 4
 
@@ -60,12 +61,14 @@ def _score_sizes(language: str, queries: mx.array, tiles: bool) -> dict | None:
     if depth > 512:
         return None
     for chunk in (_CHUNK, 8) if language == "cuda" else (8,):
-        row_bytes = 2 * 2 * (depth + _PITCH) + 8 if language == "cuda" else 4 * (depth + 5)
+        width = depth + _PAD[language]
+        # With each row lies a weight; on CUDA both are there twice, rows in 16 bits.
+        row_bytes = 2 * (2 * width + 4) if language == "cuda" else 4 * width + 4
         # Beside the heads' weights lie the queries' levels.
         if chunk * (n_heads * row_bytes + 8) <= _SHARED_BYTES[language]:
             return {
                 **{"HEADS": n_heads, "DIMS": dims, "DEPTH": depth},
-                **{"CHUNK": chunk, "BLOCKS": blocks, "WARPS": _WARPS},
+                **{"CHUNK": chunk, "BLOCKS": blocks, "WARPS": _WARPS, "PAD": _PAD[language]},
             }
     return None
 
@@ -135,7 +138,7 @@ def _lay_out(queries, weights, n_tiles, sizes) -> tuple[mx.array, mx.array]:
         queries = _in_chunks(queries, size, chunk)
         weights = _in_chunks(weights[:, None], size, chunk)
         weights = weights.reshape(weights.shape[0], -1, weights.shape[-1])
-    padding = sizes["DEPTH"] + _PITCH - sizes["DIMS"]
+    padding = sizes["DEPTH"] + sizes["PAD"] - sizes["DIMS"]
     return mx.pad(queries, [(0, 0)] * 5 + [(0, padding)]), weights
 
 
@@ -241,7 +244,7 @@ def tile_attention(
     n_kv_heads, n_tiles = keys.shape[1], topk_indices.shape[1]
     n_rows = n_heads // n_kv_heads * (L // n_tiles)
     n_threads = 32 * _ATTEND_WARPS
-    row_bytes = (head_dim + 8) * queries.dtype.size
+    row_bytes = (head_dim + _PAD["cuda"]) * queries.dtype.size
     return launch(
         "attend",
         "cuda",
@@ -250,7 +253,7 @@ def tile_attention(
             mx.contiguous(topk_indices),
             mx.array([scale], mx.float32),
         ],
-        {"T": queries.dtype, "D": head_dim, "WARPS": _ATTEND_WARPS},
+        {"T": queries.dtype, "D": head_dim, "WARPS": _ATTEND_WARPS, "PAD": _PAD["cuda"]},
         (-(-n_rows // n_threads), n_kv_heads, B * n_tiles),
         n_threads,
         [queries.shape],

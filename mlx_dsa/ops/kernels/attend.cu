@@ -13,7 +13,7 @@
 // with the running maximum and sum of each row's softmax.
 
 constexpr int BLOCK = 64;
-constexpr int PITCH = D + 8;  // so that 8 rows lie in different banks
+constexpr int PITCH = D + PAD;
 constexpr int PARTS = D / 8;  // of 16 bytes a row
 constexpr int N_THREADS = WARPS * 32;
 constexpr int ROWS = WARPS * 32;

@@ -1,6 +1,6 @@
 // Scores of index keys for index queries: for each query, or the largest of a tile's.
 //
-//   queries [B, N, M, HEADS, CHUNK, DEPTH + 8]  bfloat16 or half: N tiles of M chunks,
+//   queries [B, N, M, HEADS, CHUNK, DEPTH + PAD]  bfloat16 or half: N tiles of M chunks,
 //                                  zeros after a head's own dims
 //   weights [B, L, HEADS]          float; [B, N * M * CHUNK, HEADS + 1] for tiles (TILES):
 //                                  the last is added to all of a query's scores
@@ -12,7 +12,7 @@
 // product leaves the registers.
 
 constexpr int STEPS = DEPTH / 16;
-constexpr int PITCH = DEPTH + 8;  // so that 8 rows lie in different banks
+constexpr int PITCH = DEPTH + PAD;
 constexpr int SETS = CHUNK / 8;   // of queries that are one operand
 constexpr int ELEMENTS = HEADS * CHUNK * PITCH;
 constexpr int WEIGHTS = HEADS + (TILES ? 1 : 0);  // of a query

@@ -11,7 +11,7 @@
 // the registers.
 
 constexpr int STEPS = (DIMS + 7) / 8;
-constexpr int PITCH = STEPS * 8 + 4;
+constexpr int PITCH = STEPS * 8 + PAD;
 constexpr int ROWS = CHUNK * HEADS;
 constexpr int WEIGHTS = HEADS + (TILES ? 1 : 0);  // of a query
 threadgroup float stage[ROWS * PITCH];
