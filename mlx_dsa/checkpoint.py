@@ -15,8 +15,7 @@ from mlx.utils import tree_flatten
 
 from .arrays import evaluate
 from .checkpoint_file import INDEXERS as INDEXERS  # for those who fetch
-from .checkpoint_file import LIGHTNING, RUN_CONFIG, check_kind, find_file, read_header
-from .checkpoint_file import write_checkpoint
+from .checkpoint_file import LIGHTNING, RUN_CONFIG, check_kind, find_file, read_header, write_checkpoint
 from .indexer import Indexer, IndexerArgs
 
 _ALIASES = {

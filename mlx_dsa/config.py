@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
-from .registry import make_rule, rule_class
+from .registry import make_rule
 
 
 @dataclass(frozen=True)

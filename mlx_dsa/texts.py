@@ -9,7 +9,6 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 # Characters in which a text is handed on. A line that is longer than the second comes in

@@ -205,13 +205,12 @@ class UnfinishedReading:
 
 def _flat(maker: Mapping[str, Any]) -> dict[str, Any]:
     """Return what makes keys and values, what tells models apart by name first."""
-    named = {name: value for name, value in maker["settings"].items()}
     prints = {
         f"{of} ({what})": digits
         for of in ("model", "indexer")
         for what, digits in maker[of].items()
     }
-    return {**named, **prints}
+    return {**maker["settings"], **prints}
 
 
 def _told(then: Any, now: Any) -> str:

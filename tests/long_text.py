@@ -14,14 +14,16 @@ import time
 from pathlib import Path
 
 from mlx_dsa import load_preset, patch_sparse_generate  # before MLX, for OpenBLAS
+
+# isort: split
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_dsa.pictures import save_picture
 from mlx_dsa.tasks.documents import load_documents
 from mlx_dsa.tasks.facts import make_facts
 from mlx_dsa.tasks.prompts import frame
-from mlx_dsa.pictures import save_picture
 
 # Pages, and where on a page of 600 tokens its facts stand.
 PAGES, ON_PAGE = ("first", "middle", "last"), (100, 300, 500)

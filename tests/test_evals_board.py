@@ -14,13 +14,13 @@ from evals_subject import make_subject
 
 from mlx_dsa import SparseConfig
 from mlx_dsa.cli import main
-from mlx_dsa.evals import leaderboard, make_policies, make_policy, read_suite, retrieval, timing
 from mlx_dsa.evals import evaluator as evaluator_module
-from mlx_dsa.evals.evaluator import evaluator_of
-from mlx_dsa.evals.report.board import board, board_markdown, board_tables
+from mlx_dsa.evals import leaderboard, make_policies, make_policy, read_suite, retrieval, timing
 from mlx_dsa.evals.each_rule import each_rule
+from mlx_dsa.evals.evaluator import evaluator_of
 from mlx_dsa.evals.generation import read
 from mlx_dsa.evals.policies import policy_names
+from mlx_dsa.evals.report.board import board, board_markdown, board_tables
 from mlx_dsa.registry import forget
 from mlx_dsa.rules import EvictRule, register, rule_names
 

@@ -12,8 +12,8 @@ from mlx_lm.perplexity import eval_ppl
 
 from mlx_dsa import BudgetKVCache
 from mlx_dsa.evals import gsm8k, make_policies, memory, ppl, retrieval
-from mlx_dsa.tasks.documents import load_documents, windows_of
 from mlx_dsa.evals.fidelity import coverage, selection_mask, true_attention
+from mlx_dsa.tasks.documents import load_documents, windows_of
 
 
 @pytest.fixture(scope="module")

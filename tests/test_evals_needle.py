@@ -13,12 +13,12 @@ from mlx_lm.generate import generate_step
 
 from mlx_dsa import BudgetKVCache
 from mlx_dsa.evals import make_policies, make_policy, memory, needle, ppl
-from mlx_dsa.tasks.documents import load_documents
 from mlx_dsa.evals.generation import answer, converse, read, take_rows
-from mlx_dsa.tasks.haystack import Haystack
-from mlx_dsa.tasks.needle_items import NeedleSpec, make_items
 from mlx_dsa.evals.policies import NAMES, pairings
 from mlx_dsa.evals.running.watch import verdict
+from mlx_dsa.tasks.documents import load_documents
+from mlx_dsa.tasks.haystack import Haystack
+from mlx_dsa.tasks.needle_items import NeedleSpec, make_items
 
 GRID = dict(lengths=[256], depths=[0.2, 0.6], limit=2, max_tokens=5)
 

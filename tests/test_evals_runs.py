@@ -224,7 +224,8 @@ def test_the_code_command_asks(model, tmp_path):
 SUITE = {
     "name": "small",
     "runs": [
-        {"name": "n", "kind": "needle", "lengths": [192], "depths": [0.5], "limit": 2, "max_tokens": 3, "top_k": [64], "policies": ["dense", "full", {"policy": "kept", "label": "oracle"}], "quick": {"limit": 1}},
+        {"name": "n", "kind": "needle", "lengths": [192], "depths": [0.5], "limit": 2, "max_tokens": 3, "top_k": [64],
+         "policies": ["dense", "full", {"policy": "kept", "label": "oracle"}], "quick": {"limit": 1}},
         {"name": "p", "kind": "ppl", "length": 200, "limit": 2, "config": {"prefill": "exact"}},
         {"name": "r", "kind": "retrieval", "length": 200, "limit": 1, "top_k": [32]},
     ],

@@ -1,11 +1,11 @@
 """Every kernel equals the reference: on the GPU there is, and emulated on the CPU."""
 
+import emulation
 import mlx.core as mx
 import numpy as np
 import pytest
-
-import emulation
 from builders import feed, make_indexers, make_model, make_tokens
+
 from mlx_dsa import crossovers, ops, patch_sparse_generate
 from mlx_dsa.ops import backends, gpu, reference
 

@@ -24,7 +24,8 @@ LAYERS = [
      "sealed", "texts", "versions"},
     {"startup", "tasks"},
     {"ops"},
-    {"families", "indexer", "indexer_args", "selection", "cache", "checkpoint", "checkpoint_file", "chunks", "crossovers", "projections"},
+    {"families", "indexer", "indexer_args", "selection", "cache", "checkpoint", "checkpoint_file", "chunks",
+     "crossovers", "projections"},
     {"search", "convert"},
     {"rules"},
     {"eviction"},
@@ -35,7 +36,7 @@ LAYERS = [
     {"presets"},
     {"train", "evals", "bench"},
     {"cli"},
-]
+]  # fmt: skip
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ENDS = {"__init__", "__main__"}  # of the package itself: they name everything

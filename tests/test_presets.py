@@ -13,12 +13,10 @@ from local_models import write_indexers, write_model
 from mlx.utils import tree_flatten
 from mlx_lm import stream_generate
 
-from mlx_dsa import IndexerArgs, SparseConfig, load_indexers, load_preset
-from mlx_dsa import patch_sparse_generate
+from mlx_dsa import IndexerArgs, SparseConfig, load_indexers, load_preset, patch_sparse_generate
 from mlx_dsa.hub import fetch
-from mlx_dsa.presets import preset_names, preset_of, read_preset, read_settings
 from mlx_dsa.machine import runs_float32
-from mlx_dsa.presets import resolve, resource
+from mlx_dsa.presets import preset_names, preset_of, read_preset, read_settings, resolve, resource
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The seam of rules: by name, with options, from outside the package, and what is refused."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx

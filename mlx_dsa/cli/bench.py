@@ -17,9 +17,9 @@ from ..bench import TRAINED, OpsShape, bench_ops, check_contexts
 from ..bench import bench as run_bench
 from ..bench.plot import plot as draw
 from ..crossovers import resolve_auto
+from ..families import family_of
 from ..files import write_text
 from ..machine import device, runs_float32, versions
-from ..families import family_of
 from .bench_training import check_options, run_training
 from .command import Command
 from .eval.options import Numbers

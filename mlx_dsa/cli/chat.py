@@ -10,17 +10,25 @@ from typing import Any, NamedTuple
 
 import click
 
-from ..tasks.facts import user_message
 from ..saved import load_cache
+from ..tasks.facts import user_message
 from .command import Command
 from .conversation import Conversation, check_prompt
 from .documents import check_text, read_document, tell_skipped
 from .errors import one_line
 from .interrupt import Interrupt
 from .lines import LEAVE, PipedLines, TypedLines, open_lines
-from .options import check_seed, dense_option, describe_config, generation_options
-from .options import model_options, open_saved, settings_from, sparse_options
-from .options import think_option
+from .options import (
+    check_seed,
+    dense_option,
+    describe_config,
+    generation_options,
+    model_options,
+    open_saved,
+    settings_from,
+    sparse_options,
+    think_option,
+)
 from .progress import reading_bar
 from .session import open_session
 from .stats import show_report

@@ -15,9 +15,9 @@ from rich.live import Live
 
 from ..config import override
 from ..crossovers import resolve_auto
-from ..tasks.facts import user_message
 from ..patch import patch_sparse_generate
 from ..presets import Preset, load_settings, resource
+from ..tasks.facts import user_message
 from .columns import Column, columns
 from .command import Command
 from .conversation import Conversation, check_prompt
@@ -25,7 +25,6 @@ from .documents import read_text
 from .lines import LEAVE, open_lines
 from .options import describe_config, model_options, settings_from, sparse_options
 from .session import hint_at_blas
-
 
 _NAMES = {  # cache -> title
     "full": "sparse, all kept",

@@ -11,8 +11,15 @@ from .command import Command
 from .conversation import Conversation, check_prompt
 from .documents import read_standard_input, read_texts
 from .interrupt import Interrupt
-from .options import check_seed, dense_option, generation_options
-from .options import model_options, settings_from, sparse_options, think_option
+from .options import (
+    check_seed,
+    dense_option,
+    generation_options,
+    model_options,
+    settings_from,
+    sparse_options,
+    think_option,
+)
 from .progress import reading_bar
 from .session import open_session
 from .stats import show_report

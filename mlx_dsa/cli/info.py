@@ -13,22 +13,19 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .. import __version__, blas
-from ..crossovers import crossover_file, describe_args, describe_run, measured
-from ..crossovers import plan_prefill
+from ..crossovers import crossover_file, describe_args, describe_run, measured, plan_prefill
 from ..hub import INDEXER_FILES, MODEL_FILES, fetch, is_repository, read_object
 from ..indexer import Indexer
+from ..machine import runs_float32
 from ..ops import check_backend
 from ..presets import Settings, preset_names, read_indexers, resolve_auto_of, resource
-from ..machine import runs_float32
 from ..saved import SavedSettings
 from ..search import Projections
 from ..versions import package_version
 from .command import Command
-from .options import dense_option, describe_config, model_options, open_saved
-from .options import settings_from, sparse_options
+from .options import dense_option, describe_config, model_options, open_saved, settings_from, sparse_options
 from .session import hint_at_blas
 from .tune import describe_crossovers, describe_measured
-
 
 _STREAMS = "not needed: prefill auto is stream (positions compact, retention heads)"
 

@@ -171,7 +171,7 @@ def _page(text, places, share, sections, title, facts) -> Iterator[str]:
     runs = _runs(text, places, levels)
     ends = [at for _, at in sections[1:]] + [len(text)]
     start, level, end = next(runs, (0, 0, 0))
-    for i, ((name, begin), stop, at) in enumerate(zip(sections, ends, _slices(edges))):
+    for i, ((name, _), stop, at) in enumerate(zip(sections, ends, _slices(edges))):
         told = f"{_numbers(share, at)[0]} of {at.stop - at.start:,} tokens"
         yield f'<section id="s{i}">\n<h2>{html.escape(name)} <small>{told}</small></h2>\n'
         yield '<div class="text" dir="auto">'
@@ -227,8 +227,7 @@ def _runs(text, places, levels) -> Iterator[tuple[int, int, int]]:
     end = 0
     for level, pieces in groupby(_pieces(places, levels, len(text)), lambda piece: piece[0]):
         start = end
-        for _, end in pieces:
-            pass
+        *_, (_, end) = pieces
         yield start, level, end
 
 

@@ -11,7 +11,6 @@ import click
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import KVCache
 
-
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 _CUTS = {
     "max_tokens": "Cut after {:,} tokens, as --max-tokens says.",

@@ -8,14 +8,14 @@ import mlx.core as mx
 import numpy as np
 
 from ..rules import kvzip
+from ..tasks.prompts import frame
 from .generation import converse
 from .policies import pairings
-from ..tasks.prompts import frame
 from .reading import DenseReading
-from .running.runner import Unit, evaluate
 from .report.stats import paired_proportions, wilson
-from .subject import check_lengths, describe, fingerprint, policies_config
+from .running.runner import Unit, evaluate
 from .running.watch import STATES, Watch, verdict
+from .subject import check_lengths, describe, fingerprint, policies_config
 
 
 def ask(kind, subject, policies, items, about, *, max_tokens, batch_size, compare, name, out, world, progress):

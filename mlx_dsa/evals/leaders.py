@@ -12,10 +12,10 @@ from ..files import write_text
 from ..pictures import check_pictures
 from ..registry import rule_class
 from ..rules import rule_names
-from .report.board import board_markdown
 from .each_rule import EVERY, rules_alone
 from .generation import read
 from .policies import make_policies
+from .report.board import board_markdown
 from .running.results import read_result
 from .suite import draw_boards, report, run_suite, select_runs
 

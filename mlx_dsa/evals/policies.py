@@ -296,7 +296,7 @@ def make_policies(specs, config, top_k=()):
             Default: ``()``, that of the config alone.
     """
     policies = []
-    for spec in (one for spec in specs for one in each_rule(spec)):
+    for spec in (one for given in specs for one in each_rule(given)):
         fixed = spec == "dense" or (isinstance(spec, dict) and "top_k" in spec)
         for k in ({},) if fixed or not top_k else top_k:
             changes = k if isinstance(k, dict) else {"top_k": k}

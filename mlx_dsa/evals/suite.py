@@ -11,10 +11,10 @@ from ..config import SparseConfig, override
 from ..files import write_text
 from ..pictures import check_pictures
 from .evaluator import Evaluator, evaluator_kinds, evaluator_of
+from .policies import make_policies
 from .report.board import board, board_markdown, check_board
 from .report.overview import check_cells, check_labels, overview
 from .report.plots import plot, plot_board, plot_retention
-from .policies import make_policies
 from .report.tables import caption, markdown, pairs_table, table
 
 DTYPES = ("float32", "float16", "bfloat16")

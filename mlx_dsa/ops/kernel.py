@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,7 +116,7 @@ def launch(
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _build(name: str, language: str, shared_bytes: int) -> Callable:
     make = mx.fast.metal_kernel
     if language == "cuda":

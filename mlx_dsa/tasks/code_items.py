@@ -166,7 +166,7 @@ def make_code_items(spec, source, tokenizer, lengths, depths, n):
     tails = [[next(tails)[0] for _ in questions] for *_, questions in drafts]
     longest = max((len(tail) for some in tails for tail in some), default=0)
     items = []
-    for (key, length, places, lines, marks, questions), some in zip(drafts, tails):
+    for (key, length, _, lines, marks, questions), some in zip(drafts, tails):
         room = length - len(head) - longest
         ids, spans = window.cut(lines, marks, room)
         document, spans = head + ids, [(a + len(head), b + len(head)) for a, b in spans]

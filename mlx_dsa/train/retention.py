@@ -26,7 +26,6 @@ from .retention_config import RetentionConfig, RetentionScore
 from .state import CHECKPOINT, TrainState, check_out, hash_parameters, run_identity
 from .teacher import LayerView, check_model, future_attention
 
-
 _FIRST_SCORE = -4.0  # log-odds: few keys are ever needed
 
 

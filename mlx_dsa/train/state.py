@@ -44,7 +44,7 @@ class TrainState:
         )
         self.optimizer.init(self.parameters())
         self.best = {layer: module.parameters() for layer, module in modules.items()}
-        self.best_steps = {layer: 0 for layer in modules}
+        self.best_steps = dict.fromkeys(modules, 0)
         self.best_scores: dict[int, Any] = {}
         mx.eval(self.best)
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -76,7 +76,7 @@ def with_gaps(array):
     return room[:, :, :T]
 
 
-@lru_cache(maxsize=None)
+@cache
 def build(name, language, kinds, constants):
     """Compile a kernel for one choice of dtypes and constants."""
     source = kernel.SOURCES[name]

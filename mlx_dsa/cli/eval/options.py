@@ -12,8 +12,17 @@ import click
 from ...evals.policies import Policy, followed, lookup, make_policies, policy_names
 from ...evals.running.runner import World, connect
 from ...presets import Preset, load_settings
-from ..options import PREFILL_HELP, SEED, add_options, may_stream, model_options
-from ..options import plot_option, positions_option, settings_from, subject_name
+from ..options import (
+    PREFILL_HELP,
+    SEED,
+    add_options,
+    may_stream,
+    model_options,
+    plot_option,
+    positions_option,
+    settings_from,
+    subject_name,
+)
 from ..outputs import OutputPath
 from ..session import hint_at_blas
 

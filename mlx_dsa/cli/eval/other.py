@@ -75,6 +75,7 @@ def _option(name: str, parameter: Parameter, hint: Any) -> click.Option:
     shared = {"required": not given, "show_default": default is not None}
     if (get_origin(kind) or kind) in (list, tuple):
         numbers = (get_args(kind) or (type(default[0]) if default else int,))[0]
-        return click.Option([flag], type=Numbers(numbers), metavar="N,...", default=list(default or ()) or None, **shared)
+        several = list(default or ()) or None
+        return click.Option([flag], type=Numbers(numbers), metavar="N,...", default=several, **shared)
     scalar = next((k for k in (*get_args(kind), kind) if k in (int, float, str)), str)
     return click.Option([flag], type=scalar, default=default, **shared)
