@@ -47,9 +47,7 @@ def crossover_file() -> Path:
     return Path(folder) / "crossovers.json"
 
 
-def describe(
-    model: nn.Module, indexers: Mapping[int, Indexer], config: SparseConfig
-) -> dict[str, Any]:
+def describe(model: nn.Module, indexers: Mapping[int, Indexer], config: SparseConfig) -> dict[str, Any]:
     """Return what a measurement holds for: shapes, settings, device and versions.
 
     Args:
@@ -133,9 +131,7 @@ def measured(description: Mapping[str, Any]) -> Measured | None:
     """
     for entry in _read(crossover_file()):
         if description.items() <= entry["of"].items():
-            return Measured(
-                entry["from"], tuple(entry["lengths"]), entry["when"], entry["of"]
-            )
+            return Measured(entry["from"], tuple(entry["lengths"]), entry["when"], entry["of"])
     return None
 
 
@@ -208,9 +204,7 @@ def resolve_auto(config: SparseConfig, indexers: Mapping[int, Indexer]) -> Spars
     return config.resolved(bool(sparse) and all(x.has_retention for x in sparse))
 
 
-def plan_prefill(
-    crossovers: Mapping[str, int | None] | None, config: SparseConfig
-) -> PrefillPlan:
+def plan_prefill(crossovers: Mapping[str, int | None] | None, config: SparseConfig) -> PrefillPlan:
     """Choose how a prompt is read.
 
     Args:

@@ -135,9 +135,7 @@ class Indexer(nn.Module):
         """
         return self._keys(*self._project(x, "wk"), offset)
 
-    def project_entries(
-        self, x: mx.array, offset: int | mx.array = 0
-    ) -> tuple[mx.array, mx.array]:
+    def project_entries(self, x: mx.array, offset: int | mx.array = 0) -> tuple[mx.array, mx.array]:
         """Compute what is kept of tokens where there is a retention head.
 
         Args:
@@ -151,9 +149,7 @@ class Indexer(nn.Module):
         hidden, keys = self._project(x, "retention", "wk")
         return self._keys(keys, offset), self.retention.finish(hidden)
 
-    def project_queries(
-        self, x: mx.array, offset: int | mx.array = 0
-    ) -> tuple[mx.array, mx.array]:
+    def project_queries(self, x: mx.array, offset: int | mx.array = 0) -> tuple[mx.array, mx.array]:
         """Compute the index queries and the weight of each index head.
 
         Args:
@@ -166,9 +162,7 @@ class Indexer(nn.Module):
         """
         return self._queries(*self._project(x, "wq", "weights_proj"), offset)
 
-    def project(
-        self, x: mx.array, offset: int | mx.array = 0
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    def project(self, x: mx.array, offset: int | mx.array = 0) -> tuple[mx.array, mx.array, mx.array]:
         """Compute what :meth:`project_keys` and :meth:`project_queries` do, at once.
 
         Args:
@@ -202,9 +196,7 @@ class Indexer(nn.Module):
         queries = self.rope(queries.transpose(0, 2, 1, 3), offset=offset)
         return queries, weights * (n_heads * head_dim) ** -0.5
 
-    def scores(
-        self, x: mx.array, index_keys: mx.array, offset: int | mx.array = 0
-    ) -> mx.array:
+    def scores(self, x: mx.array, index_keys: mx.array, offset: int | mx.array = 0) -> mx.array:
         """Score cached keys for the queries of ``x``.
 
         Args:
@@ -218,9 +210,7 @@ class Indexer(nn.Module):
         """
         return index_scores(*self.project_queries(x, offset), index_keys)
 
-    def bind(
-        self, layer: Layer, dtype: mx.Dtype | None = None, fused: bool = True
-    ) -> Indexer:
+    def bind(self, layer: Layer, dtype: mx.Dtype | None = None, fused: bool = True) -> Indexer:
         """Return a copy for a layer of a model; this one keeps its values.
 
         Args:

@@ -65,9 +65,7 @@ class SparsePatch:
         self._family = family_of(model)
         layers = self._family.layers(model)
         self.layers = {
-            i: SparseAttention(
-                layers[i], indexer and indexer.bind(layers[i]), config, plan, evict
-            )
+            i: SparseAttention(layers[i], indexer and indexer.bind(layers[i]), config, plan, evict)
             for i, indexer in sorted(indexers.items())
             if i not in config.dense_layers
         }
@@ -274,10 +272,7 @@ def patch_sparse_generate(
     check_backend(sparse.backend)
     layers = family_of(model).layers(model)
     if is_patched(layers):
-        raise ValueError(
-            "[patch_sparse_generate] 'model' is already patched. Call restore() of "
-            "that patch first."
-        )
+        raise ValueError("[patch_sparse_generate] 'model' is already patched. Call restore() of that patch first.")
     if indexers is None:
         indexers = dict.fromkeys(layers)
     if evict_rule is not None and (sparse.evict != "window" or evict_rule.by_head or evict_rule.merges):
@@ -295,8 +290,7 @@ def patch_sparse_generate(
     beyond = [i for i in (*indexers, *sparse.dense_layers) if not 0 <= i < n_layers]
     if beyond:
         raise ValueError(
-            f"[patch_sparse_generate] the model's layers are 0 to {n_layers - 1} but "
-            f"got layer {beyond[0]}."
+            f"[patch_sparse_generate] the model's layers are 0 to {n_layers - 1} but got layer {beyond[0]}."
         )
     without = [i for i in indexers if i not in layers]
     if without:

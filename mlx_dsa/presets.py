@@ -69,9 +69,7 @@ def resource(name: str) -> Path:
     for root in (_PACKAGE, _PACKAGE.parent):
         if (root / name).exists():
             return root / name
-    raise FileNotFoundError(
-        f"[mlx-dsa] {name} is not in this installation. Install the package again."
-    )
+    raise FileNotFoundError(f"[mlx-dsa] {name} is not in this installation. Install the package again.")
 
 
 def preset_names() -> list[str]:
@@ -94,10 +92,7 @@ def read_preset(name: str) -> dict[str, Any]:
         ValueError: If there is no such preset.
     """
     if name not in preset_names():
-        raise ValueError(
-            f"[load_preset] 'name' must be one of {', '.join(preset_names())} but got "
-            f"{name!r}."
-        )
+        raise ValueError(f"[load_preset] 'name' must be one of {', '.join(preset_names())} but got {name!r}.")
     return read_settings(resource(f"configs/{name}.json"))
 
 
@@ -125,10 +120,7 @@ def read_settings(file: str | os.PathLike) -> dict[str, Any]:
     keys = [*_LOADED, *(field.name for field in fields(SparseConfig))]
     unknown = [key for key in values if key not in keys]
     if unknown:
-        raise ValueError(
-            f"[config] unknown key {unknown[0]!r} in {file}: the keys are "
-            f"{', '.join(keys)}."
-        )
+        raise ValueError(f"[config] unknown key {unknown[0]!r} in {file}: the keys are {', '.join(keys)}.")
     for key in _PATHS:
         if values.get(key) is None:
             continue
@@ -339,5 +331,3 @@ def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
         model.set_dtype(mx.float32)
     evaluate(model)
     return model, tokenizer
-
-

@@ -85,9 +85,7 @@ def _are_alike(layers) -> bool:
 
 def _settings(layer):
     names = ("group_size", "bits", "mode")
-    arrays = [
-        (name, a.dtype, a.shape[1:]) for name, a in tree_flatten(layer.parameters())
-    ]
+    arrays = [(name, a.dtype, a.shape[1:]) for name, a in tree_flatten(layer.parameters())]
     return type(layer), [getattr(layer, name, None) for name in names], arrays
 
 

@@ -133,9 +133,7 @@ def reach_of(model: nn.Module) -> Reach:
     return Reach(limit, patch.config, patch.keeps_all)
 
 
-def reach_with(
-    model: nn.Module, indexers: Mapping[int, Indexer], config: SparseConfig | None
-) -> Reach:
+def reach_with(model: nn.Module, indexers: Mapping[int, Indexer], config: SparseConfig | None) -> Reach:
     """Return which positions texts of a model take once it is patched.
 
     Args:

@@ -115,8 +115,7 @@ def save_cache(
     except (OSError, RuntimeError) as error:
         reason = str(getattr(error, "strerror", None) or error).rstrip(".")
         raise ValueError(
-            f"[save_cache] {path} can't be written: {reason}. Free some space, or name a file "
-            f"in another folder."
+            f"[save_cache] {path} can't be written: {reason}. Free some space, or name a file in another folder."
         ) from None
     return path
 
@@ -168,9 +167,7 @@ def _settings_of(header: Mapping[str, str]) -> dict[str, Any]:
     return {"positions": "absolute", "select": "lightning", **json.loads(header["config"])}
 
 
-def pack_caches(
-    caches: Sequence[Any], where: str
-) -> tuple[dict[str, mx.array], dict[str, str]]:
+def pack_caches(caches: Sequence[Any], where: str) -> tuple[dict[str, mx.array], dict[str, str]]:
     """Put caches as they are into what a sealed file takes.
 
     Args:
@@ -296,8 +293,7 @@ def _check_maker(path: Path, stored: Mapping[str, Any], mine: Mapping[str, Any])
             )
         if stored[of]["weights"] != mine[of]["weights"]:
             raise ValueError(
-                f"[load_cache] {path} was made with other {of} weights. Load those, or "
-                f"make the cache again."
+                f"[load_cache] {path} was made with other {of} weights. Load those, or make the cache again."
             )
 
 

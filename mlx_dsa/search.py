@@ -119,13 +119,10 @@ def load_projections(path: str | os.PathLike) -> dict[int, Projections]:
         parts = re.fullmatch(r"layers\.(\d+)\.(wq\.weight|wk\.weight)", name)
         if parts is None or tensor.ndim != 2:
             raise ValueError(
-                f"[load_projections] {file} holds {name!r} {list(tensor.shape)}, which is no "
-                f"matrix of projections."
+                f"[load_projections] {file} holds {name!r} {list(tensor.shape)}, which is no matrix of projections."
             )
         layers.setdefault(int(parts[1]), {})[parts[2]] = tensor
-    projections = {
-        i: make_projections(pair, f"layer {i} of {file}") for i, pair in sorted(layers.items())
-    }
+    projections = {i: make_projections(pair, f"layer {i} of {file}") for i, pair in sorted(layers.items())}
     evaluate(*projections.values())
     return projections
 
@@ -144,8 +141,7 @@ def make_projections(pair: Mapping[str, mx.array], where: str) -> Projections:
     if len(shapes) != 2 or len(set(shapes.values())) != 1:
         told = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
         raise ValueError(
-            f"[Projections] {where} must have a matrix for queries and one for keys, of one "
-            f"shape, but has {told}."
+            f"[Projections] {where} must have a matrix for queries and one for keys, of one shape, but has {told}."
         )
     n, dim = pair["wq.weight"].shape
     made = Projections(ProjectionsArgs(dim, n))
@@ -176,9 +172,7 @@ def save_projections(
     """
     shapes = {p.args for p in projections.values()}
     if len(shapes) != 1:
-        raise ValueError(
-            f"[save_projections] 'projections' must be of one shape but got {len(shapes)}."
-        )
+        raise ValueError(f"[save_projections] 'projections' must be of one shape but got {len(shapes)}.")
     args = shapes.pop()
     tensors = {
         f"layers.{layer}.{name}": value

@@ -111,9 +111,7 @@ def select_kept(
     """
     if scores is None:
         slots = mx.arange(n_entries, dtype=mx.int32)
-        return mx.concatenate([slots[:n_sink], slots[n_entries - budget + n_sink :]])[
-            None
-        ]
+        return mx.concatenate([slots[:n_sink], slots[n_entries - budget + n_sink :]])[None]
     n_visible = mx.array([n_entries])
     slots = select_topk(scores[:, None], budget, n_visible, n_sink, n_recent, backend)
     return slots[:, 0]

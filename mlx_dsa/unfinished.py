@@ -118,13 +118,10 @@ class UnfinishedReading:
         except (NotSealed, Damaged):
             arrays, header = {}, {}
         except OSError as error:
-            raise ValueError(
-                f"[compress] {self.path} can't be read: {error.strerror}."
-            ) from None
+            raise ValueError(f"[compress] {self.path} can't be read: {error.strerror}.") from None
         if header.get("format") != _FORMAT:
             raise ValueError(
-                f"[compress] {self.path} is damaged, or no part file of this version. Delete "
-                f"it to begin anew."
+                f"[compress] {self.path} is damaged, or no part file of this version. Delete it to begin anew."
             )
         stored = json.loads(header["identity"])
         for name in {**self._identity, **stored}:
@@ -205,11 +202,7 @@ class UnfinishedReading:
 
 def _flat(maker: Mapping[str, Any]) -> dict[str, Any]:
     """Return what makes keys and values, what tells models apart by name first."""
-    prints = {
-        f"{of} ({what})": digits
-        for of in ("model", "indexer")
-        for what, digits in maker[of].items()
-    }
+    prints = {f"{of} ({what})": digits for of in ("model", "indexer") for what, digits in maker[of].items()}
     return {**maker["settings"], **prints}
 
 

@@ -81,9 +81,7 @@ def read(n, top_k=512, data=None, tell=lambda line: None):
                     tell(rows[-1])
         for page, fact in zip((p for p in PAGES for _ in ON_PAGE), facts):
             question = tokenizer.encode(fact.question + frame(tokenizer).tail, add_special_tokens=False)
-            steps = generate_step(
-                mx.array(question), model, max_tokens=24, prompt_cache=[c.copy() for c in caches]
-            )
+            steps = generate_step(mx.array(question), model, max_tokens=24, prompt_cache=[c.copy() for c in caches])
             written = (int(token) for token, _ in steps)
             said = tokenizer.decode(list(itertools.takewhile(lambda t: t not in tokenizer.eos_token_ids, written)))
             answers.append({"page": page, "value": fact.value, "reply": said, "right": fact.value in said})

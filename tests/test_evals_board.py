@@ -176,8 +176,14 @@ def made_up():
     """Return results of runs `n` and `p`; those of `m`, `t` and `r` are not there."""
     items = answers("dense", (1, 1), (1, 1)) + answers("a@8", (1, 0), (1, 0)) + answers("b@8", (1, 1), (0, 1))
     items += answers("b@16", (1, 1), (1, 1))
-    pairs = [{"policy": f"{n}@8", "against": "dense", "ratio": 1.5, "ratio_low": None, "ratio_high": None} for n in "ab"]
-    about = {"config": {"model": {"name": "x", "dtype": "float32"}}, "versions": {"mlx": "1"}, "device": {"device": "cpu"}}
+    pairs = [
+        {"policy": f"{n}@8", "against": "dense", "ratio": 1.5, "ratio_low": None, "ratio_high": None} for n in "ab"
+    ]
+    about = {
+        "config": {"model": {"name": "x", "dtype": "float32"}},
+        "versions": {"mlx": "1"},
+        "device": {"device": "cpu"},
+    }
     return {"n": {"items": items, **about}, "p": {"pairs": pairs, **about}}
 
 

@@ -96,8 +96,7 @@ def test_rows_that_are_taken_go_on_as_those_left(subject, asked):
 def test_a_batch_says_what_each_says_alone(subject, name):
     rng = np.random.default_rng(0)
     talks = [
-        [(rng.integers(3, 4000, 150).tolist(), True), (rng.integers(3, 4000, n).tolist(), True)]
-        for n in (9, 14, 9, 21)
+        [(rng.integers(3, 4000, 150).tolist(), True), (rng.integers(3, 4000, n).tolist(), True)] for n in (9, 14, 9, 21)
     ]
     # A stop token that rows meet at different times.
     options = dict(max_tokens=6, stop_ids=set(range(0, 4096, 5)))
@@ -142,9 +141,7 @@ def test_a_text_is_read_once_for_all_its_questions(subject, name, monkeypatch):
 
     reads = []
     inner = generation.read
-    monkeypatch.setattr(
-        generation, "read", lambda m, ids, c: reads.append(ids.shape) or inner(m, ids, c)
-    )
+    monkeypatch.setattr(generation, "read", lambda m, ids, c: reads.append(ids.shape) or inner(m, ids, c))
     policies = make_policies([name], subject.config)
     options = dict(GRID, setting="before-question", per_document=3, batch_size=2)
     together = needle(subject, policies, **options)
@@ -184,9 +181,7 @@ def test_policies_that_read_densely_share_one_reading(setting, turns, monkeypatc
     policies = make_policies(["dense", *READERS], config)
     reads = []
     inner = module.DenseReading
-    monkeypatch.setattr(
-        module, "DenseReading", lambda m, ids: reads.append(ids.shape) or inner(m, ids)
-    )
+    monkeypatch.setattr(module, "DenseReading", lambda m, ids: reads.append(ids.shape) or inner(m, ids))
     together = needle(subject, policies, **options)
     assert sum(shape[0] for shape in reads) == 4
     assert all(item["peak_gb"] is None for item in together["items"])

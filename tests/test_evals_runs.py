@@ -93,9 +93,7 @@ def test_a_killed_run_goes_on_to_the_same_report(model, whole, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while process.poll() is None and (
-        not journal.exists() or journal.read_bytes().count(b"\n") < 5
-    ):
+    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 5):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -197,9 +197,7 @@ def test_what_follows_the_stem_is_judged(subject, monkeypatch, wrong, turns):
     spec = NeedleSpec(**options)
     prose = Haystack([d.text for d in load_documents()], subject.tokenizer)
     items = make_items(spec, prose, subject.tokenizer, [320], [0.5], 1)
-    goes_on = iter(
-        [[encode(f" {(t.others if wrong else t.values)[0]}.") for t in item.turns[1:]] for item in items]
-    )
+    goes_on = iter([[encode(f" {(t.others if wrong else t.values)[0]}.") for t in item.turns[1:]] for item in items])
     monkeypatch.setattr(asking, "converse", converse)
     policies = make_policies(["dense"], subject.config)
     result = needle(subject, policies, **GRID, **options, max_tokens=16)

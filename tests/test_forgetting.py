@@ -294,9 +294,7 @@ def test_merging_is_not_for_a_cold_store(small):
     model, _ = small
     changes = {**SETTINGS, "prefill": "stream", "select": "lightning"}
     with pytest.raises(ValueError, match="changes values"):
-        patch_sparse_generate(
-            model, make_indexers(model), cache="tiered", evict="ems:base=knorm", **SIZES, **changes
-        )
+        patch_sparse_generate(model, make_indexers(model), cache="tiered", evict="ems:base=knorm", **SIZES, **changes)
 
 
 def test_a_draw_is_another_in_each_layer(small):

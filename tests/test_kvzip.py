@@ -101,9 +101,7 @@ def test_layers_without_attention_are_not_changed():
     model, ids = family_model("qwen3_next"), make_tokens(40)
     answers = []
     for again in (False, True):
-        with patch_sparse_generate(
-            model, None, evict_rule=KVzip(), **{**SETTINGS, "top_k": 60}
-        ) as patch:
+        with patch_sparse_generate(model, None, evict_rule=KVzip(), **{**SETTINGS, "top_k": 60}) as patch:
             caches = make_prompt_cache(model)
             read(model, ids, caches)
             if again:

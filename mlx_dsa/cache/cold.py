@@ -117,10 +117,7 @@ class MemoryStore:
     def _unpack(self, parts: list[mx.array]) -> list[mx.array]:
         if self.is_exact:
             return parts
-        rows = (
-            mx.dequantize(*parts[i : i + 3], group_size=self._group_size, bits=self.bits)
-            for i in (0, 3)
-        )
+        rows = (mx.dequantize(*parts[i : i + 3], group_size=self._group_size, bits=self.bits) for i in (0, 3))
         return [row[..., : self._head_dim].astype(self._dtype) for row in rows]
 
     @property

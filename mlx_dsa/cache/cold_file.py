@@ -32,18 +32,13 @@ def claim(path: Path) -> HeldFile:
     try:
         return HeldFile(path, _MARK)
     except BlockingIOError:
-        raise ValueError(
-            f"[SparsePatch] 'cold_file' {path} is in use by another run. Name another file."
-        ) from None
+        raise ValueError(f"[SparsePatch] 'cold_file' {path} is in use by another run. Name another file.") from None
     except FileExistsError:
         raise ValueError(
-            f"[SparsePatch] 'cold_file' {path} exists and is not overwritten. Name a new "
-            f"file, or delete it."
+            f"[SparsePatch] 'cold_file' {path} exists and is not overwritten. Name a new file, or delete it."
         ) from None
     except OSError as error:
-        raise ValueError(
-            f"[SparsePatch] 'cold_file' {path} can't be made: {error.strerror}."
-        ) from None
+        raise ValueError(f"[SparsePatch] 'cold_file' {path} can't be made: {error.strerror}.") from None
 
 
 class ColdFile:

@@ -60,9 +60,7 @@ Up, Down    earlier questions"""
     help="A text to put before the first question. More than one are put in order, each under "
     "a heading, and so are the text files in a folder.",
 )
-@click.option(
-    "--cache-file", metavar="FILE", help="A document that mlx-dsa compress has read."
-)
+@click.option("--cache-file", metavar="FILE", help="A document that mlx-dsa compress has read.")
 @click.option("--system", metavar="TEXT", help="A system message.")
 @model_options
 @sparse_options
@@ -91,9 +89,7 @@ def chat(
     if cache_file is not None:
         for name, value in (("file", files), ("system", system)):
             if value:
-                raise click.UsageError(
-                    f"--{name} has no effect with --cache-file. Leave one of them out."
-                )
+                raise click.UsageError(f"--{name} has no effect with --cache-file. Leave one of them out.")
     saved = open_saved(cache_file, dense)
     settings = settings_from(dense=dense, saved=saved, **given)
     document = None
@@ -119,9 +115,7 @@ def chat(
             max_tokens=max_tokens,
             sampler=session.sampler,
             stopped=interrupt,
-            begin=(lambda: load_cache(cache_file, session.patch).caches)
-            if cache_file is not None
-            else None,
+            begin=(lambda: load_cache(cache_file, session.patch).caches) if cache_file is not None else None,
         )
         conversation.check(document or "-")
         how = describe_config(session.patch.config) if session.patch else "dense"

@@ -98,9 +98,7 @@ def compress(
     about = {"file": document.name, **names_of(settings)}
     interrupt = Interrupt(_tell_interrupt)
     with open_session(settings, dense=False, temp=0.0, seed=0) as session:
-        conversation = Conversation(
-            session.model, session.tokenizer, system=system, stopped=interrupt
-        )
+        conversation = Conversation(session.model, session.tokenizer, system=system, stopped=interrupt)
         if page is not None:
             places_of(session.tokenizer, "a")  # it may not be able to tell
         part = None
@@ -131,28 +129,20 @@ def compress(
         click.echo(f"{page}: what is kept of the text.")
 
 
-def _check(
-    settings: Settings, path: Path, page: Path | None, save_every: float | None, force: bool
-) -> bool:
+def _check(settings: Settings, path: Path, page: Path | None, save_every: float | None, force: bool) -> bool:
     """Refuse what could not be written, before anything is read; return whether it streams."""
     for file in filter(None, (path, page)):
         if file.exists() and not force:
             raise click.UsageError(f"{file} exists. Name another file, or give --force.")
     kind = settings.config.cache
     if kind == "tiered":
-        raise click.UsageError(
-            "a tiered cache can't be saved. Leave --cache out, or use --cache full."
-        )
+        raise click.UsageError("a tiered cache can't be saved. Leave --cache out, or use --cache full.")
     streams = settings.config.prefill == "stream"
     if save_every is not None and not streams:
-        raise click.UsageError(
-            "--save-every has no effect without --prefill stream. Leave it out."
-        )
+        raise click.UsageError("--save-every has no effect without --prefill stream. Leave it out.")
     if page is not None:
         if kind == "full":
-            raise click.UsageError(
-                "--report has no effect with --cache full, which keeps all. Leave it out."
-            )
+            raise click.UsageError("--report has no effect with --cache full, which keeps all. Leave it out.")
         if os.path.realpath(page) == os.path.realpath(path):
             raise click.UsageError("--out and --report are one file. Name two.")
     return streams
@@ -217,8 +207,7 @@ def _told_how_to_go_on(part: UnfinishedReading | None) -> Iterator[None]:
         if part is None or not part.done:
             raise
         click.echo(
-            f"Stopped: {part.path} has the first {part.done:,} tokens. The same command goes "
-            f"on from there.",
+            f"Stopped: {part.path} has the first {part.done:,} tokens. The same command goes on from there.",
             err=True,
         )
         sys.exit(130)

@@ -164,9 +164,7 @@ def _compare(preset: Preset, caches: tuple[str, ...], prompt: Prompt, console: C
         console.print()
 
 
-def _answer(
-    preset: Preset, prompt: Prompt, column: Column, show: Callable[[], None]
-):
+def _answer(preset: Preset, prompt: Prompt, column: Column, show: Callable[[], None]):
     def progress(done: int, total: int):
         column.read(done, total)
         show()

@@ -203,8 +203,7 @@ def decode(data: bytes, name: str) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{name} is not UTF-8 text (byte {error.start:,} is not). Convert it to plain "
-            f"UTF-8 text first."
+            f"{name} is not UTF-8 text (byte {error.start:,} is not). Convert it to plain UTF-8 text first."
         ) from None
     if "\0" in text:
         raise ValueError(f"{name} is not text: it holds zero bytes.")
@@ -226,6 +225,5 @@ def check_text(text: str, name: str):
     if is_broken(text):
         at = next(i for i, character in enumerate(text, 1) if is_broken(character))
         raise ValueError(
-            f"{name} is not UTF-8 text: character {at:,} is half of one, or a byte that is "
-            f"none. Leave it out."
+            f"{name} is not UTF-8 text: character {at:,} is half of one, or a byte that is none. Leave it out."
         )

@@ -31,9 +31,7 @@ _STREAMS = "not needed: prefill auto is stream (positions compact, retention hea
 
 
 @click.command(cls=Command)
-@click.option(
-    "--cache-file", metavar="FILE", help="What mlx-dsa compress has written: of which text, and how."
-)
+@click.option("--cache-file", metavar="FILE", help="What mlx-dsa compress has written: of which text, and how.")
 @model_options
 @sparse_options
 @dense_option
@@ -117,10 +115,7 @@ def _tuned(settings: Settings) -> str:
     until = f", dense up to {plan.dense_until:,} keys" if plan.prefill != "dense" else ""
     used = "" if settings.config.prefill == "auto" else " (not used: prefill is set)"
     lines = "; ".join(describe_crossovers(found.crossovers, found.lengths))
-    return (
-        f"prefill auto is {plan.prefill}{until}{used} ({lines}; {describe_measured(found)}, "
-        f"in {crossover_file()})"
-    )
+    return f"prefill auto is {plan.prefill}{until}{used} ({lines}; {describe_measured(found)}, in {crossover_file()})"
 
 
 def _indexers(settings: Settings) -> str:

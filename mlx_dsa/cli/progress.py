@@ -100,8 +100,6 @@ def counting_bar(console: Console) -> Iterator[Callable[[int, int, str], None]]:
     if console.is_terminal:
         bar.start()
     try:
-        yield lambda done, total, text: bar.update(
-            task, completed=done, total=total, description=text
-        )
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
     finally:
         bar.stop()

@@ -29,9 +29,7 @@ class Session(NamedTuple):
 
 
 @contextmanager
-def open_session(
-    settings: Settings, *, dense: bool, temp: float, seed: int
-) -> Iterator[Session]:
+def open_session(settings: Settings, *, dense: bool, temp: float, seed: int) -> Iterator[Session]:
     """Load a model and patch it until the context ends.
 
     Args:

@@ -42,9 +42,7 @@ b { font-weight: inherit; color: var(--ink); border-radius: 2px; }
 b, .bar i { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
 section { content-visibility: auto; contain-intrinsic-size: auto 40rem; }
 """
-_DARK = (
-    "--page: #14161a; --ink: #f2f4f7; --faint: #98a2b3; --line: #343a46; --shade: 59 120 246;"
-)
+_DARK = "--page: #14161a; --ink: #f2f4f7; --faint: #98a2b3; --line: #343a46; --shade: 59 120 246;"
 
 
 class Share(NamedTuple):
@@ -88,8 +86,7 @@ def places_of(tokenizer: TokenizerWrapper, text: str) -> list[tuple[int, int]]:
         told = tell(text, add_special_tokens=False, return_offsets_mapping=True)
     except (NotImplementedError, TypeError):
         raise ValueError(
-            "[report] this model's tokenizer can't tell where its tokens stand in a text. "
-            "Leave --report out."
+            "[report] this model's tokenizer can't tell where its tokens stand in a text. Leave --report out."
         ) from None
     return [tuple(place) for place in told["offset_mapping"]]
 
@@ -147,7 +144,7 @@ def _page(text, places, share, sections, title, facts) -> Iterator[str]:
     firsts = np.array([start for start, _ in places], np.int64)
     edges = [*np.searchsorted(firsts, [at for _, at in sections]), len(places)]
     title = html.escape(title)
-    yield "<!doctype html>\n<html>\n<head>\n<meta charset=\"utf-8\">\n"
+    yield '<!doctype html>\n<html>\n<head>\n<meta charset="utf-8">\n'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     yield f"<title>{title}: what is kept</title>\n<style>{_STYLE}"
     for level in range(1, shades + 1):

@@ -176,9 +176,7 @@ def train(
 def _check_resume(out: Path):
     """Refuse to begin anew where a run was to go on."""
     if not any((out / name).exists() for name in (CHECKPOINT, FINISHED)):
-        raise click.UsageError(
-            f"there is no run in {out} to go on with. Leave --resume out to begin one."
-        )
+        raise click.UsageError(f"there is no run in {out} to go on with. Leave --resume out to begin one.")
 
 
 def _report(result: TrainResult):

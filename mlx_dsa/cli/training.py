@@ -40,9 +40,7 @@ class Display:
             self._first = now
             self._interrupt.__enter__()
         loss = "" if now.loss is None else f"loss {now.loss:.4f}{self._speed(now)}"
-        self._bar.update(
-            self._task, completed=now.step, total=now.steps, description=loss
-        )
+        self._bar.update(self._task, completed=now.step, total=now.steps, description=loss)
         if now.held_out:
             line = f"step {now.step:,}: held out {describe(now.held_out)}{self._speed(now)}"
             self._bar.console.print(line, soft_wrap=True, highlight=False)

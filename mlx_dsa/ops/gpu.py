@@ -70,9 +70,7 @@ def _score_sizes(language: str, queries: mx.array, tiles: bool) -> dict | None:
     return None
 
 
-def index_scores(
-    language: str, queries: mx.array, weights: mx.array, keys: mx.array
-) -> mx.array:
+def index_scores(language: str, queries: mx.array, weights: mx.array, keys: mx.array) -> mx.array:
     """Score every key for every query: see :func:`reference.index_scores`."""
     B, _, L, _ = queries.shape
     return _score(language, queries, weights, keys, False, (B, L, keys.shape[2]))
@@ -191,9 +189,7 @@ def gather_gap(keys: mx.array) -> str | None:
     return None
 
 
-def gather_tiles(
-    language: str, keys: mx.array, values: mx.array, slots: mx.array
-) -> tuple[mx.array, mx.array]:
+def gather_tiles(language: str, keys: mx.array, values: mx.array, slots: mx.array) -> tuple[mx.array, mx.array]:
     """Take whole rows for tiles: see :func:`reference.gather_tiles`."""
     B, n_heads, _, head_dim = keys.shape
     n_tiles, n_rows = slots.shape[1:]
@@ -222,11 +218,7 @@ def attends(language: str | None, queries: mx.array) -> bool:
         language (str, optional): ``"metal"`` or ``"cuda"``.
         queries (mx.array): ``[B, Hq, L, D]``.
     """
-    return (
-        language == "cuda"
-        and queries.dtype in (mx.float16, mx.bfloat16)
-        and queries.shape[3] in (64, 128)
-    )
+    return language == "cuda" and queries.dtype in (mx.float16, mx.bfloat16) and queries.shape[3] in (64, 128)
 
 
 def tile_attention(

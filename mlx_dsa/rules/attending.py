@@ -8,9 +8,7 @@ import mlx.core as mx
 _BLOCK = 1 << 26
 
 
-def attention_probabilities(
-    queries: mx.array, keys: mx.array, seen: mx.array, scale: float
-) -> mx.array:
+def attention_probabilities(queries: mx.array, keys: mx.array, seen: mx.array, scale: float) -> mx.array:
     """Return the mean attention of the heads.
 
     Args:

@@ -76,10 +76,7 @@ def read_again(
         raise ValueError("[read_again] 'layers' must have the rule KVzip.")
     if not all(layer.prefill == "dense" for layer in layers.values()):
         raise ValueError("[read_again] a text is read densely: use prefill 'dense'.")
-    if not all(
-        c.evicts and c.offset == c.size() == ids.shape[1] and not c.evicted
-        for c in sparse
-    ):
+    if not all(c.evicts and c.offset == c.size() == ids.shape[1] and not c.evicted for c in sparse):
         raise ValueError("[read_again] 'caches' must hold the text whole, and nothing else.")
     found = {i: [] for i in layers}
     for start, stop, tokens in _chunks(ids, asks, chunk):

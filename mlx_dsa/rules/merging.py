@@ -53,8 +53,7 @@ class Merging(EvictRule):
             )
         if not 0 <= self.share < math.inf:
             raise ValueError(
-                f"[SparseConfig] 'evict' 'ems': option 'share' must be a number of at least 0 but "
-                f"got {self.share}."
+                f"[SparseConfig] 'evict' 'ems': option 'share' must be a number of at least 0 but got {self.share}."
             )
 
     def bind(self, layer, indexer=None, backend="auto", selecting=None, observes=0):

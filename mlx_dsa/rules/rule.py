@@ -49,8 +49,7 @@ def at_least(kind: str, name: str, **options: tuple[int, int]):
     for option, (value, least) in options.items():
         if value < least:
             raise ValueError(
-                f"[SparseConfig] {kind!r} {name!r}: option {option!r} must be at least {least} "
-                f"but got {value}."
+                f"[SparseConfig] {kind!r} {name!r}: option {option!r} must be at least {least} but got {value}."
             )
 
 

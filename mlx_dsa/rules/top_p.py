@@ -39,8 +39,7 @@ class TopP(Lightning):
     def __post_init__(self):
         if not 0 < self.p <= 1:
             raise ValueError(
-                f"[SparseConfig] 'select' 'top_p': option 'p' must be above 0 and at most 1 but "
-                f"got {self.p!r}."
+                f"[SparseConfig] 'select' 'top_p': option 'p' must be above 0 and at most 1 but got {self.p!r}."
             )
         at_least("select", "top_p", least=(self.least, 0))
 
@@ -81,9 +80,7 @@ class TopP(Lightning):
         forced = (slots < n_sink) | (slots >= n_visible - n_recent)
         # The forced first, then the best, and of equal ones the newer.
         order = mx.argsort(order_keys(mx.where(forced, mx.inf, here), slots), axis=-1)[..., ::-1]
-        slots, forced, share = (
-            mx.take_along_axis(x, order, axis=-1) for x in (slots, forced, mx.exp(here - total))
-        )
+        slots, forced, share = (mx.take_along_axis(x, order, axis=-1) for x in (slots, forced, mx.exp(here - total)))
         before = mx.cumsum(mx.where(slots < 0, 0, share), axis=-1, inclusive=False)
         needed = forced | (before < self.p) | (mx.arange(slots.shape[-1]) < self.least)
         return mx.sort(mx.where(needed, slots, -1), axis=-1)

@@ -107,9 +107,7 @@ class CodeSpec:
                     f"[CodeSpec] '{name}' must be one of {', '.join(names)} but got {getattr(self, name)!r}."
                 )
         if self.per_document < 1:
-            raise ValueError(
-                f"[CodeSpec] 'per_document' must be at least 1 but got {self.per_document}."
-            )
+            raise ValueError(f"[CodeSpec] 'per_document' must be at least 1 but got {self.per_document}.")
 
 
 @dataclass(frozen=True)

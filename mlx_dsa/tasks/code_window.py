@@ -67,14 +67,11 @@ class Window:
         first = bisect.bisect_left(self._ends, 1.2 * length)
         if first >= len(self._lines):
             raise ValueError(
-                f"[make_code_items] a source of {self._ends[-1]:,.0f} tokens is too short for a context of "
-                f"{length:,}."
+                f"[make_code_items] a source of {self._ends[-1]:,.0f} tokens is too short for a context of {length:,}."
             )
         for _ in range(_TRIES):
             stop = rng.randrange(first, len(self._lines))
-            start, sure = (
-                bisect.bisect_left(self._ends, self._ends[stop] - n) for n in (length, 0.9 * length - _ROOM)
-            )
+            start, sure = (bisect.bisect_left(self._ends, self._ends[stop] - n) for n in (length, 0.9 * length - _ROOM))
             inside = len(self._encode("\n".join(self._lines[sure:stop])))
             if inside < length - _ROOM and enough(Lines(start, sure, stop)):
                 return Lines(start, sure, stop)
@@ -113,9 +110,7 @@ class Window:
             front = self._lines[start : marks[order[0]].start]
             encoded[0] = self._encode(_joined(front))
         if not 0 < need <= len(encoded[0]):
-            raise ValueError(
-                f"[make_code_items] 'length' must leave room for code, but {room} tokens are too few."
-            )
+            raise ValueError(f"[make_code_items] 'length' must leave room for code, but {room} tokens are too few.")
         encoded[0] = encoded[0][-need:]
         spans, ids = [None] * len(marks), []
         for (i, _), tokens in zip(parts, encoded):

@@ -60,9 +60,7 @@ def load_documents(source=None, limit=None):
     path = Path(source) if source else BOOKS
     if path.is_dir():
         files = sorted(
-            p
-            for p in path.iterdir()
-            if p.name.endswith((".txt", ".jsonl", ".jsonl.gz")) and not p.name.startswith(".")
+            p for p in path.iterdir() if p.name.endswith((".txt", ".jsonl", ".jsonl.gz")) and not p.name.startswith(".")
         )
         documents = [d for p in files for d in _read_file(p)]
     elif path.exists():
@@ -80,10 +78,7 @@ def load_documents(source=None, limit=None):
 def _read_file(path):
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         return [Document(path.name, "".join(read_blocks(path)))]
-    return [
-        Document(_title(row) or f"{path.name}:{number}", row["text"])
-        for number, row in read_lines(path, ["text"])
-    ]
+    return [Document(_title(row) or f"{path.name}:{number}", row["text"]) for number, row in read_lines(path, ["text"])]
 
 
 def _title(row):
@@ -119,9 +114,7 @@ def windows_of(documents, tokenizer, size, stride, limit):
             for at in range(0, len(ids) - size + 1, stride)
         ]
     if not windows:
-        raise ValueError(
-            f"[windows_of] no text has {size:,} tokens. Use shorter --lengths, or longer texts."
-        )
+        raise ValueError(f"[windows_of] no text has {size:,} tokens. Use shorter --lengths, or longer texts.")
     if limit and limit < len(windows):
         windows = [windows[i * len(windows) // limit] for i in range(limit)]
     return windows
@@ -137,10 +130,6 @@ def load_hub(name, part, split, stream=False):
 
     try:
         return load_dataset(name, part, split=split, streaming=stream)
-    except (
-        Exception
-    ) as error:  # the hub's client raises many kinds, all of which mean: not to be had
+    except Exception as error:  # the hub's client raises many kinds, all of which mean: not to be had
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"[load_hub] '{name}' is neither a file here nor to be had from the hub: {reason}"
-        ) from None
+        raise ValueError(f"[load_hub] '{name}' is neither a file here nor to be had from the hub: {reason}") from None

@@ -133,9 +133,7 @@ def noun_phrase(form, attribute, entity):
 def fill(template, attribute, entity, value, form):
     """Fill a sentence or question template and return it with a capital first letter."""
     np = noun_phrase(form, attribute, entity)
-    return template.format(
-        np=np, NP=capital(np), a=attribute, e=entity, E=capital(entity), v=value, V=capital(value)
-    )
+    return template.format(np=np, NP=capital(np), a=attribute, e=entity, E=capital(entity), v=value, V=capital(value))
 
 
 def make_facts(
@@ -212,9 +210,7 @@ def _make_fact(rng, t, entities, phrasing, words, names):
     if t["bare"]:
         key = f"the {attribute}"
         sentence, question = f"The {attribute} is {value}.", f"What is the {attribute}?"
-        return Fact(
-            key, value, kind, sentence, question, f"The {attribute} is {value}.", value, "bare", "", attribute
-        )
+        return Fact(key, value, kind, sentence, question, f"The {attribute} is {value}.", value, "bare", "", attribute)
     entity = make_entity(rng, entities, names, words)
     sentence = fill(t["sentence"], attribute, entity, value, form)
     if phrasing == "train" and t["lead"]:
@@ -225,9 +221,7 @@ def _make_fact(rng, t, entities, phrasing, words, names):
     key = noun_phrase(t["ask_form"], attribute, entity)
     s, q = t["ids"]
     template = f"{phrasing[0]}{s}:{form}/q{q}:{t['ask_form']}"
-    return Fact(
-        key, value, kind, sentence, question, f"{capital(key)} is {value}.", value, template, entity, attribute
-    )
+    return Fact(key, value, kind, sentence, question, f"{capital(key)} is {value}.", value, template, entity, attribute)
 
 
 def make_multi_value(rng, n_values, **options):

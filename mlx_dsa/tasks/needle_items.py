@@ -103,9 +103,7 @@ class NeedleSpec:
         if self.setting == "two-turns" and self.task != "single":
             raise ValueError("[NeedleSpec] setting 'two-turns' goes with task 'single' only.")
         if self.stem and self.task == "multi-query":
-            raise ValueError(
-                "[NeedleSpec] 'stem' does not go with task 'multi-query': its answer has several stems."
-            )
+            raise ValueError("[NeedleSpec] 'stem' does not go with task 'multi-query': its answer has several stems.")
         single, n_facts = self.task == "single", self.distractors + 1
         several = self.setting != "two-turns" and single and 1 <= self.per_document <= n_facts
         if self.per_document != 1 and not several:

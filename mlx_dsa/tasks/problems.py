@@ -74,8 +74,7 @@ def _gain_loss(d):
     verb = d.rng.choice(ACTIONS).split("|")[1]
     loss = d.rng.choice(LOSSES)
     q = d.pick(
-        f"{name} has {a} {t}. {name} {verb} {b} more and then {loss} {c} of them. "
-        f"How many {t} does {name} have now?",
+        f"{name} has {a} {t}. {name} {verb} {b} more and then {loss} {c} of them. How many {t} does {name} have now?",
         f"In the morning {name} has {a} {t}. During the day {name} {verb} {b} more {t}, and in the evening "
         f"{name} {loss} {c}. How many {t} are left?",
         f"{name} starts with {a} {t}, {verb} {b} more, and {loss} {c}. How many {t} does {name} end up with?",

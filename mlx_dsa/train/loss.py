@@ -49,9 +49,7 @@ def open_keys(rows: mx.array, length: int, config: TrainConfig) -> mx.array:
     return (keys >= config.n_sink) & (keys <= rows[..., None] - config.n_recent)
 
 
-def distillation_loss(
-    scores: mx.array, target: mx.array, is_open: mx.array, config: TrainConfig
-) -> mx.array:
+def distillation_loss(scores: mx.array, target: mx.array, is_open: mx.array, config: TrainConfig) -> mx.array:
     """Compute ``KL(target || softmax(scores))`` over the open keys.
 
     Each row counts by the attention that its open keys get: that makes this
@@ -82,9 +80,7 @@ def distillation_loss(
     return loss.mean()
 
 
-def layer_score(
-    scores: mx.array, target: mx.array, is_open: mx.array, config: TrainConfig
-) -> LayerScore:
+def layer_score(scores: mx.array, target: mx.array, is_open: mx.array, config: TrainConfig) -> LayerScore:
     """Measure loss, recall@K and mass@K of an indexer's scores.
 
     Args:

@@ -145,9 +145,7 @@ class ProjectionsRun(IndexerRun):
         largest = attention_target(view, prepared, mx.max)
         return largest / largest.sum(axis=-1, keepdims=True)
 
-    def loss(
-        self, module: Projections, view: LayerView, prepared: mx.array, target: mx.array
-    ) -> mx.array:
+    def loss(self, module: Projections, view: LayerView, prepared: mx.array, target: mx.array) -> mx.array:
         """Return the sum of both losses of one layer's projections."""
         products, cosines = row_products(module, view.x, prepared)
         is_open = open_keys(prepared, view.x.shape[1], self.config)
@@ -163,9 +161,7 @@ class ProjectionsRun(IndexerRun):
         return score._replace(loss=loss.item())
 
 
-def row_products(
-    module: Projections, x: mx.array, rows: mx.array
-) -> tuple[mx.array, mx.array]:
+def row_products(module: Projections, x: mx.array, rows: mx.array) -> tuple[mx.array, mx.array]:
     """Compare sampled query rows with all keys.
 
     Args:

@@ -35,8 +35,7 @@ def read_rows(data: str | os.PathLike, report: Report | None = None) -> Iterator
         yield from (_read_text if name.endswith(".txt") else _read_jsonl)(name, report)
     elif Path(name).is_file():
         raise ValueError(
-            f"[read_rows] 'data' must be a .txt, .jsonl or .jsonl.gz file, or a "
-            f"dataset's name, but got {name}."
+            f"[read_rows] 'data' must be a .txt, .jsonl or .jsonl.gz file, or a dataset's name, but got {name}."
         )
     else:
         yield from _read_dataset(name, report)

@@ -55,9 +55,7 @@ class TrainState:
     def apply_gradients(self, gradients: list[dict], learning_rate: float):
         """Take one optimizer step with the gradients of all layers."""
         self.optimizer.learning_rate = learning_rate
-        updated = self.optimizer.apply_gradients(
-            {"layers": gradients}, self.parameters()
-        )
+        updated = self.optimizer.apply_gradients({"layers": gradients}, self.parameters())
         self._update(updated["layers"])
         mx.eval(updated, self.optimizer.state)
 
@@ -106,9 +104,7 @@ class TrainState:
             meta = json.loads(meta["run"])
             mx.eval(arrays)  # loading is lazy: a short file shows only here
         except (RuntimeError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"[train] {file} is not a checkpoint of this program ({error})."
-            ) from None
+            raise ValueError(f"[train] {file} is not a checkpoint of this program ({error}).") from None
         there = meta["identity"]
         # What only one of them has differs too: a run of indexers alone and one of both.
         for name in {**identity, **there}:
@@ -124,9 +120,7 @@ class TrainState:
         self.best = dict(zip(self.modules, tree["best"]))
         self.step, self.tokens = meta["step"], meta["tokens"]
         self.best_steps = {int(k): v for k, v in meta["best_steps"].items()}
-        self.best_scores = {
-            int(k): self.score_type(*v) for k, v in meta["best_scores"].items()
-        }
+        self.best_scores = {int(k): self.score_type(*v) for k, v in meta["best_scores"].items()}
 
     def _update(self, parameters: list[dict]):
         for module, tree in zip(self.modules.values(), parameters):
@@ -162,19 +156,11 @@ def check_out(out: Path, resume: bool):
     found = [name for name in there if not (is_part(name) or is_dropping(name))]
     if CHECKPOINT in found:
         if not resume:
-            raise ValueError(
-                f"[train] {out} holds an unfinished run. Go on with 'resume', or choose "
-                f"another folder."
-            )
+            raise ValueError(f"[train] {out} holds an unfinished run. Go on with 'resume', or choose another folder.")
     elif FINISHED in found:
-        raise ValueError(
-            f"[train] {out} holds finished indexers. Choose another folder."
-        )
+        raise ValueError(f"[train] {out} holds finished indexers. Choose another folder.")
     elif found:
-        raise ValueError(
-            f"[train] {out} must be a new or empty folder but it holds {found[0]}. Choose "
-            f"another."
-        )
+        raise ValueError(f"[train] {out} must be a new or empty folder but it holds {found[0]}. Choose another.")
 
 
 def _difference(old: Any, new: Any) -> str:
