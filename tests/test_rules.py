@@ -199,7 +199,7 @@ def test_rules_in_a_list_keep_their_options():
     assert split_rules("dense, keydiff:pool=2,by_head=true,tova") == ["dense", "keydiff:pool=2,by_head=true", "tova"]
 
 
-# Search projections, and an index of them, are trained indexers of another kind: tests/test_search.py, tests/test_hnsw.py.
+# Search projections, and an index of them, are trained indexers of another kind: test_search.py, test_hnsw.py.
 @pytest.mark.parametrize("select", [n for n in rule_names("select") if n not in ("projections", "hnsw")])
 @pytest.mark.parametrize("prefill", ["exact", "tile", "dense"])
 def test_every_rule_of_selecting_with_room_for_all_is_dense(select, prefill):

@@ -5,6 +5,10 @@ is 7392." / "What is the secret code?" among them). Nobody changes these lists: 
 adds to a copy.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 FIRST = """Ada Alan Albert Alice Amos Anna Arthur Beatrice Bernard Bertha Boris Bridget Carla Cedric
 Clara Clement Cora Cyril Daisy Daniel Dora Dorothy Edgar Edith Edmund Elena Ellen Elsa Emil Emma Ernest
 Esther Eva Felix Flora Frances Frank Gerald Gilbert Gloria Grace Greta Gustav Hannah Harold Harriet Hector
@@ -179,7 +183,7 @@ SYLLABLES = """ba be bi bo bra cal cor da del dor el fa fen gar gil ha hol in jo
 na nor o pa per pol qua ra ren ri ro sal sen sha sol ta tel tor tri u va ven vi wen yor za zen""".split()
 
 
-def part(items, split):
+def part(items: Sequence[str], split: str) -> list[str]:
     """Return the train or the held-out part of a list: every fifth entry is held out."""
     if split not in ("train", "heldout"):
         raise ValueError(f"[facts] 'split' must be 'train' or 'heldout' but got {split!r}.")
