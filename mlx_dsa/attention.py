@@ -28,8 +28,8 @@ class SparseAttention(nn.Module):
 
     Args:
         layer (Layer): The attention layer of a model.
-        indexer (Indexer, optional): Its indexer, bound to the model; ``None`` where no
-          rule reads one.
+        indexer (Indexer or Projections, optional): What its rules read, bound to the model;
+          ``None`` where they read nothing.
         config (SparseConfig): What to select and keep.
         plan (PrefillPlan): How a prompt is read.
         evict (EvictRule, optional): In place of the config's. Default: ``None``.
@@ -46,7 +46,7 @@ class SparseAttention(nn.Module):
     def __init__(
         self,
         layer: Layer,
-        indexer: Indexer | None,
+        indexer: Indexer | Projections | None,
         config: SparseConfig,
         plan: PrefillPlan,
         evict: EvictRule | None = None,
@@ -93,9 +93,10 @@ class SparseAttention(nn.Module):
                 f"[SparseAttention] 'cache' must be made after patching, with "
                 f"make_prompt_cache(model), but got a {type(cache).__name__}."
             )
-        if getattr(cache, "budget", self.config.top_k) != self.config.top_k:
+        budget = getattr(cache, "budget", self.config.top_k)
+        if budget != self.config.top_k:
             raise ValueError(
-                f"[SparseAttention] 'cache' keeps {cache.budget} entries but top_k is "
+                f"[SparseAttention] 'cache' keeps {budget} entries but top_k is "
                 f"{self.config.top_k}. Make one with make_prompt_cache(model)."
             )
         if streams and not (cache.evicts or cache.recalls):
@@ -141,8 +142,9 @@ class SparseAttention(nn.Module):
         projected = self.layer.project(x, cache.number, linear)
         if not self.by_head:
             return projected
-        *folded, gate = projected  # key heads are rows of the batch, each with its entries
-        return Projected(*(fold_heads(a, self.layer.n_kv_heads) for a in folded), gate)
+        # Key heads are rows of the batch, each with its entries.
+        queries, keys, values = (fold_heads(a, self.layer.n_kv_heads) for a in projected[:3])
+        return Projected(queries, keys, values, projected.gate)
 
     def _append(self, x, keys, values, cache: SparseKVCache):
         cache.settle(self.eviction.project)
@@ -152,7 +154,7 @@ class SparseAttention(nn.Module):
         else:
             cache.append(keys, values, self.selecting.entry(x, cache.offset))
 
-    def _attend_all(self, queries, keys, values, causal: bool) -> mx.array:
+    def _attend_all(self, queries, keys, values, *, causal: bool) -> mx.array:
         # The very call of mlx-lm's dense layer, so that the result is the same bits.
         return mx.fast.scaled_dot_product_attention(
             queries,
@@ -224,8 +226,8 @@ class SparseAttention(nn.Module):
             outputs.append(self._attend_all(queries, hot.keys, hot.values, causal=stop - start > 1))
             gates.append(gate)
             if stop in cuts:
-                if tiers is not None:
-                    tiers.store()
+                if isinstance(cache, TieredKVCache):
+                    cache.store()
                 self.eviction.cut(hot)
         if len(outputs) > 1:
             gate = None if gate is None else mx.concatenate(gates, axis=1)

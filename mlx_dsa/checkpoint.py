@@ -172,7 +172,9 @@ def _complete_sizes(given: dict[str, int | None], run_config: Path) -> dict[str,
             stored = {**top.get("metadata", {}), **top}
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"[load_indexers] {run_config} is not a JSON object: {error}") from None
-    sizes = {name: stored.get(_SIZES[name]) if value is None else value for name, value in given.items()}
+    sizes: dict[str, Any] = {
+        name: stored.get(_SIZES[name]) if value is None else value for name, value in given.items()
+    }
     missing = [name for name, value in sizes.items() if value is None]
     if missing:
         raise ValueError(
@@ -189,7 +191,7 @@ def _read_tensors(file: Path) -> tuple[dict[str, mx.array], bool]:
     if form not in (_WEIGHTED, _UNWEIGHTED) or bits not in (None, "8"):
         told = f"a hidden state {form!r}" if bits in (None, "8") else f"matrices of {bits!r} bits"
         raise ValueError(f"[load_indexers] {file} has {told} that this version does not know. Upgrade mlx-dsa.")
-    tensors = mx.load(str(file))
+    tensors: Any = mx.load(str(file))  # of its forms, a dict
     if not tensors:
         raise ValueError(f"[load_indexers] {file} holds no tensors.")
     return _dequantise(tensors, int(bits)) if bits else tensors, form == _UNWEIGHTED
@@ -241,7 +243,7 @@ def _match(found: dict[str, mx.array], indexer: Indexer, layer: int, file: Path)
     unnamed = []
     for name, tensor in found.items():
         key = _canonical(name)
-        if key in wanted and key not in matched and wanted[key] == tensor.shape:
+        if key is not None and key in wanted and key not in matched and wanted[key] == tensor.shape:
             matched[key] = tensor
         else:
             unnamed.append((name, tensor))

@@ -236,7 +236,7 @@ def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
             merged["positions"] = SparseConfig.positions
     top_k, n_recent = changes.get("top_k"), values.get("n_recent")
     n_sink = merged.get("n_sink", SparseConfig.n_sink)
-    if "n_recent" in changes or not all(isinstance(n, int) for n in (top_k, n_recent, n_sink)):
+    if "n_recent" in changes or not (isinstance(top_k, int) and isinstance(n_recent, int) and isinstance(n_sink, int)):
         return merged
     # Where even the half has no room, what was given is refused as it is.
     if n_recent > top_k // 2 > 0 and n_sink + top_k // 2 <= top_k:

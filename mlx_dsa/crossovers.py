@@ -47,7 +47,7 @@ def crossover_file() -> Path:
     return Path(folder) / "crossovers.json"
 
 
-def describe(model: nn.Module, indexers: Mapping[int, Indexer], config: SparseConfig) -> dict[str, Any]:
+def describe(model: nn.Module, indexers: Mapping[int, Any], config: SparseConfig) -> dict[str, Any]:
     """Return what a measurement holds for: shapes, settings, device and versions.
 
     Args:
@@ -188,7 +188,7 @@ def forget(description: Mapping[str, Any] | None = None) -> bool:
     return len(others) < len(entries)
 
 
-def resolve_auto(config: SparseConfig, indexers: Mapping[int, Indexer]) -> SparseConfig:
+def resolve_auto(config: SparseConfig, indexers: Mapping[int, Any]) -> SparseConfig:
     """Return a config with ``"stream"`` in place of an ``"auto"`` that takes it, and with
     ``"dense"`` where heads keep entries of their own, among which no rule selects.
 

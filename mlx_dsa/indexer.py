@@ -133,7 +133,8 @@ class Indexer(nn.Module):
         Returns:
             mx.array: Index keys ``[B, 1, L, Di]``, rotated.
         """
-        return self._keys(*self._project(x, "wk"), offset)
+        (keys,) = self._project(x, "wk")
+        return self._keys(keys, offset)
 
     def project_entries(self, x: mx.array, offset: int | mx.array = 0) -> tuple[mx.array, mx.array]:
         """Compute what is kept of tokens where there is a retention head.
@@ -160,7 +161,8 @@ class Indexer(nn.Module):
             tuple: Queries ``[B, Hi, L, Di]``, rotated, and head weights
             ``[B, L, Hi]`` with the scale ``(Hi * Di)^-1/2`` in them.
         """
-        return self._queries(*self._project(x, "wq", "weights_proj"), offset)
+        queries, weights = self._project(x, "wq", "weights_proj")
+        return self._queries(queries, weights, offset)
 
     def project(self, x: mx.array, offset: int | mx.array = 0) -> tuple[mx.array, mx.array, mx.array]:
         """Compute what :meth:`project_keys` and :meth:`project_queries` do, at once.
@@ -293,6 +295,7 @@ class Indexer(nn.Module):
         self._lend(self)
 
     def _lend(self, other: Indexer):
+        assert self._fused is not None
         # One copy of the weights in memory: the layers look into it.
         for name, (start, n) in self._fused.rows.items():
             layer = other._projection(name)

@@ -24,7 +24,7 @@ from .indexer import Indexer
 from .machine import runs_float32
 from .registry import rule_class
 from .rules.sparsek import sparsek_settings, with_model_settings
-from .search import load_projections
+from .search import Projections, load_projections
 
 _PACKAGE = Path(__file__).resolve().parent
 _LOADED = ("model", "indexer")
@@ -46,11 +46,15 @@ class Settings(NamedTuple):
 
 
 class Preset(NamedTuple):
-    """A loaded model with its tokenizer, indexers and config."""
+    """A loaded model with its tokenizer, indexers and config.
+
+    ``indexers`` has a layer's :class:`Indexer`, or what else its rules read; ``None`` where
+    they read nothing.
+    """
 
     model: nn.Module
     tokenizer: TokenizerWrapper
-    indexers: dict[int, Indexer]
+    indexers: dict[int, Any]
     config: SparseConfig
 
 
@@ -286,7 +290,7 @@ def load_settings(settings: Settings) -> Preset:
     return Preset(model, tokenizer, indexers, settings.config)
 
 
-def read_indexers(settings: Settings) -> dict[int, Indexer]:
+def read_indexers(settings: Settings) -> dict[int, Indexer] | dict[int, Projections]:
     """Load the indexers that settings name, fetching them if they are on the hub.
 
     Args:
@@ -323,7 +327,7 @@ def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
     """
     folder = fetch(name)
     try:
-        model, tokenizer = load(str(folder))
+        model, tokenizer, *_ = load(str(folder))
     except Exception as error:  # of a broken tokenizer.json: no other class
         reason = flawed_json(folder) or first_line(error)
         raise ValueError(f"[mlx-dsa] mlx-lm cannot load the model in {folder}: {reason}") from error

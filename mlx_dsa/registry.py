@@ -61,7 +61,7 @@ def _load_plugins():
             )
 
 
-def rule_class(kind: str, text: str) -> type:
+def rule_class(kind: str, text: str) -> type[Any]:
     """Return the class of the rule that a setting names: see :func:`make_rule`."""
     name = text.partition(":")[0] if isinstance(text, str) else text
     known = isinstance(name, str) and (name in _RULES[kind] or name in rule_names(kind))

@@ -115,7 +115,8 @@ def load_projections(path: str | os.PathLike) -> dict[int, Projections]:
     file = find_file(Path(path))
     check_kind(file, PROJECTIONS)
     layers: dict[int, dict[str, mx.array]] = {}
-    for name, tensor in mx.load(str(file)).items():
+    tensors: Any = mx.load(str(file))  # of its forms, a dict
+    for name, tensor in tensors.items():
         parts = re.fullmatch(r"layers\.(\d+)\.(wq\.weight|wk\.weight)", name)
         if parts is None or tensor.ndim != 2:
             raise ValueError(

@@ -78,7 +78,7 @@ class UnfinishedReading:
             "version of mlx": package_version("mlx"),
         }
         self._every = every
-        self._tokens: str | None = None
+        self._tokens = ""  # a digest of them
         self._text = mx.array([], mx.uint8)
         self._before = 0.0  # seconds of earlier runs
         self._began = self._written = time.perf_counter()
@@ -107,7 +107,7 @@ class UnfinishedReading:
         if not self.done:
             return None
         arrays, header = self._read()
-        text = bytes(memoryview(arrays["text"])).decode()
+        text = np.array(arrays["text"]).tobytes().decode()
         caches = unpack_caches(arrays, header)
         self._patch.adopt(caches)
         return Left(caches, text, int(header["done"]))
@@ -144,7 +144,7 @@ class UnfinishedReading:
             ValueError: If what was loaded had other tokens.
         """
         digest = hashlib.sha256(np.array(tokens, np.int64).tobytes()).hexdigest()
-        if self._tokens not in (None, digest):
+        if self._tokens not in ("", digest):
             raise ValueError(
                 f"[compress] {self.path} is half read with another tokenizer. Go on with what "
                 f"that began with, name another file, or delete it."

@@ -300,7 +300,7 @@ class BudgetKVCache(SparseKVCache):
     @property
     def contents(self) -> list[Any]:
         """What a copy needs: arrays, whole numbers and ``None``."""
-        late = [None, None]
+        late: list[Any] = [None, None]
         if self.n_late:
             late[0] = self._late.join()
             if self._late_slots:

@@ -83,7 +83,7 @@ class ColdFile:
         try:
             with self._lock, open(self.path, "r+b", buffering=0) as file:
                 file.seek(at)
-                view = memoryview(rows.reshape(-1).view(np.uint8))
+                view = rows.reshape(-1).view(np.uint8).data
                 while view:
                     view = view[file.write(view) :]
         except OSError as error:
@@ -133,7 +133,7 @@ class FileStore:
         self._blocks: list[_Block] = []
         self._owns_last = True  # no copy writes to the last block
         self._row: tuple[int, ...] = ()
-        self._dtype = None
+        self._dtype: mx.Dtype | None = None
         self._bits: np.dtype | None = None
 
     def append(self, rows: Sequence[mx.array]):

@@ -73,7 +73,7 @@ class TieredKVCache(SparseKVCache):
     @property
     def recalled(self) -> int:
         """Entries brought back from the cold store since the split, over the batch."""
-        return self._recalled.item()
+        return int(self._recalled)
 
     def append(self, *entries: mx.array):
         """Add entries after those there are: see :meth:`SparseKVCache.append`.

@@ -168,7 +168,7 @@ def sparse_attention(
     if topk_indices.ndim == 4:
         heads = (mx.split(x, keys.shape[1], axis=1) for x in (queries, keys, values))
         slots = topk_indices.swapaxes(0, 1)
-        outputs = [reference.sparse_attention(*head, scale) for head in zip(*heads, slots)]
+        outputs = [reference.sparse_attention(q, k, v, s, scale) for q, k, v, s in zip(*heads, slots)]
         return mx.concatenate(outputs, axis=1)
     return reference.sparse_attention(queries, keys, values, topk_indices, scale)
 

@@ -113,7 +113,7 @@ def _problem(language, trial) -> str | None:
         return f"does not run here ({str(error).strip().splitlines()[0][:120]})"
     exact = mx.issubdtype(expected.dtype, mx.integer)
     expected = expected.astype(mx.float32)
-    gap = mx.abs(result.astype(mx.float32) - expected).max().item()
-    limit = 0 if exact else _TOLERANCE * mx.abs(expected).max().item()
+    gap = float(mx.abs(result.astype(mx.float32) - expected).max())
+    limit = 0 if exact else _TOLERANCE * float(mx.abs(expected).max())
     # Not "gap > limit": that is false of NaN.
     return None if gap <= limit else f"differs from the reference by {gap:.2g}"

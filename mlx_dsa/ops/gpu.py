@@ -98,6 +98,7 @@ def tile_scores(
 def _score(language, queries, weights, keys, tiles, shape):
     B, n_rows, n_keys = shape
     sizes = _score_sizes(language, queries, tiles)
+    assert sizes is not None  # else score_gap says so
     block, n_parts = 8, n_rows if tiles else -(-n_rows // sizes["CHUNK"])
     if language == "cuda":
         block = 16
@@ -197,18 +198,17 @@ def gather_tiles(language: str, keys: mx.array, values: mx.array, slots: mx.arra
     parts = head_dim * keys.dtype.size // _VECTOR_BYTES
     n_threads = 256
     n_groups = -(-B * n_tiles * n_heads * n_rows * parts // n_threads)
-    return tuple(
-        launch(
-            "gather",
-            language,
-            [keys, values, mx.contiguous(slots)],
-            {"T": keys.dtype, "PARTS": parts, "THREADS": n_threads},
-            (n_groups, 1, 1),
-            n_threads,
-            [shape, shape],
-            [keys.dtype, keys.dtype],
-        )
+    keys, values = launch(
+        "gather",
+        language,
+        [keys, values, mx.contiguous(slots)],
+        {"T": keys.dtype, "PARTS": parts, "THREADS": n_threads},
+        (n_groups, 1, 1),
+        n_threads,
+        [shape, shape],
+        [keys.dtype, keys.dtype],
     )
+    return keys, values
 
 
 def attends(language: str | None, queries: mx.array) -> bool:

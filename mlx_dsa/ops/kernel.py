@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -118,7 +118,7 @@ def launch(
 
 @cache
 def _build(name: str, language: str, shared_bytes: int) -> Callable:
-    make = mx.fast.metal_kernel
+    make: Callable[..., Any] = mx.fast.metal_kernel
     if language == "cuda":
         make = partial(mx.fast.cuda_kernel, shared_memory=shared_bytes)
     header, body = text(name, language)

@@ -5,6 +5,8 @@ They run on every backend and define what a kernel must compute.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -54,13 +56,10 @@ def _block_bytes() -> int:
 def _sum_heads(queries, weights, keys) -> mx.array:
     keys = keys[:, 0].swapaxes(-1, -2)
     weights = weights.astype(mx.float32)
-    total = None
     # A head at a time: one [L, T] product in memory, not Hi of them.
-    for h in range(queries.shape[1]):
-        product = (queries[:, h] @ keys).astype(mx.float32)
-        part = mx.maximum(product, 0) * weights[..., h, None]
-        total = part if total is None else total + part
-    return total
+    products = ((queries[:, h] @ keys).astype(mx.float32) for h in range(queries.shape[1]))
+    parts = (mx.maximum(product, 0) * weights[..., h, None] for h, product in enumerate(products))
+    return functools.reduce(operator.add, parts)
 
 
 @mx.compile
@@ -208,7 +207,9 @@ def gather_tiles(keys: mx.array, values: mx.array, slots: mx.array) -> tuple[mx.
     B, n_heads, _, head_dim = keys.shape
     n_tiles, n_rows = slots.shape[1:]
     shape = (B, n_heads, n_tiles, n_rows, head_dim)
-    return tuple(gather_rows(x, slots.flatten(1)).reshape(shape).swapaxes(1, 2).flatten(0, 1) for x in (keys, values))
+    rows = (gather_rows(x, slots.flatten(1)).reshape(shape) for x in (keys, values))
+    keys, values = (x.swapaxes(1, 2).flatten(0, 1) for x in rows)
+    return keys, values
 
 
 def sparse_attention(

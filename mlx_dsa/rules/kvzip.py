@@ -78,7 +78,7 @@ def read_again(
         raise ValueError("[read_again] a text is read densely: use prefill 'dense'.")
     if not all(c.evicts and c.offset == c.size() == ids.shape[1] and not c.evicted for c in sparse):
         raise ValueError("[read_again] 'caches' must hold the text whole, and nothing else.")
-    found = {i: [] for i in layers}
+    found: dict[int, list[mx.array]] = {i: [] for i in layers}
     for start, stop, tokens in _chunks(ids, asks, chunk):
         again = [c.copy() if isinstance(c, SparseKVCache) else copy.deepcopy(c) for c in caches]
         rules = {i: layer.eviction.rule for i, layer in layers.items()}
@@ -93,7 +93,7 @@ def read_again(
         for i, layer in layers.items():
             queries, keys = again[i].observed.queries, again[i].keys
             n_sinks = min(_SINKS, start)
-            parts = keys[:, :, :n_sinks], keys[:, :, start:stop], keys[:, :, ids.shape[1] :]
+            parts = [keys[:, :, :n_sinks], keys[:, :, start:stop], keys[:, :, ids.shape[1] :]]
             paid = _largest(queries, mx.concatenate(parts, axis=2), layer.layer.scale)
             found[i].append(paid[:, n_sinks : n_sinks + stop - start])
             again[i] = queries = keys = parts = None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -41,6 +42,7 @@ class Merging(EvictRule):
     threshold: float = 0.6
     share: float = 1.0
     merges = True
+    rule: ClassVar[EvictRule]  # that of `base`
 
     def __post_init__(self):
         object.__setattr__(self, "rule", make_rule("evict", self.base))

@@ -65,7 +65,7 @@ class Rule:
 
     wants_indexer: ClassVar[bool] = False
     layer: ClassVar[Layer]
-    indexer: ClassVar[Indexer | None]
+    indexer: ClassVar[Any]  # an Indexer or what else the rule reads
     backend: ClassVar[str]
 
     def check(self, config: Any):

@@ -11,6 +11,7 @@ many queries. With a budget, what is kept is read whole.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -35,6 +36,7 @@ class TopP(Lightning):
     p: float = 0.9
     least: int = 1
     fills = False
+    _read: ClassVar[mx.array]  # once bound: keys and queries, counted
 
     def __post_init__(self):
         if not 0 < self.p <= 1:
@@ -57,13 +59,14 @@ class TopP(Lightning):
     @property
     def mean_read(self) -> float:
         """Keys read a query, of those that have been selected for since the rule was bound."""
-        keys, queries = self._read.tolist()
+        keys, queries = (int(n) for n in self._read)
         return keys / queries if queries else 0.0
 
     def select(self, probe, cache, top_k, n_visible, end, forced):
         scores = self.scores(probe, cache, n_visible, end)
-        slots = select_topk(scores, top_k, n_visible, *forced, self.backend)
-        slots = self._enough(scores, slots, n_visible, *forced)
+        n_sink, n_recent = forced
+        slots = select_topk(scores, top_k, n_visible, n_sink, n_recent, self.backend)
+        slots = self._enough(scores, slots, n_visible, n_sink, n_recent)
         n_queries = slots.shape[0] * slots.shape[1]
         read = self._read + mx.stack([(slots >= 0).sum().astype(mx.int64), mx.array(n_queries)])
         object.__setattr__(self, "_read", read)
