@@ -132,7 +132,7 @@ def bench(
         progress(done, total, f"{context:,} tokens: warming up")
         for kind in kinds:
             run(kind, prompt[: run.warm_up_tokens()], 0)
-        passes = {kind: [] for kind in kinds}
+        passes: dict[str, list[Any]] = {kind: [] for kind in kinds}
         for repeat in range(repeats):
             for kind in kinds:
                 progress(done, total, f"{context:,} tokens: {kind}")

@@ -136,7 +136,7 @@ def measure_ops(
         def select(scores):
             return select_topk(scores, top_k - tile_size, visible, *forced, backend)
 
-        def attend(layer, slots):
+        def attend(layer: _Layer, slots: mx.array) -> mx.array:
             return tile_attention(*layer[:3], slots, layer.scale, backend)
 
         def gather(layer, slots):
@@ -281,7 +281,7 @@ def _floors(shape, rates, context, chunk, top_k, tile_size) -> dict[str, float]:
 
 def _median_seconds(calls: dict[str, Callable[[], list[mx.array]]], repeats: int) -> dict[str, float]:
     """Time each call, in turns; each has run before."""
-    seconds = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             start = time.perf_counter()

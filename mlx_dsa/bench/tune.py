@@ -176,7 +176,7 @@ class _Bench:
     def measure(self, keys: int) -> dict[str, float]:
         """Return milliseconds a layer: of a chunk around ``keys``, and of a step."""
         calls = self._prefill_calls(keys) | self._decode_calls(keys)
-        times = {name: [] for name in calls}
+        times: dict[str, list[float]] = {name: [] for name in calls}
         for repeat in range(self._repeats + 1):
             for name, call in calls.items():
                 start = self._clock()
@@ -222,7 +222,7 @@ class _Bench:
             "decode": lambda: _steps(*self._budget, x),
         }
 
-    def _full_budget(self):
+    def _full_budget(self) -> tuple[list[SparseAttention], list[FullKVCache]]:
         """Return layers and their caches, full and past a prompt."""
         layers = self._sparse(prefill="dense", cache="budget")
         for layer in layers:

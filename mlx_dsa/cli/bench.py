@@ -115,7 +115,7 @@ def bench(
                 result = _ops(subject, contexts, repeats, chunk, write)
             else:
                 config["steps"] = steps = steps or 256
-                options = {"repeats": repeats, "steps": steps, "chunk": chunk}
+                options: dict[str, Any] = {"repeats": repeats, "steps": steps, "chunk": chunk}
                 result = _end_to_end(subject, contexts, alone, options, write)
                 config |= result.pop("config")
         result |= {"config": config, "device": device(), "versions": versions()}
@@ -156,7 +156,7 @@ def _journal(out: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def _end_to_end(
-    subject: Subject, contexts: list[int], alone: bool, options: dict[str, int], write: Callable
+    subject: Subject, contexts: list[int], alone: bool, options: dict[str, Any], write: Callable
 ) -> dict[str, Any]:
     model, indexers = subject.load()
     config = resolve_auto(subject.config, indexers)

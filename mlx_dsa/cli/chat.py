@@ -115,7 +115,7 @@ def chat(
             max_tokens=max_tokens,
             sampler=session.sampler,
             stopped=interrupt,
-            begin=(lambda: load_cache(cache_file, session.patch).caches) if cache_file is not None else None,
+            begin=(lambda: load_cache(cache_file, session.sparse).caches) if cache_file is not None else None,
         )
         conversation.check(document or "-")
         how = describe_config(session.patch.config) if session.patch else "dense"
@@ -194,6 +194,7 @@ class _Talk(NamedTuple):
                     click.echo(piece, nl=False)
             click.echo()
             report = self.conversation.report
+            assert report is not None  # of the pieces that are shown
             show_report(report, dense=self.dense)
             if report.unread:
                 click.echo(

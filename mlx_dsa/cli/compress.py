@@ -108,17 +108,17 @@ def compress(
             start = time.perf_counter()
             with interrupt if part else _nothing(), _progress() as conversation.progress:
                 text = conversation.read(document.text, part)
-            session.patch.prune(conversation.cache)
+            session.sparse.prune(conversation.cache)
             seconds = part.seconds if part else time.perf_counter() - start
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_cache(path, conversation.cache, session.patch, about)
+            save_cache(path, conversation.cache, session.sparse, about)
             figures = measure(conversation.cache, None, None)
             if page is not None:
                 _write_report(page, text, document, session, conversation.cache, figures)
         if part is not None:
             part.remove()
         start = time.perf_counter()
-        load_cache(path, session.patch)
+        load_cache(path, session.sparse)
         loading = time.perf_counter() - start
     click.echo(
         f"{path}: {figures.seen:,} tokens read in {seconds:.1f} s, {entries(figures)} "
@@ -162,7 +162,7 @@ def _open_part(
         "system message": _digest(system or ""),
         "chat template": _digest(str(template)),
     }
-    part = UnfinishedReading(path, session.patch, identity, every)
+    part = UnfinishedReading(path, session.sparse, identity, every)
     try:
         part.check()
     except ValueError:
@@ -221,7 +221,7 @@ def _write_report(
     caches: list[Any],
     figures: Report,
 ):
-    share = share_of(_kept(session.patch, caches), figures.seen)
+    share = share_of(_kept(session.sparse, caches), figures.seen)
     body = document.text.strip()
     start, sections = text.rfind(body), document.sections
     if start < 0:  # the model's template has changed the text: nobody knows where its files begin
@@ -235,7 +235,7 @@ def _write_report(
         "entries kept a layer": f"{entries(figures)}",
         "layers with a budget": f"{share.n_layers} of {len(caches)}",
         "kept, mean of these": f"{100 * of:.1f}%",
-        "settings": describe_config(session.patch.config),
+        "settings": describe_config(session.sparse.config),
     }
     places = places_of(session.tokenizer, text)
     write_page(page, text, places, share, sections, document.name, facts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import click
@@ -109,8 +108,10 @@ def _bundled() -> Iterator[Prompt]:
 def _own(prompt: str | None, interactive: bool, document: str | None) -> Iterator[Prompt]:
     if prompt is not None:
         yield Prompt("", _join(document, prompt), prompt)
-    with open_lines() if interactive else nullcontext() as lines:
-        while interactive:
+    if not interactive:
+        return
+    with open_lines() as lines:
+        while True:
             try:
                 question = lines.read().strip()
             except EOFError:

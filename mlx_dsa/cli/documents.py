@@ -113,7 +113,8 @@ def read_document(paths: Sequence[str], but: Iterable[str | os.PathLike] = ()) -
         if len(texts) == n_read:
             raise ValueError(f"{path} holds no text file.{_reasons(skipped[n_skipped:])}")
     if len(paths) == 1 and not os.path.isdir(paths[0]):
-        return Document(*texts.values(), [], skipped, Path(paths[0]).name)
+        (text,) = texts.values()
+        return Document(text, [], skipped, Path(paths[0]).name)
     return _joined(names, texts.values(), skipped)
 
 

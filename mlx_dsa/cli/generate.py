@@ -77,6 +77,7 @@ def generate(
             for piece in pieces:
                 click.echo(piece, nl=False)
         click.echo()
+        assert conversation.report is not None  # of the pieces that are shown
         show_report(conversation.report, dense=dense)
     if interrupt():
         sys.exit(130)

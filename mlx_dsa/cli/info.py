@@ -137,7 +137,7 @@ def _indexers(settings: Settings) -> str:
     )
 
 
-def _heads(indexers: Mapping[int, Indexer]) -> str:
+def _heads(indexers: Mapping[int, Any]) -> str:
     without = sum(not indexer.has_retention for indexer in indexers.values())
     if not without:
         return "with retention heads"

@@ -268,7 +268,7 @@ def _with_saved(saved: SavedSettings, preset: str | None, values: dict[str, Any]
             )
     if preset is None and "model" not in values:
         preset = about.get("preset")
-        names = {key: about[key] for key in ("model", "indexer") if key in about}
+        names: dict[str, Any] = {key: about[key] for key in ("model", "indexer") if key in about}
         values = {**names, **values}
     how = {key: value for key, value in made.items() if key not in _OF_THE_MACHINE}
     return preset, {**how, **values}

@@ -191,7 +191,8 @@ def _numbers(share: Share, at: slice) -> tuple[str, str, str]:
     counts = share.counts[at]
     n = max(1, len(counts))
     of = (counts.sum() / share.n_layers, (counts == 0).sum(), (counts == share.n_layers).sum())
-    return tuple(f"{100 * value / n:.1f}%" for value in of)
+    mean, by_none, by_all = (f"{100 * value / n:.1f}%" for value in of)
+    return mean, by_none, by_all
 
 
 def _legend(levels: np.ndarray, shades: int, n_layers: int) -> str:
@@ -232,7 +233,8 @@ def _pieces(places, levels, length: int) -> Iterator[tuple[int, int]]:
     """Yield a level and where it ends for what is shown as a whole: a token, or all that a
     character is made of, which then has their mean. White space that is no token's goes
     with the one after it."""
-    end, seen = 0, []
+    end = 0
+    seen: list[int] = []
     for (_, stop), level in zip(places, levels.tolist()):
         if stop > end and seen:
             yield -(-sum(seen) // len(seen)), end

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..train import BothScore, LayerScore, RetentionScore, TrainProgress
 from .interrupt import Interrupt
 
-_Scores = dict[int, LayerScore] | dict[int, RetentionScore] | dict[int, BothScore]
+_Scores = dict[int, Any]  # of LayerScore, RetentionScore or BothScore
 # Seconds over which the speed is estimated: a step of a large model takes a minute.
 _SPEED_PERIOD = 3600
 
@@ -59,7 +61,8 @@ class Display:
 
     def _speed(self, now: TrainProgress) -> str:
         """Tell the tokens a second of this process, evaluations and all."""
-        tokens, seconds = now.tokens - self._first.tokens, now.seconds - self._first.seconds
+        first = self._first or now
+        tokens, seconds = now.tokens - first.tokens, now.seconds - first.seconds
         return f", {tokens / seconds:,.0f} tokens/s" if tokens and seconds > 0 else ""
 
     def _say_that_it_stops(self):

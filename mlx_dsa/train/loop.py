@@ -126,11 +126,11 @@ class TrainRun:
         """Return what the layers share of a batch, given a stream of chance."""
         raise NotImplementedError
 
-    def target(self, view: LayerView, prepared: Any) -> mx.array:
+    def target(self, view: LayerView, prepared: Any) -> Any:
         """Return what the modules of one layer are to learn."""
         raise NotImplementedError
 
-    def loss(self, module: nn.Module, view: LayerView, prepared: Any, target: Any) -> mx.array:
+    def loss(self, module: Any, view: LayerView, prepared: Any, target: Any) -> mx.array:
         """Return the loss of one layer's module, a scalar."""
         raise NotImplementedError
 
@@ -144,7 +144,7 @@ class TrainRun:
         """Scale the gradient of one layer's module down to the norm that it may have."""
         return optim.clip_grad_norm(gradient, self.config.max_grad_norm)[0]
 
-    def score(self, module: nn.Module, view: LayerView, prepared: Any) -> tuple:
+    def score(self, module: Any, view: LayerView, prepared: Any) -> tuple:
         """Return the held-out score of one layer's module."""
         raise NotImplementedError
 
@@ -181,7 +181,7 @@ class TrainRun:
         state.apply_gradients(gradients, _learning_rate(state.step, config))
         state.step += 1
         state.tokens += sum(len(s.tokens) for s in batch)
-        loss = mx.stack(losses).mean().item()
+        loss = float(mx.stack(losses).mean())
         if not math.isfinite(loss):
             raise ValueError(
                 f"[train] the loss of step {state.step} is {loss}. Begin again with a lower 'learning_rate'."

@@ -162,7 +162,7 @@ def retention_score(scores: mx.array, target: mx.array, learnt: mx.array) -> Ret
         k = max(1, n_keys // share)
         chosen, best = (np.argpartition(np.array(values[0, :n_keys]), -k)[-k:] for values in (scores, target))
         agreement.append(len(np.intersect1d(chosen, best)) / k)
-    return RetentionScore(retention_loss(scores, target, learnt).item(), *agreement)
+    return RetentionScore(float(retention_loss(scores, target, learnt)), *agreement)
 
 
 def new_heads(indexers: Mapping[int, Indexer], config: RetentionConfig) -> dict[int, RetentionHead]:

@@ -50,10 +50,10 @@ def _read_text(name: str, report: Report) -> Iterator[dict]:
 def _read_jsonl(name: str, report: Report) -> Iterator[dict]:
     for number, row, flaw in read_objects(name):
         report.begin(number)
-        if flaw:
-            report.leave_out(flaw, noun="line")
-        else:
+        if row is not None:
             yield row
+        elif flaw:
+            report.leave_out(flaw, noun="line")
 
 
 def _read_dataset(name: str, report: Report) -> Iterator[dict]:

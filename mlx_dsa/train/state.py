@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class TrainState:
           ``loss``.
     """
 
-    def __init__(self, modules: dict[int, nn.Module], config: Any, score_type: type):
+    def __init__(self, modules: dict[int, Any], config: Any, score_type: type):
         self.step = 0
         self.tokens = 0
         self.modules = modules
@@ -44,7 +45,7 @@ class TrainState:
         )
         self.optimizer.init(self.parameters())
         self.best = {layer: module.parameters() for layer, module in modules.items()}
-        self.best_steps = dict.fromkeys(modules, 0)
+        self.best_steps: dict[int, Any] = dict.fromkeys(modules, 0)
         self.best_scores: dict[int, Any] = {}
         mx.eval(self.best)
 
@@ -68,7 +69,7 @@ class TrainState:
                 self.best_steps[layer] = self.step
                 self.best[layer] = self.modules[layer].parameters()
 
-    def best_modules(self) -> dict[int, nn.Module]:
+    def best_modules(self) -> dict[int, Any]:
         """Return the modules with each layer's best weights."""
         self._update(list(self.best.values()))
         return self.modules
@@ -100,7 +101,8 @@ class TrainState:
         """
         file = out / CHECKPOINT
         try:
-            arrays, meta = mx.load(str(file), return_metadata=True)
+            loaded: Any = mx.load(str(file), return_metadata=True)  # of its forms, a pair
+            arrays, meta = loaded
             meta = json.loads(meta["run"])
             mx.eval(arrays)  # loading is lazy: a short file shows only here
         except (RuntimeError, KeyError, ValueError) as error:
@@ -138,7 +140,7 @@ def run_identity(model: Any, data_hash: str, config: Any) -> dict:
     }
 
 
-def hash_parameters(modules: dict[int, nn.Module]) -> str:
+def hash_parameters(modules: Mapping[int, nn.Module]) -> str:
     """Return a hash of all parameters, as 16 hex digits."""
     digest = hashlib.sha256()
     for layer, module in modules.items():

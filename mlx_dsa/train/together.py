@@ -133,7 +133,7 @@ class BothState(TrainState):
     def keep_best(self, scores: dict[int, BothScore]):
         """Remember the weights of every indexer and every head whose loss is its lowest."""
         for layer, score in scores.items():
-            best = self.best_scores.get(layer)
+            best: BothScore | None = self.best_scores.get(layer)
             if best is None:
                 best, self.best_steps[layer] = score, [self.step, self.step]
                 self.best[layer] = self.modules[layer].parameters()

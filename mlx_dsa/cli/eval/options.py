@@ -60,7 +60,10 @@ class Listing(click.Option):
 
     def get_help_record(self, ctx):
         """Return the option and its help, the names in place of ``{}``."""
-        option, text = super().get_help_record(ctx)
+        record = super().get_help_record(ctx)
+        if record is None:  # it is hidden
+            return None
+        option, text = record
         return option, text.replace("{}", ", ".join(self.names()))
 
 
