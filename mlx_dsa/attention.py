@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -17,6 +19,7 @@ from .ops import gather_rows, sparse_attention, tile_attention
 from .positions import PositionLimit, check_turn
 from .projections import JoinedProjections
 from .rules import EvictRule, fold_heads, make_rule
+from .search import Projections
 from .selection import select_topk
 
 
@@ -69,7 +72,7 @@ class SparseAttention(nn.Module):
         self,
         x: mx.array,
         mask: mx.array | str | None = None,
-        cache: SparseKVCache | None = None,
+        cache: Any = None,
     ) -> mx.array:
         """Run the layer.
 
@@ -183,7 +186,7 @@ class SparseAttention(nn.Module):
             cache.append(keys, values, entry)
         return self._attend_exact(queries, probe, cache, cache.size())
 
-    def _make_room(self, cache: BudgetKVCache):
+    def _make_room(self, cache):
         """Cut a cache to its budget where a prompt has left more; decide what a step drops."""
         if cache.size() > cache.budget:
             self.eviction.prune(cache, decoding=True)
@@ -191,7 +194,7 @@ class SparseAttention(nn.Module):
         if cache.size() == cache.budget:
             self.eviction.make_room(cache)
 
-    def take(self, x: mx.array, keys: mx.array, values: mx.array, cache: SparseKVCache):
+    def take(self, x: mx.array, keys: mx.array, values: mx.array, cache: Any):
         """Add tokens that were attended to elsewhere, as reading them here would.
 
         Args:
@@ -207,12 +210,11 @@ class SparseAttention(nn.Module):
         if cache.evicts:
             self.eviction.observe(x, cache)
 
-    def _stream(self, x, cache: SparseKVCache) -> tuple[mx.array, mx.array | None]:
+    def _stream(self, x, cache) -> tuple[mx.array, mx.array | None]:
         """Attend in parts to what was kept and to the part's own tokens, and cut the cache
         after each but the last, which waits for its cut; return the gate, too."""
         L = x.shape[1]
-        tiers = cache if cache.recalls else None
-        hot = cache if tiers is None else tiers.begin_stream()
+        hot = cache.begin_stream() if cache.recalls else cache
         cuts = stream_cuts(self.config.stream_chunk, hot.budget, (L, hot.offset, hot.size()))
         outputs, gates = [], []
         for start, stop in zip([0, *cuts], [*cuts, L]):
@@ -226,7 +228,7 @@ class SparseAttention(nn.Module):
             outputs.append(self._attend_all(queries, hot.keys, hot.values, causal=stop - start > 1))
             gates.append(gate)
             if stop in cuts:
-                if isinstance(cache, TieredKVCache):
+                if cache.recalls:
                     cache.store()
                 self.eviction.cut(hot)
         if len(outputs) > 1:

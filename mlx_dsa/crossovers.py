@@ -17,7 +17,6 @@ import mlx.nn as nn
 from .config import SparseConfig
 from .families import family_of
 from .files import replacing
-from .indexer import Indexer
 from .machine import device_name
 from .ops import crossover
 from .versions import package_version

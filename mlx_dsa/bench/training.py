@@ -137,10 +137,10 @@ class _Times:
     """Tell what the parts of a run's steps take."""
 
     def __init__(self, run: TrainRun, clock: Callable[[], float]):
-        self._run: Any = run  # of which two methods are replaced
-        self._clock = clock
-        self._views, self._target = run.views, run.target
-        self._run.views, self._run.target = self._watch_views, self._watch_target
+        watched: Any = run  # of which two methods are replaced
+        self._run, self._clock = watched, clock
+        self._views, self._target = watched.views, watched.target
+        watched.views, watched.target = self._watch_views, self._watch_target
         self._seconds = dict.fromkeys(PARTS, 0.0)
 
     def of_step(self) -> dict[str, float]:

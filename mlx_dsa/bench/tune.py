@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from ..attention import SparseAttention
-from ..cache import FullKVCache, make_cache
+from ..cache import FullKVCache, SparseKVCache, make_cache
 from ..config import SparseConfig
 from ..crossovers import CROSSING, describe, plan_prefill, store
 from ..families import family_of, positions_of
@@ -222,7 +222,7 @@ class _Bench:
             "decode": lambda: _steps(*self._budget, x),
         }
 
-    def _full_budget(self) -> tuple[list[SparseAttention], list[FullKVCache]]:
+    def _full_budget(self) -> tuple[list[SparseAttention], list[SparseKVCache]]:
         """Return layers and their caches, full and past a prompt."""
         layers = self._sparse(prefill="dense", cache="budget")
         for layer in layers:

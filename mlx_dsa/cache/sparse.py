@@ -130,7 +130,7 @@ class SparseKVCache:
         """Copy what there is into more room, the new entries after it."""
         n = self._size + entries[0].shape[2]
         spare = self._room(n, entries[0].shape[2]) - n
-        buffers = []
+        buffers: list[mx.array] = []
         for i, new in enumerate(entries):
             if new is None:
                 buffers.append(None)

@@ -15,7 +15,6 @@ from mlx.utils import tree_flatten
 from .. import __version__, blas
 from ..crossovers import crossover_file, describe_args, describe_run, measured, plan_prefill
 from ..hub import INDEXER_FILES, MODEL_FILES, fetch, is_repository, read_object
-from ..indexer import Indexer
 from ..machine import runs_float32
 from ..ops import check_backend
 from ..presets import Settings, preset_names, read_indexers, resolve_auto_of, resource

@@ -68,7 +68,7 @@ def ask(kind, subject, policies, items, about, *, max_tokens, batch_size, compar
     readings = _Readings(subject.model, policies)
 
     def work(payload):
-        return _run(subject, *payload, max_tokens, readings)
+        return _run(subject, payload[0], payload[1], max_tokens, readings)
 
     def summarise(records):
         return _rows(records, policies), _pairs(records, policies, compare), records

@@ -5,6 +5,8 @@ share of it a selection of K keys covers: the indexer's, three others of the sam
 other rules.
 """
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -135,7 +137,7 @@ class _Recorder(nn.Module):
         # What the runtime would hold for each rule of selecting: its own cache.
         self.rules = {name: make_rule("select", name).bind(layer, indexer) for name in rules}
         self.caches = {name: FullKVCache() for name in rules}
-        self.index_keys = None
+        self.index_keys: Any = None
         self.found = []
 
     def __call__(self, x, mask=None, cache=None):

@@ -113,7 +113,7 @@ def gsm8k(
     ]
 
     def work(payload):
-        return _run(subject, *payload, max_tokens, () if prompt == "chat" else _STOPS)
+        return _run(subject, payload[0], payload[1], max_tokens, () if prompt == "chat" else _STOPS)
 
     def summarise(records):
         return _rows(records, policies), _pairs(records, policies, compare), records

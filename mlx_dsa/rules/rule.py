@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple
 import mlx.core as mx
 
 from ..families import Layer
-from ..indexer import Indexer
 
 
 class Probe(NamedTuple):
@@ -78,12 +77,12 @@ class Rule:
             ValueError: Which says what to change.
         """
 
-    def bind(self, layer: Layer, indexer: Indexer | None = None, backend: str = "auto"):
+    def bind(self, layer: Layer, indexer: Any = None, backend: str = "auto"):
         """Return the rule for a layer.
 
         Args:
             layer (Layer): An attention layer of a model.
-            indexer (Indexer, optional): The layer's, bound to it. Default: ``None``.
+            indexer (Indexer, or what else it reads, optional): The layer's, bound to it. Default: ``None``.
             backend (str): Kernels to use. Default: ``"auto"``.
         """
         return self._with(layer=layer, indexer=indexer, backend=backend)

@@ -10,7 +10,6 @@ import mlx.core as mx
 from ..cache import SparseKVCache
 from ..checkpoint_file import LIGHTNING
 from ..families import Layer
-from ..indexer import Indexer
 from ..selection import select_topk
 from .rule import Probe, Rule
 
@@ -37,7 +36,7 @@ class SelectRule(Rule):
     by_position: ClassVar[bool] = False
     reads: ClassVar[str] = LIGHTNING
 
-    def bind(self, layer: Layer, indexer: Indexer | None = None, backend: str = "auto"):
+    def bind(self, layer: Layer, indexer: Any = None, backend: str = "auto"):
         """Return the rule for a layer: see :meth:`Rule.bind`.
 
         Raises:
