@@ -235,8 +235,8 @@ def test_legends_cover_nothing(texts, plt):
         plots.plot_gsm8k(problems_result("gsm8k"), plt),
         plots.plot_ppl(texts[1], plt),
         plots.plot_retrieval(texts[2], plt),
-        plots._memory({"rows": memory}, plt),
-        plots._needle(cells | {"config": dict(task="t", setting="s")}, plt),
+        plots.plot_memory({"rows": memory}, plt),
+        plots.plot_needle(cells | {"config": dict(task="t", setting="s")}, plt),
     ]  # fmt: skip
     for figure in figures:
         figure.canvas.draw()
