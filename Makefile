@@ -5,14 +5,20 @@ EXTRAS ?= $(shell [ "$$(uname -s)" = Linux ] && echo cpu,)test
 JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
+LINTERS := .venv/.linters
 
-.PHONY: demo test clean
+.PHONY: demo test lint clean
 
 demo: $(STAMP)
 	$(BIN)/python demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+lint: $(LINTERS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
@@ -24,6 +30,10 @@ $(STAMP): pyproject.toml
 	  echo "On Debian or Ubuntu: sudo apt-get install python3-venv"; exit 1; }
 	@echo 'Installing into .venv; this happens once.'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(LINTERS): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lint]'
 	@touch $@
 
 clean:

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 
 import mlx_dsa  # noqa: F401  (before MLX: it says which BLAS that uses)
+
+# isort: split
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache

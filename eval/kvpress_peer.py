@@ -18,17 +18,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx_dsa  # noqa: F401  (before MLX: it says which BLAS that uses)
+
+# isort: split
 import mlx.core as mx
 import numpy as np
 
 from mlx_dsa.config import SparseConfig
-from mlx_dsa.tasks.haystack import read_haystack
 from mlx_dsa.evals.needles import needle
-from mlx_dsa.tasks.needle_items import NeedleSpec, make_items
 from mlx_dsa.evals.policies import DENSE, Policy, make_policy
 from mlx_dsa.evals.subject import fingerprint
 from mlx_dsa.presets import load_preset
 from mlx_dsa.registry import rule_names
+from mlx_dsa.tasks.haystack import read_haystack
+from mlx_dsa.tasks.needle_items import NeedleSpec, make_items
 
 KINDS = {"digits": "digits", "words": "word"}
 BUDGETS = (128, 256, 512)

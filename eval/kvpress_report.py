@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 from kvpress_peer import BUDGETS, KINDS, LENGTH, MAX_TOKENS, SHARED
-from mlx_dsa.tasks.needle_items import Turn
-from mlx_dsa.evals.running.results import versions, write_result
+
 from mlx_dsa.evals.report.stats import paired_proportions
+from mlx_dsa.evals.running.results import versions, write_result
 from mlx_dsa.evals.subject import fingerprint
+from mlx_dsa.tasks.needle_items import Turn
 
 NOTE = 5.0  # points from which a difference wants a cause
 

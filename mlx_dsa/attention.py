@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -17,6 +19,7 @@ from .ops import gather_rows, sparse_attention, tile_attention
 from .positions import PositionLimit, check_turn
 from .projections import JoinedProjections
 from .rules import EvictRule, fold_heads, make_rule
+from .search import Projections
 from .selection import select_topk
 
 
@@ -28,8 +31,8 @@ class SparseAttention(nn.Module):
 
     Args:
         layer (Layer): The attention layer of a model.
-        indexer (Indexer, optional): Its indexer, bound to the model; ``None`` where no
-          rule reads one.
+        indexer (Indexer or Projections, optional): What its rules read, bound to the model;
+          ``None`` where they read nothing.
         config (SparseConfig): What to select and keep.
         plan (PrefillPlan): How a prompt is read.
         evict (EvictRule, optional): In place of the config's. Default: ``None``.
@@ -46,7 +49,7 @@ class SparseAttention(nn.Module):
     def __init__(
         self,
         layer: Layer,
-        indexer: Indexer | None,
+        indexer: Indexer | Projections | None,
         config: SparseConfig,
         plan: PrefillPlan,
         evict: EvictRule | None = None,
@@ -69,7 +72,7 @@ class SparseAttention(nn.Module):
         self,
         x: mx.array,
         mask: mx.array | str | None = None,
-        cache: SparseKVCache | None = None,
+        cache: Any = None,
     ) -> mx.array:
         """Run the layer.
 
@@ -93,9 +96,10 @@ class SparseAttention(nn.Module):
                 f"[SparseAttention] 'cache' must be made after patching, with "
                 f"make_prompt_cache(model), but got a {type(cache).__name__}."
             )
-        if getattr(cache, "budget", self.config.top_k) != self.config.top_k:
+        budget = getattr(cache, "budget", self.config.top_k)
+        if budget != self.config.top_k:
             raise ValueError(
-                f"[SparseAttention] 'cache' keeps {cache.budget} entries but top_k is "
+                f"[SparseAttention] 'cache' keeps {budget} entries but top_k is "
                 f"{self.config.top_k}. Make one with make_prompt_cache(model)."
             )
         if streams and not (cache.evicts or cache.recalls):
@@ -141,8 +145,9 @@ class SparseAttention(nn.Module):
         projected = self.layer.project(x, cache.number, linear)
         if not self.by_head:
             return projected
-        *folded, gate = projected  # key heads are rows of the batch, each with its entries
-        return Projected(*(fold_heads(a, self.layer.n_kv_heads) for a in folded), gate)
+        # Key heads are rows of the batch, each with its entries.
+        queries, keys, values = (fold_heads(a, self.layer.n_kv_heads) for a in projected[:3])
+        return Projected(queries, keys, values, projected.gate)
 
     def _append(self, x, keys, values, cache: SparseKVCache):
         cache.settle(self.eviction.project)
@@ -152,7 +157,7 @@ class SparseAttention(nn.Module):
         else:
             cache.append(keys, values, self.selecting.entry(x, cache.offset))
 
-    def _attend_all(self, queries, keys, values, causal: bool) -> mx.array:
+    def _attend_all(self, queries, keys, values, *, causal: bool) -> mx.array:
         # The very call of mlx-lm's dense layer, so that the result is the same bits.
         return mx.fast.scaled_dot_product_attention(
             queries,
@@ -181,7 +186,7 @@ class SparseAttention(nn.Module):
             cache.append(keys, values, entry)
         return self._attend_exact(queries, probe, cache, cache.size())
 
-    def _make_room(self, cache: BudgetKVCache):
+    def _make_room(self, cache):
         """Cut a cache to its budget where a prompt has left more; decide what a step drops."""
         if cache.size() > cache.budget:
             self.eviction.prune(cache, decoding=True)
@@ -189,7 +194,7 @@ class SparseAttention(nn.Module):
         if cache.size() == cache.budget:
             self.eviction.make_room(cache)
 
-    def take(self, x: mx.array, keys: mx.array, values: mx.array, cache: SparseKVCache):
+    def take(self, x: mx.array, keys: mx.array, values: mx.array, cache: Any):
         """Add tokens that were attended to elsewhere, as reading them here would.
 
         Args:
@@ -205,12 +210,11 @@ class SparseAttention(nn.Module):
         if cache.evicts:
             self.eviction.observe(x, cache)
 
-    def _stream(self, x, cache: SparseKVCache) -> tuple[mx.array, mx.array | None]:
+    def _stream(self, x, cache) -> tuple[mx.array, mx.array | None]:
         """Attend in parts to what was kept and to the part's own tokens, and cut the cache
         after each but the last, which waits for its cut; return the gate, too."""
         L = x.shape[1]
-        tiers = cache if cache.recalls else None
-        hot = cache if tiers is None else tiers.begin_stream()
+        hot = cache.begin_stream() if cache.recalls else cache
         cuts = stream_cuts(self.config.stream_chunk, hot.budget, (L, hot.offset, hot.size()))
         outputs, gates = [], []
         for start, stop in zip([0, *cuts], [*cuts, L]):
@@ -224,8 +228,8 @@ class SparseAttention(nn.Module):
             outputs.append(self._attend_all(queries, hot.keys, hot.values, causal=stop - start > 1))
             gates.append(gate)
             if stop in cuts:
-                if tiers is not None:
-                    tiers.store()
+                if cache.recalls:
+                    cache.store()
                 self.eviction.cut(hot)
         if len(outputs) > 1:
             gate = None if gate is None else mx.concatenate(gates, axis=1)

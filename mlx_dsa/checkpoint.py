@@ -15,8 +15,7 @@ from mlx.utils import tree_flatten
 
 from .arrays import evaluate
 from .checkpoint_file import INDEXERS as INDEXERS  # for those who fetch
-from .checkpoint_file import LIGHTNING, RUN_CONFIG, check_kind, find_file, read_header
-from .checkpoint_file import write_checkpoint
+from .checkpoint_file import LIGHTNING, RUN_CONFIG, check_kind, find_file, read_header, write_checkpoint
 from .indexer import Indexer, IndexerArgs
 
 _ALIASES = {
@@ -83,9 +82,7 @@ def load_indexers(
     for name, tensor in tensors.items():
         number = re.search(r"\d+", name)
         if number is None:
-            raise ValueError(
-                f"[load_indexers] tensor {name!r} in {file} has no layer number."
-            )
+            raise ValueError(f"[load_indexers] tensor {name!r} in {file} has no layer number.")
         layers.setdefault(int(number.group()), {})[name] = tensor
     indexers = {}
     for layer in sorted(layers):
@@ -139,14 +136,11 @@ def save_indexers(
     if bits not in (None, 8):
         raise ValueError(f"[save_indexers] 'bits' must be None or 8 but got {bits!r}.")
     shapes = {
-        (a.dim, a.index_head_dim, a.index_n_heads, a.index_rope_dim)
-        + (a.norm, a.retention_dim, a.unweighted)
+        (a.dim, a.index_head_dim, a.index_n_heads, a.index_rope_dim) + (a.norm, a.retention_dim, a.unweighted)
         for a in (indexer.args for indexer in indexers.values())
     }
     if len(shapes) != 1:
-        raise ValueError(
-            f"[save_indexers] 'indexers' must be of one shape but got {len(shapes)}."
-        )
+        raise ValueError(f"[save_indexers] 'indexers' must be of one shape but got {len(shapes)}.")
     dim, proj_dim, n_heads, rope_dim, _, retention_dim, unweighted = shapes.pop()
     tensors = {
         f"layers.{layer}.{name}": value
@@ -177,18 +171,14 @@ def _complete_sizes(given: dict[str, int | None], run_config: Path) -> dict[str,
             top = json.loads(run_config.read_text(encoding="utf-8"))
             stored = {**top.get("metadata", {}), **top}
         except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"[load_indexers] {run_config} is not a JSON object: {error}"
-            ) from None
-    sizes = {
-        name: stored.get(_SIZES[name]) if value is None else value
-        for name, value in given.items()
+            raise ValueError(f"[load_indexers] {run_config} is not a JSON object: {error}") from None
+    sizes: dict[str, Any] = {
+        name: stored.get(_SIZES[name]) if value is None else value for name, value in given.items()
     }
     missing = [name for name, value in sizes.items() if value is None]
     if missing:
         raise ValueError(
-            f"[load_indexers] '{missing[0]}' is neither given nor in {run_config} "
-            f"(as {_SIZES[missing[0]]!r})."
+            f"[load_indexers] '{missing[0]}' is neither given nor in {run_config} (as {_SIZES[missing[0]]!r})."
         )
     return sizes
 
@@ -200,10 +190,8 @@ def _read_tensors(file: Path) -> tuple[dict[str, mx.array], bool]:
     form, bits = metadata.get(_HIDDEN_STATE, _WEIGHTED), metadata.get(_BITS)
     if form not in (_WEIGHTED, _UNWEIGHTED) or bits not in (None, "8"):
         told = f"a hidden state {form!r}" if bits in (None, "8") else f"matrices of {bits!r} bits"
-        raise ValueError(
-            f"[load_indexers] {file} has {told} that this version does not know. Upgrade mlx-dsa."
-        )
-    tensors = mx.load(str(file))
+        raise ValueError(f"[load_indexers] {file} has {told} that this version does not know. Upgrade mlx-dsa.")
+    tensors: Any = mx.load(str(file))  # of its forms, a dict
     if not tensors:
         raise ValueError(f"[load_indexers] {file} holds no tensors.")
     return _dequantise(tensors, int(bits)) if bits else tensors, form == _UNWEIGHTED
@@ -245,28 +233,22 @@ def _infer_args(sizes: dict, tensors: dict[str, mx.array], file: Path) -> Indexe
         index_head_dim=head_dim,
         index_rope_dim=sizes["rope_dim"],
         norm=any("norm" in name for name in tensors),
-        retention_dim=next(
-            (t.shape[0] for n, t in tensors.items() if n.endswith(_HEAD)), 0
-        ),
+        retention_dim=next((t.shape[0] for n, t in tensors.items() if n.endswith(_HEAD)), 0),
     )
 
 
-def _match(
-    found: dict[str, mx.array], indexer: Indexer, layer: int, file: Path
-) -> list[tuple[str, mx.array]]:
+def _match(found: dict[str, mx.array], indexer: Indexer, layer: int, file: Path) -> list[tuple[str, mx.array]]:
     wanted = {name: p.shape for name, p in tree_flatten(indexer.parameters())}
     matched: dict[str, mx.array] = {}
     unnamed = []
     for name, tensor in found.items():
         key = _canonical(name)
-        if key in wanted and key not in matched and wanted[key] == tensor.shape:
+        if key is not None and key in wanted and key not in matched and wanted[key] == tensor.shape:
             matched[key] = tensor
         else:
             unnamed.append((name, tensor))
     for name, tensor in unnamed:
-        fits = [
-            k for k, shape in wanted.items() if shape == tensor.shape and k not in matched
-        ]
+        fits = [k for k, shape in wanted.items() if shape == tensor.shape and k not in matched]
         if len(fits) == 1 and _canonical(name) not in wanted:
             matched[fits[0]] = tensor
     if len(matched) != len(wanted) or len(matched) != len(found):

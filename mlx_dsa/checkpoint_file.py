@@ -31,8 +31,7 @@ def read_header(file: Path) -> tuple[dict[str, str], list[str]]:
                 f"[load_indexers] {file} is of another system. Convert it first: mlx-dsa convert."
             ) from None
         raise ValueError(
-            f"[load_indexers] {file} is damaged or not a safetensors file ({error}). "
-            f"Download or copy it again."
+            f"[load_indexers] {file} is damaged or not a safetensors file ({error}). Download or copy it again."
         ) from None
 
 
@@ -61,10 +60,7 @@ def check_kind(file: Path, wanted: str):
     """Refuse a file that is for another rule of selecting than ``wanted``."""
     kind = read_header(file)[0].get(KIND, LIGHTNING)
     if kind not in _NAMES:
-        raise ValueError(
-            f"[load_indexers] {file} holds {kind!r}, which this version does not know. Upgrade "
-            f"mlx-dsa."
-        )
+        raise ValueError(f"[load_indexers] {file} holds {kind!r}, which this version does not know. Upgrade mlx-dsa.")
     if kind != wanted:
         raise ValueError(
             f"[load_indexers] {file} holds {_NAMES[kind]}, not {_NAMES[wanted]}. Use "
@@ -81,8 +77,5 @@ def find_file(path: Path) -> Path:
     found = sorted(path.glob("*.safetensors"))
     named = [f for f in found if f.name == INDEXERS]
     if len(named or found) != 1:
-        raise ValueError(
-            f"[load_indexers] {path} must hold one .safetensors file but has "
-            f"{len(found)}. Name the file."
-        )
+        raise ValueError(f"[load_indexers] {path} must hold one .safetensors file but has {len(found)}. Name the file.")
     return (named or found)[0]

@@ -14,9 +14,7 @@ def chunk_size() -> int:
     return 512 if on_cpu() else 2048
 
 
-def cut_chunk(
-    prefill: str, dense_until: int, tile_size: int, sizes: tuple[int, int, int, int]
-) -> list[int]:
+def cut_chunk(prefill: str, dense_until: int, tile_size: int, sizes: tuple[int, int, int, int]) -> list[int]:
     """Split a chunk of queries: dense up to the first cut, sparse parts between cuts.
 
     A sparse part is small enough for its scores to stay in bounds, and in "tile" it
@@ -77,12 +75,7 @@ def _tile_cuts(edges: list[int], size: int, rows: int) -> Iterator[int]:
     start = edges[0]
     for edge, following in zip(edges[1:], [*edges[2:], None]):
         whole = edge - start
-        joins = (
-            following is not None
-            and following - edge == size
-            and whole % size == 0
-            and whole + size <= rows
-        )
+        joins = following is not None and following - edge == size and whole % size == 0 and whole + size <= rows
         if not joins:
             yield edge
             start = edge

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
-from .registry import make_rule, rule_class
+from .registry import make_rule
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,7 @@ class SparseConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"[SparseConfig] '{name}' must be one of {', '.join(choices)} "
-                    f"but got {getattr(self, name)!r}."
+                    f"[SparseConfig] '{name}' must be one of {', '.join(choices)} but got {getattr(self, name)!r}."
                 )
         rules = [make_rule(kind, getattr(self, kind)) for kind in ("select", "evict")]
         object.__setattr__(self, "dense_layers", _layers(self.dense_layers))
@@ -148,10 +147,7 @@ class SparseConfig:
                     f"{self.cache!r}. Leave it out, or use cache='tiered'."
                 )
         if self.cold_bits not in (None, 4, 8, 16):
-            raise ValueError(
-                f"[SparseConfig] 'cold_bits' must be 4, 8 or 16 but got "
-                f"{self.cold_bits!r}."
-            )
+            raise ValueError(f"[SparseConfig] 'cold_bits' must be 4, 8 or 16 but got {self.cold_bits!r}.")
         if self.cold_bits is not None and self.cold_file is not None:
             raise ValueError(
                 "[SparseConfig] 'cold_bits' has no meaning with cold_file, which holds "
@@ -240,7 +236,7 @@ def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
             merged["positions"] = SparseConfig.positions
     top_k, n_recent = changes.get("top_k"), values.get("n_recent")
     n_sink = merged.get("n_sink", SparseConfig.n_sink)
-    if "n_recent" in changes or not all(isinstance(n, int) for n in (top_k, n_recent, n_sink)):
+    if "n_recent" in changes or not (isinstance(top_k, int) and isinstance(n_recent, int) and isinstance(n_sink, int)):
         return merged
     # Where even the half has no room, what was given is refused as it is.
     if n_recent > top_k // 2 > 0 and n_sink + top_k // 2 <= top_k:
@@ -270,8 +266,7 @@ def from_mapping(cls: type, values: Mapping[str, Any]) -> Any:
     unknown = [key for key in values if key not in known]
     if unknown:
         raise ValueError(
-            f"[{cls.__name__}] unknown key {', '.join(map(repr, unknown))}: the keys "
-            f"are {', '.join(known)}."
+            f"[{cls.__name__}] unknown key {', '.join(map(repr, unknown))}: the keys are {', '.join(known)}."
         )
     return cls(**values)
 
@@ -293,18 +288,12 @@ _CHOICES = {
 
 def _check_int(name: str, value: Any, minimum: int):
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(
-            f"[SparseConfig] '{name}' must be a whole number of at least {minimum} "
-            f"but got {value!r}."
-        )
+        raise ValueError(f"[SparseConfig] '{name}' must be a whole number of at least {minimum} but got {value!r}.")
 
 
 def _layers(value: Any) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
-        raise ValueError(
-            f"[SparseConfig] 'dense_layers' must be a list of layer numbers but got "
-            f"{value!r}."
-        )
+        raise ValueError(f"[SparseConfig] 'dense_layers' must be a list of layer numbers but got {value!r}.")
     layers = tuple(value)
     for layer in layers:
         _check_int("dense_layers", layer, 0)

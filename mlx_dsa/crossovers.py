@@ -17,7 +17,6 @@ import mlx.nn as nn
 from .config import SparseConfig
 from .families import family_of
 from .files import replacing
-from .indexer import Indexer
 from .machine import device_name
 from .ops import crossover
 from .versions import package_version
@@ -47,9 +46,7 @@ def crossover_file() -> Path:
     return Path(folder) / "crossovers.json"
 
 
-def describe(
-    model: nn.Module, indexers: Mapping[int, Indexer], config: SparseConfig
-) -> dict[str, Any]:
+def describe(model: nn.Module, indexers: Mapping[int, Any], config: SparseConfig) -> dict[str, Any]:
     """Return what a measurement holds for: shapes, settings, device and versions.
 
     Args:
@@ -133,9 +130,7 @@ def measured(description: Mapping[str, Any]) -> Measured | None:
     """
     for entry in _read(crossover_file()):
         if description.items() <= entry["of"].items():
-            return Measured(
-                entry["from"], tuple(entry["lengths"]), entry["when"], entry["of"]
-            )
+            return Measured(entry["from"], tuple(entry["lengths"]), entry["when"], entry["of"])
     return None
 
 
@@ -192,7 +187,7 @@ def forget(description: Mapping[str, Any] | None = None) -> bool:
     return len(others) < len(entries)
 
 
-def resolve_auto(config: SparseConfig, indexers: Mapping[int, Indexer]) -> SparseConfig:
+def resolve_auto(config: SparseConfig, indexers: Mapping[int, Any]) -> SparseConfig:
     """Return a config with ``"stream"`` in place of an ``"auto"`` that takes it, and with
     ``"dense"`` where heads keep entries of their own, among which no rule selects.
 
@@ -208,9 +203,7 @@ def resolve_auto(config: SparseConfig, indexers: Mapping[int, Indexer]) -> Spars
     return config.resolved(bool(sparse) and all(x.has_retention for x in sparse))
 
 
-def plan_prefill(
-    crossovers: Mapping[str, int | None] | None, config: SparseConfig
-) -> PrefillPlan:
+def plan_prefill(crossovers: Mapping[str, int | None] | None, config: SparseConfig) -> PrefillPlan:
     """Choose how a prompt is read.
 
     Args:

@@ -32,9 +32,7 @@ def is_dropping(name: str) -> bool:
 
 
 @contextmanager
-def replacing(
-    path: str | os.PathLike, *, suffix: str | None = None, durable: bool = True
-) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, *, suffix: str | None = None, durable: bool = True) -> Iterator[Path]:
     """Give a file to write to, which at the end replaces another in one step.
 
     On an error it is removed, and the other stays as it was. What killed processes

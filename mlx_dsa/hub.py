@@ -16,9 +16,7 @@ _OBJECTS = (
 )  # fmt: skip
 
 
-def fetch(
-    name: str, patterns: tuple[str, ...] = MODEL_FILES, *, download: bool = True
-) -> Path:
+def fetch(name: str, patterns: tuple[str, ...] = MODEL_FILES, *, download: bool = True) -> Path:
     """Find a folder or file, or fetch a hub repository.
 
     Args:
@@ -83,9 +81,7 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{file} is not JSON: {first_line(error)}. Download or copy it again."
-        ) from None
+        raise ValueError(f"{file} is not JSON: {first_line(error)}. Download or copy it again.") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file} is not a JSON object. Download or copy it again.")
     return found

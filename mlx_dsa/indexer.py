@@ -133,11 +133,10 @@ class Indexer(nn.Module):
         Returns:
             mx.array: Index keys ``[B, 1, L, Di]``, rotated.
         """
-        return self._keys(*self._project(x, "wk"), offset)
+        (keys,) = self._project(x, "wk")
+        return self._keys(keys, offset)
 
-    def project_entries(
-        self, x: mx.array, offset: int | mx.array = 0
-    ) -> tuple[mx.array, mx.array]:
+    def project_entries(self, x: mx.array, offset: int | mx.array = 0) -> tuple[mx.array, mx.array]:
         """Compute what is kept of tokens where there is a retention head.
 
         Args:
@@ -151,9 +150,7 @@ class Indexer(nn.Module):
         hidden, keys = self._project(x, "retention", "wk")
         return self._keys(keys, offset), self.retention.finish(hidden)
 
-    def project_queries(
-        self, x: mx.array, offset: int | mx.array = 0
-    ) -> tuple[mx.array, mx.array]:
+    def project_queries(self, x: mx.array, offset: int | mx.array = 0) -> tuple[mx.array, mx.array]:
         """Compute the index queries and the weight of each index head.
 
         Args:
@@ -164,11 +161,10 @@ class Indexer(nn.Module):
             tuple: Queries ``[B, Hi, L, Di]``, rotated, and head weights
             ``[B, L, Hi]`` with the scale ``(Hi * Di)^-1/2`` in them.
         """
-        return self._queries(*self._project(x, "wq", "weights_proj"), offset)
+        queries, weights = self._project(x, "wq", "weights_proj")
+        return self._queries(queries, weights, offset)
 
-    def project(
-        self, x: mx.array, offset: int | mx.array = 0
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    def project(self, x: mx.array, offset: int | mx.array = 0) -> tuple[mx.array, mx.array, mx.array]:
         """Compute what :meth:`project_keys` and :meth:`project_queries` do, at once.
 
         Args:
@@ -202,9 +198,7 @@ class Indexer(nn.Module):
         queries = self.rope(queries.transpose(0, 2, 1, 3), offset=offset)
         return queries, weights * (n_heads * head_dim) ** -0.5
 
-    def scores(
-        self, x: mx.array, index_keys: mx.array, offset: int | mx.array = 0
-    ) -> mx.array:
+    def scores(self, x: mx.array, index_keys: mx.array, offset: int | mx.array = 0) -> mx.array:
         """Score cached keys for the queries of ``x``.
 
         Args:
@@ -218,9 +212,7 @@ class Indexer(nn.Module):
         """
         return index_scores(*self.project_queries(x, offset), index_keys)
 
-    def bind(
-        self, layer: Layer, dtype: mx.Dtype | None = None, fused: bool = True
-    ) -> Indexer:
+    def bind(self, layer: Layer, dtype: mx.Dtype | None = None, fused: bool = True) -> Indexer:
         """Return a copy for a layer of a model; this one keeps its values.
 
         Args:
@@ -303,6 +295,7 @@ class Indexer(nn.Module):
         self._lend(self)
 
     def _lend(self, other: Indexer):
+        assert self._fused is not None
         # One copy of the weights in memory: the layers look into it.
         for name, (start, n) in self._fused.rows.items():
             layer = other._projection(name)

@@ -46,16 +46,12 @@ class IndexerArgs:
         for name in ("dim", "index_n_heads", "index_head_dim", "index_rope_dim"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"[IndexerArgs] '{name}' must be a whole number above 0 but got "
-                    f"{value!r}."
-                )
+                raise ValueError(f"[IndexerArgs] '{name}' must be a whole number above 0 but got {value!r}.")
         if isinstance(self.retention_dim, bool) or not (
             isinstance(self.retention_dim, int) and self.retention_dim >= 0
         ):
             raise ValueError(
-                f"[IndexerArgs] 'retention_dim' must be a whole number of at least 0 but "
-                f"got {self.retention_dim!r}."
+                f"[IndexerArgs] 'retention_dim' must be a whole number of at least 0 but got {self.retention_dim!r}."
             )
         if self.index_rope_dim % 2 or self.index_rope_dim > self.index_head_dim:
             raise ValueError(

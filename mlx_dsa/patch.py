@@ -26,6 +26,7 @@ from .indexer import Indexer
 from .ops import check_backend
 from .positions import PositionLimit
 from .rules import EvictRule
+from .search import Projections
 
 # The sparse layer, counted from 1, at which the device starts on a chunk of a prompt: a
 # GPU takes longer for these than Python for all that come after (docs/log.md).
@@ -48,7 +49,7 @@ class SparsePatch:
     def __init__(
         self,
         model: nn.Module,
-        indexers: Mapping[int, Indexer | None],
+        indexers: Mapping[int, Indexer | Projections | None],
         config: SparseConfig,
         evict: EvictRule | None = None,
     ):
@@ -65,9 +66,7 @@ class SparsePatch:
         self._family = family_of(model)
         layers = self._family.layers(model)
         self.layers = {
-            i: SparseAttention(
-                layers[i], indexer and indexer.bind(layers[i]), config, plan, evict
-            )
+            i: SparseAttention(layers[i], indexer and indexer.bind(layers[i]), config, plan, evict)
             for i, indexer in sorted(indexers.items())
             if i not in config.dense_layers
         }
@@ -212,7 +211,7 @@ class SparsePatch:
             if sparse.layer.current is sparse:
                 sparse.layer.put(sparse.attention)
             sparse.release()
-        if self._cold_file is not None:
+        if self._claimed is not None:
             self._claimed.release()
             self._claimed = self._cold_file = None
         if getattr(self._model, "make_cache", None) == self._make_cache_for_mlx_lm:
@@ -241,7 +240,7 @@ def patch_of(model: nn.Module) -> SparsePatch | None:
 
 def patch_sparse_generate(
     model: nn.Module,
-    indexers: Mapping[int, Indexer | None] | None,
+    indexers: Mapping[int, Indexer | Projections | None] | None,
     top_k: int = 2048,
     *,
     evict_rule: EvictRule | None = None,
@@ -274,10 +273,7 @@ def patch_sparse_generate(
     check_backend(sparse.backend)
     layers = family_of(model).layers(model)
     if is_patched(layers):
-        raise ValueError(
-            "[patch_sparse_generate] 'model' is already patched. Call restore() of "
-            "that patch first."
-        )
+        raise ValueError("[patch_sparse_generate] 'model' is already patched. Call restore() of that patch first.")
     if indexers is None:
         indexers = dict.fromkeys(layers)
     if evict_rule is not None and (sparse.evict != "window" or evict_rule.by_head or evict_rule.merges):
@@ -295,8 +291,7 @@ def patch_sparse_generate(
     beyond = [i for i in (*indexers, *sparse.dense_layers) if not 0 <= i < n_layers]
     if beyond:
         raise ValueError(
-            f"[patch_sparse_generate] the model's layers are 0 to {n_layers - 1} but "
-            f"got layer {beyond[0]}."
+            f"[patch_sparse_generate] the model's layers are 0 to {n_layers - 1} but got layer {beyond[0]}."
         )
     without = [i for i in indexers if i not in layers]
     if without:
@@ -313,7 +308,7 @@ def patch_sparse_generate(
     return SparsePatch(model, indexers, sparse, evict_rule)
 
 
-def _warn(dtype: mx.Dtype, indexers: Mapping[int, Indexer], config: SparseConfig):
+def _warn(dtype: mx.Dtype, indexers: Mapping[int, Any], config: SparseConfig):
     """Tell what will answer worse than it need."""
     if config.wants_heads:
         if not all(indexer.has_retention for indexer in indexers.values()):

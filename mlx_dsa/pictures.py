@@ -39,7 +39,7 @@ def save_picture(draw: Callable[[Any], Any], path: str | os.PathLike, font_size:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {"font.size": font_size, "axes.spines.top": False, "axes.spines.right": False}
+    style: Any = {"font.size": font_size, "axes.spines.top": False, "axes.spines.right": False}
     path = Path(path)
     with plt.rc_context(style):
         figure = draw(plt)

@@ -151,7 +151,7 @@ def turn(rope: nn.Module, x: mx.array, by: mx.array) -> mx.array:
 
 def _second_of_pairs(rope: nn.Module, head_dim: int) -> mx.array:
     """Return which dims ``[head_dim]`` are the second of a pair that a RoPE turns."""
-    dims = getattr(rope, "dims", None) or getattr(rope, "dim", head_dim)
+    dims = getattr(rope, "dims", 0) or getattr(rope, "dim", head_dim)
     place = mx.arange(head_dim)
     if getattr(rope, "traditional", False):
         return (place % 2 == 1) & (place < dims)

@@ -24,7 +24,7 @@ from .indexer import Indexer
 from .machine import runs_float32
 from .registry import rule_class
 from .rules.sparsek import sparsek_settings, with_model_settings
-from .search import load_projections
+from .search import Projections, load_projections
 
 _PACKAGE = Path(__file__).resolve().parent
 _LOADED = ("model", "indexer")
@@ -46,11 +46,15 @@ class Settings(NamedTuple):
 
 
 class Preset(NamedTuple):
-    """A loaded model with its tokenizer, indexers and config."""
+    """A loaded model with its tokenizer, indexers and config.
+
+    ``indexers`` has a layer's :class:`Indexer`, or what else its rules read; ``None`` where
+    they read nothing.
+    """
 
     model: nn.Module
     tokenizer: TokenizerWrapper
-    indexers: dict[int, Indexer]
+    indexers: dict[int, Any]
     config: SparseConfig
 
 
@@ -69,9 +73,7 @@ def resource(name: str) -> Path:
     for root in (_PACKAGE, _PACKAGE.parent):
         if (root / name).exists():
             return root / name
-    raise FileNotFoundError(
-        f"[mlx-dsa] {name} is not in this installation. Install the package again."
-    )
+    raise FileNotFoundError(f"[mlx-dsa] {name} is not in this installation. Install the package again.")
 
 
 def preset_names() -> list[str]:
@@ -94,10 +96,7 @@ def read_preset(name: str) -> dict[str, Any]:
         ValueError: If there is no such preset.
     """
     if name not in preset_names():
-        raise ValueError(
-            f"[load_preset] 'name' must be one of {', '.join(preset_names())} but got "
-            f"{name!r}."
-        )
+        raise ValueError(f"[load_preset] 'name' must be one of {', '.join(preset_names())} but got {name!r}.")
     return read_settings(resource(f"configs/{name}.json"))
 
 
@@ -125,10 +124,7 @@ def read_settings(file: str | os.PathLike) -> dict[str, Any]:
     keys = [*_LOADED, *(field.name for field in fields(SparseConfig))]
     unknown = [key for key in values if key not in keys]
     if unknown:
-        raise ValueError(
-            f"[config] unknown key {unknown[0]!r} in {file}: the keys are "
-            f"{', '.join(keys)}."
-        )
+        raise ValueError(f"[config] unknown key {unknown[0]!r} in {file}: the keys are {', '.join(keys)}.")
     for key in _PATHS:
         if values.get(key) is None:
             continue
@@ -294,7 +290,7 @@ def load_settings(settings: Settings) -> Preset:
     return Preset(model, tokenizer, indexers, settings.config)
 
 
-def read_indexers(settings: Settings) -> dict[int, Indexer]:
+def read_indexers(settings: Settings) -> dict[int, Indexer] | dict[int, Projections]:
     """Load the indexers that settings name, fetching them if they are on the hub.
 
     Args:
@@ -331,7 +327,7 @@ def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
     """
     folder = fetch(name)
     try:
-        model, tokenizer = load(str(folder))
+        model, tokenizer, *_ = load(str(folder))
     except Exception as error:  # of a broken tokenizer.json: no other class
         reason = flawed_json(folder) or first_line(error)
         raise ValueError(f"[mlx-dsa] mlx-lm cannot load the model in {folder}: {reason}") from error
@@ -339,5 +335,3 @@ def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
         model.set_dtype(mx.float32)
     evaluate(model)
     return model, tokenizer
-
-

@@ -23,6 +23,10 @@ class JoinedProjections:
         attention (nn.Module): A model's own attention, with q_proj, k_proj and v_proj.
     """
 
+    _joined: nn.Module | None
+    _of: list[tuple[nn.Module, dict[str, mx.array]]]
+    _cuts: list[int]
+
     def __init__(self, attention: nn.Module):
         self._attention = attention
         self.release()
@@ -40,9 +44,9 @@ class JoinedProjections:
 
     def release(self):
         """Let the joined arrays go; the layer's own modules run from now on."""
-        self._joined: nn.Module | None = None
-        self._of: list[tuple[nn.Module, dict[str, mx.array]]] = []
-        self._cuts: list[int] = []
+        self._joined = None
+        self._of = []
+        self._cuts = []
 
     def _layers(self) -> list[nn.Module]:
         return [self._attention[name] for name in _NAMES]
@@ -61,7 +65,7 @@ class JoinedProjections:
             self.release()
         if self._joined is None:
             return self.apart(x)
-        return mx.split(self._joined(x), self._cuts, axis=-1)
+        return list(mx.split(self._joined(x), self._cuts, axis=-1))
 
     def apart(self, x: mx.array) -> list[mx.array]:
         """Project with the layer's own modules: the same as a call, bit for bit theirs."""
@@ -85,9 +89,7 @@ def _are_alike(layers) -> bool:
 
 def _settings(layer):
     names = ("group_size", "bits", "mode")
-    arrays = [
-        (name, a.dtype, a.shape[1:]) for name, a in tree_flatten(layer.parameters())
-    ]
+    arrays = [(name, a.dtype, a.shape[1:]) for name, a in tree_flatten(layer.parameters())]
     return type(layer), [getattr(layer, name, None) for name in names], arrays
 
 

@@ -12,7 +12,6 @@ from .config import SparseConfig
 from .crossovers import resolve_auto
 from .eviction import steps_planned
 from .families import family_of, positions_of
-from .indexer import Indexer
 from .patch import patch_of
 from .positions import check_positions
 
@@ -41,7 +40,7 @@ class Reach(NamedTuple):
     @property
     def is_bounded(self) -> bool:
         """Whether a text of any length is read in as many positions."""
-        return self.is_compact and self.config.prefill == "stream"
+        return self.config is not None and self.is_compact and self.config.prefill == "stream"
 
     def most(self, n_tokens: int, n_written: int) -> int:
         """Return how many positions a conversation takes at most.
@@ -50,7 +49,7 @@ class Reach(NamedTuple):
             n_tokens (int): Its tokens, the answers among them.
             n_written (int): Those of an answer at most.
         """
-        if not self.is_bounded:
+        if self.config is None or not self.is_bounded:
             return n_tokens
         steps = steps_planned(self.config) or n_written
         return min(n_tokens, self.config.top_k + steps + self.config.stream_chunk)
@@ -66,7 +65,7 @@ class Reach(NamedTuple):
         Raises:
             ValueError: If it is more than the model has.
         """
-        if not self.is_bounded:
+        if self.config is None or not self.is_bounded:
             lower = lower or "Use a shorter text, or a model with more positions"
             hint = _HINT if self.config and not self.keeps_all else ""
             check_positions(where, self.limit, n_positions, f"{lower}{hint}.")
@@ -89,7 +88,7 @@ class Reach(NamedTuple):
         """
         number, offset = self._at(caches)
         most = number + n_tokens + 1
-        if self.is_bounded:
+        if self.config is not None and self.is_bounded:
             # From the first cut on, the number of a token begins from what was kept.
             chunk = self.config.stream_chunk
             to_a_cut = number + chunk - offset % chunk
@@ -107,7 +106,7 @@ class Reach(NamedTuple):
         if self.limit is None:
             return wanted
         start = self._at(caches)[0] + n_tokens
-        if self.is_compact:
+        if self.config is not None and self.is_compact:
             start = min(start, self.config.top_k)  # what the prompt's end leaves
             steps = steps_planned(self.config)
             if steps and self.config.top_k + steps <= self.limit:
@@ -133,9 +132,7 @@ def reach_of(model: nn.Module) -> Reach:
     return Reach(limit, patch.config, patch.keeps_all)
 
 
-def reach_with(
-    model: nn.Module, indexers: Mapping[int, Indexer], config: SparseConfig | None
-) -> Reach:
+def reach_with(model: nn.Module, indexers: Mapping[int, Any], config: SparseConfig | None) -> Reach:
     """Return which positions texts of a model take once it is patched.
 
     Args:

@@ -61,14 +61,12 @@ def _load_plugins():
             )
 
 
-def rule_class(kind: str, text: str) -> type:
+def rule_class(kind: str, text: str) -> type[Any]:
     """Return the class of the rule that a setting names: see :func:`make_rule`."""
     name = text.partition(":")[0] if isinstance(text, str) else text
     known = isinstance(name, str) and (name in _RULES[kind] or name in rule_names(kind))
     if not known:
-        raise ValueError(
-            f"[SparseConfig] '{kind}' must be one of {', '.join(_RULES[kind])} but got {name!r}."
-        )
+        raise ValueError(f"[SparseConfig] '{kind}' must be one of {', '.join(_RULES[kind])} but got {name!r}.")
     return _RULES[kind][name]
 
 
@@ -96,8 +94,7 @@ def make_rule(kind: str, text: str) -> Any:
         if key not in known:
             have = f"its options are {', '.join(known)}" if known else "it has none"
             raise ValueError(
-                f"[SparseConfig] '{kind}' {name!r} has no option {key!r}: {have}. Write "
-                f"options as {name}:key=value."
+                f"[SparseConfig] '{kind}' {name!r} has no option {key!r}: {have}. Write options as {name}:key=value."
             )
         where = f"[SparseConfig] '{kind}' {name!r}"
         if not equals:

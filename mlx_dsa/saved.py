@@ -18,7 +18,7 @@ from .fingerprint import fingerprint
 from .patch import SparsePatch
 from .sealed import Damaged, NotSealed, read_sealed, write_sealed
 
-_CLASSES = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache, ArraysCache)}
+_CLASSES: dict[str, type[Any]] = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache, ArraysCache)}
 _FORMAT = "mlx-dsa cache 5"
 PART = "mlx-dsa part"  # how the format of what is half read begins
 # What a kept cache depends on; how it was computed may differ.
@@ -115,8 +115,7 @@ def save_cache(
     except (OSError, RuntimeError) as error:
         reason = str(getattr(error, "strerror", None) or error).rstrip(".")
         raise ValueError(
-            f"[save_cache] {path} can't be written: {reason}. Free some space, or name a file "
-            f"in another folder."
+            f"[save_cache] {path} can't be written: {reason}. Free some space, or name a file in another folder."
         ) from None
     return path
 
@@ -168,9 +167,7 @@ def _settings_of(header: Mapping[str, str]) -> dict[str, Any]:
     return {"positions": "absolute", "select": "lightning", **json.loads(header["config"])}
 
 
-def pack_caches(
-    caches: Sequence[Any], where: str
-) -> tuple[dict[str, mx.array], dict[str, str]]:
+def pack_caches(caches: Sequence[Any], where: str) -> tuple[dict[str, mx.array], dict[str, str]]:
     """Put caches as they are into what a sealed file takes.
 
     Args:
@@ -183,7 +180,9 @@ def pack_caches(
     Raises:
         ValueError: If one is empty or of a kind that can't be saved.
     """
-    arrays, scalars, classes = {}, {}, []
+    arrays: dict[str, mx.array] = {}
+    scalars: dict[str, Any] = {}
+    classes = []
     for layer, cache in enumerate(caches):
         name = type(cache).__name__
         if name not in _CLASSES:
@@ -192,7 +191,7 @@ def pack_caches(
             raise ValueError(f"[{where}] 'caches' are empty: read a text first.")
         classes.append(name)
         for i, value in enumerate(_contents_of(cache)):
-            place = arrays if isinstance(value, mx.array) else scalars
+            place: dict[str, Any] = arrays if isinstance(value, mx.array) else scalars
             place[f"{layer}.{i}"] = value
     return arrays, {"classes": json.dumps(classes), "scalars": json.dumps(scalars)}
 
@@ -236,6 +235,7 @@ def _with_numbers(contents: list[Any], form: str) -> list[Any]:
 def _contents_of(cache: Any) -> list[Any]:
     if isinstance(cache, KVCache):  # whose state differs by version of mlx-lm
         seen = slice(cache.offset)
+        assert cache.keys is not None and cache.values is not None  # none of these is empty
         return [cache.keys[..., seen, :], cache.values[..., seen, :], cache.offset]
     if isinstance(cache, ArraysCache):  # of a layer without attention
         return list(cache.cache)
@@ -244,13 +244,13 @@ def _contents_of(cache: Any) -> list[Any]:
 
 def _rebuilt(name: str, contents: Sequence[Any]) -> Any:
     if name == KVCache.__name__:
-        cache = KVCache()
-        cache.keys, cache.values, cache.offset = contents
-        return cache
+        dense = KVCache()
+        dense.keys, dense.values, dense.offset = contents
+        return dense
     if name == ArraysCache.__name__:
-        cache = ArraysCache(len(contents))
-        cache.cache = list(contents)
-        return cache
+        linear = ArraysCache(len(contents))
+        linear.cache = list(contents)
+        return linear
     cache = BudgetKVCache(1) if name == BudgetKVCache.__name__ else _CLASSES[name]()
     cache.contents = contents
     return cache
@@ -296,8 +296,7 @@ def _check_maker(path: Path, stored: Mapping[str, Any], mine: Mapping[str, Any])
             )
         if stored[of]["weights"] != mine[of]["weights"]:
             raise ValueError(
-                f"[load_cache] {path} was made with other {of} weights. Load those, or "
-                f"make the cache again."
+                f"[load_cache] {path} was made with other {of} weights. Load those, or make the cache again."
             )
 
 

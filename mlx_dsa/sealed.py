@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -72,7 +73,8 @@ def read_sealed(path: str | os.PathLike) -> tuple[dict[str, mx.array], dict[str,
     _, stored, digest = _digest(Path(path))
     if stored != digest:
         raise Damaged
-    return mx.load(str(path), format="safetensors", return_metadata=True)
+    loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)  # of its forms, a pair
+    return loaded
 
 
 def _digest(path: Path) -> tuple[int, bytes, bytes]:

@@ -115,17 +115,15 @@ def load_projections(path: str | os.PathLike) -> dict[int, Projections]:
     file = find_file(Path(path))
     check_kind(file, PROJECTIONS)
     layers: dict[int, dict[str, mx.array]] = {}
-    for name, tensor in mx.load(str(file)).items():
+    tensors: Any = mx.load(str(file))  # of its forms, a dict
+    for name, tensor in tensors.items():
         parts = re.fullmatch(r"layers\.(\d+)\.(wq\.weight|wk\.weight)", name)
         if parts is None or tensor.ndim != 2:
             raise ValueError(
-                f"[load_projections] {file} holds {name!r} {list(tensor.shape)}, which is no "
-                f"matrix of projections."
+                f"[load_projections] {file} holds {name!r} {list(tensor.shape)}, which is no matrix of projections."
             )
         layers.setdefault(int(parts[1]), {})[parts[2]] = tensor
-    projections = {
-        i: make_projections(pair, f"layer {i} of {file}") for i, pair in sorted(layers.items())
-    }
+    projections = {i: make_projections(pair, f"layer {i} of {file}") for i, pair in sorted(layers.items())}
     evaluate(*projections.values())
     return projections
 
@@ -144,8 +142,7 @@ def make_projections(pair: Mapping[str, mx.array], where: str) -> Projections:
     if len(shapes) != 2 or len(set(shapes.values())) != 1:
         told = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
         raise ValueError(
-            f"[Projections] {where} must have a matrix for queries and one for keys, of one "
-            f"shape, but has {told}."
+            f"[Projections] {where} must have a matrix for queries and one for keys, of one shape, but has {told}."
         )
     n, dim = pair["wq.weight"].shape
     made = Projections(ProjectionsArgs(dim, n))
@@ -176,9 +173,7 @@ def save_projections(
     """
     shapes = {p.args for p in projections.values()}
     if len(shapes) != 1:
-        raise ValueError(
-            f"[save_projections] 'projections' must be of one shape but got {len(shapes)}."
-        )
+        raise ValueError(f"[save_projections] 'projections' must be of one shape but got {len(shapes)}.")
     args = shapes.pop()
     tensors = {
         f"layers.{layer}.{name}": value

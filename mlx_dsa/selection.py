@@ -7,6 +7,9 @@ key wins, so that the result is one set on every device and in every run.
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import mlx.core as mx
 
 from . import ops
@@ -111,9 +114,7 @@ def select_kept(
     """
     if scores is None:
         slots = mx.arange(n_entries, dtype=mx.int32)
-        return mx.concatenate([slots[:n_sink], slots[n_entries - budget + n_sink :]])[
-            None
-        ]
+        return mx.concatenate([slots[:n_sink], slots[n_entries - budget + n_sink :]])[None]
     n_visible = mx.array([n_entries])
     slots = select_topk(scores[:, None], budget, n_visible, n_sink, n_recent, backend)
     return slots[:, 0]
@@ -160,7 +161,7 @@ def keydiff_scores(keys: mx.array) -> mx.array:
         Inference in Resource-Constrained Environments, 2025.
     """
     # A head at a time: as float32 all keys of a long prompt are twice the cache.
-    alike = sum(_cosines(keys[:, h]) for h in range(keys.shape[1]))
+    alike = functools.reduce(operator.add, (_cosines(keys[:, h]) for h in range(keys.shape[1])))
     return -alike / keys.shape[1]
 
 

@@ -9,7 +9,6 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 # Characters in which a text is handed on. A line that is longer than the second comes in
@@ -51,10 +50,7 @@ def read_blocks(path: str | os.PathLike) -> Iterator[str]:
     for number, part in _read_lines(path, LONGEST):
         if "\0" in part or is_broken(part):
             what = "zero bytes" if "\0" in part else "bytes that are not UTF-8"
-            raise ValueError(
-                f"{path} cannot be read: line {number} holds {what}. Save it as plain text "
-                f"in UTF-8."
-            )
+            raise ValueError(f"{path} cannot be read: line {number} holds {what}. Save it as plain text in UTF-8.")
         parts.append(part)
         size += len(part)
         if size > _BLOCK:
@@ -105,9 +101,7 @@ def _read_lines(path: str | os.PathLike, longest: int = -1) -> Iterator[tuple[in
     try:
         with opened(path, "rb") as file:
             if file.read(2) in _UTF_16:
-                raise ValueError(
-                    f"{path} cannot be read: it is in UTF-16. Save it as plain text in UTF-8."
-                )
+                raise ValueError(f"{path} cannot be read: it is in UTF-16. Save it as plain text in UTF-8.")
         with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
             while line := file.readline(longest):
                 yield number, line

@@ -78,7 +78,7 @@ class UnfinishedReading:
             "version of mlx": package_version("mlx"),
         }
         self._every = every
-        self._tokens: str | None = None
+        self._tokens = ""  # a digest of them
         self._text = mx.array([], mx.uint8)
         self._before = 0.0  # seconds of earlier runs
         self._began = self._written = time.perf_counter()
@@ -107,7 +107,7 @@ class UnfinishedReading:
         if not self.done:
             return None
         arrays, header = self._read()
-        text = bytes(memoryview(arrays["text"])).decode()
+        text = np.array(arrays["text"]).tobytes().decode()
         caches = unpack_caches(arrays, header)
         self._patch.adopt(caches)
         return Left(caches, text, int(header["done"]))
@@ -118,13 +118,10 @@ class UnfinishedReading:
         except (NotSealed, Damaged):
             arrays, header = {}, {}
         except OSError as error:
-            raise ValueError(
-                f"[compress] {self.path} can't be read: {error.strerror}."
-            ) from None
+            raise ValueError(f"[compress] {self.path} can't be read: {error.strerror}.") from None
         if header.get("format") != _FORMAT:
             raise ValueError(
-                f"[compress] {self.path} is damaged, or no part file of this version. Delete "
-                f"it to begin anew."
+                f"[compress] {self.path} is damaged, or no part file of this version. Delete it to begin anew."
             )
         stored = json.loads(header["identity"])
         for name in {**self._identity, **stored}:
@@ -147,7 +144,7 @@ class UnfinishedReading:
             ValueError: If what was loaded had other tokens.
         """
         digest = hashlib.sha256(np.array(tokens, np.int64).tobytes()).hexdigest()
-        if self._tokens not in (None, digest):
+        if self._tokens not in ("", digest):
             raise ValueError(
                 f"[compress] {self.path} is half read with another tokenizer. Go on with what "
                 f"that began with, name another file, or delete it."
@@ -205,13 +202,8 @@ class UnfinishedReading:
 
 def _flat(maker: Mapping[str, Any]) -> dict[str, Any]:
     """Return what makes keys and values, what tells models apart by name first."""
-    named = {name: value for name, value in maker["settings"].items()}
-    prints = {
-        f"{of} ({what})": digits
-        for of in ("model", "indexer")
-        for what, digits in maker[of].items()
-    }
-    return {**named, **prints}
+    prints = {f"{of} ({what})": digits for of in ("model", "indexer") for what, digits in maker[of].items()}
+    return {**maker["settings"], **prints}
 
 
 def _told(then: Any, now: Any) -> str:

@@ -84,8 +84,7 @@ def make_model(
             model,
             group_size=32,
             bits=4,
-            class_predicate=lambda p, m: hasattr(m, "to_quantized")
-            and (not p.endswith("mlp.gate")),
+            class_predicate=lambda p, m: hasattr(m, "to_quantized") and (not p.endswith("mlp.gate")),
         )
     model.set_dtype(dtype)
     model.eval()
@@ -100,9 +99,7 @@ def randomize_norms(model):
             module.weight = mx.random.uniform(0.5, 1.5, module.weight.shape)
 
 
-def make_indexers(
-    model, *, seed=1, n_heads=3, head_dim=12, rope_dim=8, layers=None, norm=False, retention_dim=0
-):
+def make_indexers(model, *, seed=1, n_heads=3, head_dim=12, rope_dim=8, layers=None, norm=False, retention_dim=0):
     """Build random indexers for a model: every layer, or those in `layers`."""
     mx.random.seed(seed)
     args = IndexerArgs(

@@ -38,9 +38,7 @@ def write_model(folder: Path, *, quantized=False, dtype=mx.float32, **changes) -
         config["quantization"] = {"group_size": 64, "bits": 4}
         nn.quantize(model, group_size=64, bits=4)
     weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(
-        str(folder / "model.safetensors"), weights, metadata={"format": "mlx"}
-    )
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     config["eos_token_id"] = [2, 0]
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):

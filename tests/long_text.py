@@ -14,14 +14,16 @@ import time
 from pathlib import Path
 
 from mlx_dsa import load_preset, patch_sparse_generate  # before MLX, for OpenBLAS
+
+# isort: split
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_dsa.pictures import save_picture
 from mlx_dsa.tasks.documents import load_documents
 from mlx_dsa.tasks.facts import make_facts
 from mlx_dsa.tasks.prompts import frame
-from mlx_dsa.pictures import save_picture
 
 # Pages, and where on a page of 600 tokens its facts stand.
 PAGES, ON_PAGE = ("first", "middle", "last"), (100, 300, 500)
@@ -79,9 +81,7 @@ def read(n, top_k=512, data=None, tell=lambda line: None):
                     tell(rows[-1])
         for page, fact in zip((p for p in PAGES for _ in ON_PAGE), facts):
             question = tokenizer.encode(fact.question + frame(tokenizer).tail, add_special_tokens=False)
-            steps = generate_step(
-                mx.array(question), model, max_tokens=24, prompt_cache=[c.copy() for c in caches]
-            )
+            steps = generate_step(mx.array(question), model, max_tokens=24, prompt_cache=[c.copy() for c in caches])
             written = (int(token) for token, _ in steps)
             said = tokenizer.decode(list(itertools.takewhile(lambda t: t not in tokenizer.eos_token_ids, written)))
             answers.append({"page": page, "value": fact.value, "reply": said, "right": fact.value in said})

@@ -30,9 +30,7 @@ class Probe:
     def __init__(self, length, seed=0, heads=4, kv_heads=2, batch=1, **shape):
         width = length + length % 2  # RoPE turns pairs
         hidden = CONTENT + width
-        self.model = make_model(
-            hidden=hidden, layers=1, heads=heads, kv_heads=kv_heads, head_dim=width
-        )
+        self.model = make_model(hidden=hidden, layers=1, heads=heads, kv_heads=kv_heads, head_dim=width)
         attention = self.model.layers[0].self_attn
         for name in ("q_proj", "k_proj"):
             weight = np.array(getattr(attention, name).weight)

@@ -16,9 +16,7 @@ MARGIN = 1e-5
 LOGITS = 5e-5
 
 # A budget that short prompts exceed.
-RULES = dict(
-    top_k=24, n_sink=3, n_recent=5, prefill="exact", observation_window=8, evict="index"
-)
+RULES = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact", observation_window=8, evict="index")
 
 
 def make_small():
@@ -100,5 +98,3 @@ def kept_positions(cache, row=0):
 def difference(ours, theirs):
     """Return the largest difference over all calls."""
     return max(np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True))
-
-

@@ -206,7 +206,9 @@ def test_info_fetches_nothing_to_know(no_hub):
 
 
 def test_chat_and_bench_say_it(folder, tmp_path):
-    told = run("chat", "--file", folder / "book.txt", *options(folder), *COMPACT, "--prompt", "Sheep?", "--max-tokens", 4)
+    told = run(
+        "chat", "--file", folder / "book.txt", *options(folder), *COMPACT, "--prompt", "Sheep?", "--max-tokens", 4
+    )
     assert answer_of(told) and "prefill stream (a cut every 2048)" in told.output
     sizes = ["--contexts", 300, "--steps", 1, "--repeats", 1, "--alone", "--out", tmp_path / "a.json"]
     for given, mode in ((COMPACT, "stream"), ([*COMPACT, "--prefill", "exact"], "exact")):

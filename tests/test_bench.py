@@ -53,10 +53,7 @@ def test_passes_are_taken_in_turns(subject):
     rows = list(bench(*subject, [30, 40], repeats=2, steps=1, report=lines.append))
     order = [(line["context"], line["repeat"], line["kind"]) for line in lines]
     assert order == [
-        (context, repeat, kind)
-        for context in (30, 40)
-        for repeat in range(2)
-        for kind in ("dense", "sparse")
+        (context, repeat, kind) for context in (30, 40) for repeat in range(2) for kind in ("dense", "sparse")
     ]
     assert [row["context"] for row in rows] == [30, 40]
     assert all(len(line["decode_ms"]) == 1 for line in lines)  # a whole block

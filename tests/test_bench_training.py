@@ -17,9 +17,7 @@ from mlx_dsa.train import RetentionConfig, TrainConfig
 from mlx_dsa.train.loop import TrainRun
 
 SMALL = BenchShape(384, 2, 128, 4, 2, 32, 101, True, (2, 12, 8), 16)
-CONFIG = TrainConfig(
-    sequence_length=64, top_k=40, n_sink=1, n_recent=2, query_rows=8, index_n_heads=8
-)
+CONFIG = TrainConfig(sequence_length=64, top_k=40, n_sink=1, n_recent=2, query_rows=8, index_n_heads=8)
 RETENTION = RetentionConfig(sequence_length=64, retention_dim=4, min_distance=2)
 
 

@@ -177,9 +177,7 @@ def test_what_is_stored_is_found_and_replaced(subject):
     store(description, {**FOUND, "tile": 50})
     assert lookup(description)["tile"] == 50
     assert len(json.loads(crossovers.crossover_file().read_text())) == 2
-    assert [f.name for f in crossovers.crossover_file().parent.iterdir()] == [
-        "crossovers.json"
-    ]
+    assert [f.name for f in crossovers.crossover_file().parent.iterdir()] == ["crossovers.json"]
 
 
 OTHERS = {

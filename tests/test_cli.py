@@ -113,9 +113,7 @@ def test_chat_goes_on_after_a_prompt_when_interactive(sparse):
 
 
 def test_chat_dense(folders):
-    result = run(
-        "chat", "--model", folders[0], "--dense", "--prompt", "Who?", "--max-tokens", 3
-    )
+    result = run("chat", "--model", folders[0], "--dense", "--prompt", "Who?", "--max-tokens", 3)
     assert result.exit_code == 0, result.output
     assert "entries kept a layer" in result.output and "(dense" not in result.output
 
@@ -338,9 +336,7 @@ def test_generate_raw_adds_no_template(sparse):
 
 def test_generate_is_repeatable_with_a_seed(sparse):
     options = ["generate", *sparse, "--max-tokens", 8, "--prompt", "x", "--temp", 1]
-    first, again, other = (
-        run(*options, "--seed", seed).stdout for seed in (1, 1, 2)
-    )
+    first, again, other = (run(*options, "--seed", seed).stdout for seed in (1, 1, 2))
     assert first == again != other
 
 
@@ -448,9 +444,7 @@ def test_a_model_that_cannot_be_patched_is_refused(tmp_path):
     refused(result, 1, "nosuch")
 
 
-@pytest.mark.parametrize(
-    "text, word", [('{"topk": 3}', "topk"), ("nothing", "not JSON"), (None, "No such")]
-)
+@pytest.mark.parametrize("text, word", [('{"topk": 3}', "topk"), ("nothing", "not JSON"), (None, "No such")])
 def test_a_wrong_settings_file_is_refused(text, word, tmp_path):
     file = tmp_path / "settings.json"
     if text is not None:
@@ -524,8 +518,7 @@ def test_every_command_sees_indexers_in_the_models_folder(command, trained, tmp_
 
 def test_info_knows_the_model_of_a_preset():
     named, preset = (
-        run("info", *words).output
-        for words in (["--model", "mlx-community/Qwen3-8B-4bit"], ["--preset", "qwen3-8b"])
+        run("info", *words).output for words in (["--model", "mlx-community/Qwen3-8B-4bit"], ["--preset", "qwen3-8b"])
     )
     assert "rp440/" in named and "256 recent" in named and named == preset
 
@@ -685,9 +678,7 @@ def test_train_suggests_a_chat_that_fits(trained_so, settings, trained, tmp_path
 
 
 def test_train_tells_the_sinks_that_no_option_can(trained, folders, tmp_path):
-    result = run(
-        "train", "--model", folders[0], "--data", "x", "--out", tmp_path / "new", "--n-sink", 9
-    )
+    result = run("train", "--model", folders[0], "--data", "x", "--out", tmp_path / "new", "--n-sink", 9)
     assert result.output.splitlines()[-1] == 'with {"n_sink": 9} in a --config file.'
 
 

@@ -105,13 +105,11 @@ def message(made, **fields):
         ),
         (
             message(SparseConfig, cold_file="a.cold"),
-            "--cold is for cache 'tiered' only, not for 'budget'. Leave it out, or use "
-            "--cache tiered.",
+            "--cold is for cache 'tiered' only, not for 'budget'. Leave it out, or use --cache tiered.",
         ),
         (
             message(SparseConfig, backend="no", n_recent=9),
-            "'backend' must be one of auto, reference, metal, cuda but got 'no'. Set backend in a "
-            "--config file.",
+            "'backend' must be one of auto, reference, metal, cuda but got 'no'. Set backend in a --config file.",
         ),
         (
             message(SparseConfig, evict="no"),
@@ -139,9 +137,7 @@ def test_a_field_is_the_option_of_its_command():
 def test_a_warning_names_options_too(sparse):
     output = run("generate", *sparse, "--prompt", "x", "--max-tokens", 1, "--top-k", 40).output
     (note,) = [line for line in output.splitlines() if "lowered" in line]
-    assert note == (
-        "Note: --n-recent is lowered from 64 to 20, half of --top-k. Give --n-recent to choose it."
-    )
+    assert note == ("Note: --n-recent is lowered from 64 to 20, half of --top-k. Give --n-recent to choose it.")
 
 
 # One rule for n_recent, whichever command
@@ -172,9 +168,7 @@ def test_every_command_lowers_n_recent_alike_and_says_so(name, sparse, tmp_path)
 def test_policies_follow_the_same_rule():
     base = SparseConfig(top_k=256, n_recent=128)
     with pytest.warns(UserWarning, match="lowered from 128 to 50"):
-        _, by_number, by_policy = make_policies(
-            ["dense", "sparse", {"policy": "exact", "top_k": 100}], base, [100]
-        )
+        _, by_number, by_policy = make_policies(["dense", "sparse", {"policy": "exact", "top_k": 100}], base, [100])
     assert by_number.config.n_recent == by_policy.config.n_recent == 50
     (own,) = make_policies(["sparse"], base, [{"top_k": 100, "n_recent": 90}])
     assert own.config.n_recent == 90
@@ -192,9 +186,7 @@ def test_a_command_line_goes_over_a_file_here_too(sparse, tmp_path):
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**32), "9" * 30, "1.5", "nan"])
-@pytest.mark.parametrize(
-    "path", [p for p, c in COMMANDS.items() if any(o.name == "seed" for o in c.params)], ids=str
-)
+@pytest.mark.parametrize("path", [p for p, c in COMMANDS.items() if any(o.name == "seed" for o in c.params)], ids=str)
 def test_a_seed_out_of_range_is_refused(path, seed):
     temp = ["--temp", "1"] if path[0] in ("chat", "generate") else []
     assert "--seed" in error_of(run(*path, "--seed", seed, *temp), 2)

@@ -23,7 +23,9 @@ from mlx_dsa.saved import read_saved
 COMPACT = ["--positions", "compact"]
 
 
-@pytest.mark.parametrize("way", [["--prefill", "exact"], ["--prefill", "stream", "--stream-chunk", 64]], ids=["once", "stream"])
+@pytest.mark.parametrize(
+    "way", [["--prefill", "exact"], ["--prefill", "stream", "--stream-chunk", 64]], ids=["once", "stream"]
+)
 def test_a_document_is_numbered_anew_and_asked(folder, tmp_path, way):
     file = tmp_path / "book.kv"
     result = compress(folder, file, *way, *COMPACT)

@@ -129,9 +129,7 @@ def test_what_was_stopped_is_read_on(preset, fed, monkeypatch, cache):
         {"role": "assistant", "content": ""},
         {"role": "user", "content": "Again"},
     ]
-    expected = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True
-    )
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     expected = tokenizer.encode(expected, add_special_tokens=False)
     assert fed[: len(expected)] == expected
     assert tokenizer.decode(fed[len(expected) :]).count("<|im_start|>user") == 1
@@ -151,9 +149,7 @@ def test_reset_forgets_what_was_stopped(preset, fed, monkeypatch):
 
 def test_progress_counts_to_the_end(preset):
     seen = []
-    chat = Conversation(
-        preset.model, preset.tokenizer, max_tokens=1, progress=lambda *n: seen.append(n)
-    )
+    chat = Conversation(preset.model, preset.tokenizer, max_tokens=1, progress=lambda *n: seen.append(n))
     say(chat, "Hello")
     assert seen[0][0] == 0 and seen[-1][0] == seen[-1][1]
 
@@ -322,9 +318,7 @@ def test_a_template_that_cannot_be_told_is_said(preset, think, option):
 def test_an_answer_cut_while_it_thinks_is_closed(preset, fed, templated, text, answer, closed):
     tokenizer = templated(text)
     drawn = tokenizer.encode(answer, add_special_tokens=False)
-    chat = Conversation(
-        preset.model, tokenizer, max_tokens=len(drawn), sampler=force([*drawn, 9])
-    )
+    chat = Conversation(preset.model, tokenizer, max_tokens=len(drawn), sampler=force([*drawn, 9]))
     # What the user says about thoughts opens and closes nothing.
     say(chat, "What is <think>?", "And </think>? <think>")
     end = "\n</think>\n\n" if closed else ""

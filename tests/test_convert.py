@@ -27,9 +27,7 @@ def matrices(seed=0, shape=(N, DIM), dtype=np.float32):
 
 
 def state(found, make=Saved, prefix=""):
-    return collections.OrderedDict(
-        (f"{prefix}projections.{i}.W_{w}s.weight", make(x)) for (i, w), x in found.items()
-    )
+    return collections.OrderedDict((f"{prefix}projections.{i}.W_{w}s.weight", make(x)) for (i, w), x in found.items())
 
 
 def assert_read(projections, found):

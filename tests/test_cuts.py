@@ -47,9 +47,7 @@ def answer(small):
             cache, logprobs = make_prompt_cache(model), []
             for turn in range(turns):
                 prompt = make_text(length, seed=7 + turn)[0]
-                steps = generate_step(
-                    prompt, model, max_tokens=5, prompt_cache=cache, prefill_step_size=step
-                )
+                steps = generate_step(prompt, model, max_tokens=5, prompt_cache=cache, prefill_step_size=step)
                 logprobs += [np.array(p) for _, p in steps]
         return np.stack(logprobs), kept(cache)
 

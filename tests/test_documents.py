@@ -143,7 +143,5 @@ def test_chat_and_compress_take_folders(notes, tmp_path):
 
 def test_prompts_of_generate_have_no_headings(notes, tmp_path):
     """There a file is a part of the prompt."""
-    result = CliRunner().invoke(
-        __import__("mlx_dsa.cli").cli.main, ["generate", "--file", str(notes)]
-    )
+    result = CliRunner().invoke(__import__("mlx_dsa.cli").cli.main, ["generate", "--file", str(notes)])
     assert result.exit_code == 1 and "Is a directory" in result.output

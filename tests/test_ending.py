@@ -43,9 +43,7 @@ def chat(tmp_path_factory):
                 fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
         ends = dict.fromkeys(("stdin", "stdout", "stderr"), terminal or subprocess.PIPE)
-        return subprocess.Popen(
-            command, cwd=root, env=environment, text=True, preexec_fn=prepare, **ends
-        )
+        return subprocess.Popen(command, cwd=root, env=environment, text=True, preexec_fn=prepare, **ends)
 
     return start
 
@@ -63,9 +61,7 @@ def wait_for(process, cold, more):
     assert cold.exists()
 
 
-@pytest.mark.parametrize(
-    "number, more", [(signal.SIGTERM, ANSWERING), (signal.SIGHUP, WAITING)]
-)
+@pytest.mark.parametrize("number, more", [(signal.SIGTERM, ANSWERING), (signal.SIGHUP, WAITING)])
 def test_a_signal_leaves_no_cold_file(chat, tmp_path, number, more):
     cold = tmp_path / "cold"
     with chat(cold, *more) as process:

@@ -7,10 +7,10 @@ from click.testing import CliRunner
 from evals_subject import make_subject
 
 from mlx_dsa.cli import main
+from mlx_dsa.evals.perplexity import ppl
+from mlx_dsa.evals.policies import make_policies
 from mlx_dsa.evals.report.overview import overview
 from mlx_dsa.evals.report.plots import plot
-from mlx_dsa.evals.policies import make_policies
-from mlx_dsa.evals.perplexity import ppl
 from mlx_dsa.evals.report.tables import table
 
 OPTIONS = dict(length=300, path="decode", decode_tokens=40, limit=2)

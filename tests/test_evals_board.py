@@ -14,13 +14,13 @@ from evals_subject import make_subject
 
 from mlx_dsa import SparseConfig
 from mlx_dsa.cli import main
-from mlx_dsa.evals import leaderboard, make_policies, make_policy, read_suite, retrieval, timing
 from mlx_dsa.evals import evaluator as evaluator_module
-from mlx_dsa.evals.evaluator import evaluator_of
-from mlx_dsa.evals.report.board import board, board_markdown, board_tables
+from mlx_dsa.evals import leaderboard, make_policies, make_policy, read_suite, retrieval, timing
 from mlx_dsa.evals.each_rule import each_rule
+from mlx_dsa.evals.evaluator import evaluator_of
 from mlx_dsa.evals.generation import read
 from mlx_dsa.evals.policies import policy_names
+from mlx_dsa.evals.report.board import board, board_markdown, board_tables
 from mlx_dsa.registry import forget
 from mlx_dsa.rules import EvictRule, register, rule_names
 
@@ -176,8 +176,14 @@ def made_up():
     """Return results of runs `n` and `p`; those of `m`, `t` and `r` are not there."""
     items = answers("dense", (1, 1), (1, 1)) + answers("a@8", (1, 0), (1, 0)) + answers("b@8", (1, 1), (0, 1))
     items += answers("b@16", (1, 1), (1, 1))
-    pairs = [{"policy": f"{n}@8", "against": "dense", "ratio": 1.5, "ratio_low": None, "ratio_high": None} for n in "ab"]
-    about = {"config": {"model": {"name": "x", "dtype": "float32"}}, "versions": {"mlx": "1"}, "device": {"device": "cpu"}}
+    pairs = [
+        {"policy": f"{n}@8", "against": "dense", "ratio": 1.5, "ratio_low": None, "ratio_high": None} for n in "ab"
+    ]
+    about = {
+        "config": {"model": {"name": "x", "dtype": "float32"}},
+        "versions": {"mlx": "1"},
+        "device": {"device": "cpu"},
+    }
     return {"n": {"items": items, **about}, "p": {"pairs": pairs, **about}}
 
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from mlx_dsa.tasks.documents import load_documents
 from mlx_dsa.evals.word_problems import load_problems
+from mlx_dsa.tasks.documents import load_documents
 
 BOM = b"\xef\xbb\xbf"
 

@@ -10,11 +10,11 @@ from mlx_dsa.cli import main
 from mlx_dsa.evals import asking, compare, make_policies, make_policy, needle, plot, ppl, retrieval
 from mlx_dsa.evals.report import plots
 from mlx_dsa.evals.report.overview import overview
-from mlx_dsa.evals.running.results import write_result
 from mlx_dsa.evals.report.stats import bootstrap
+from mlx_dsa.evals.report.tables import caption, pairs_table, table
+from mlx_dsa.evals.running.results import write_result
 from mlx_dsa.evals.subject import policies_config
 from mlx_dsa.evals.suite import report
-from mlx_dsa.evals.report.tables import caption, pairs_table, table
 
 CONFIG = SparseConfig(top_k=128, n_recent=32)
 ABOUT = {"versions": {"mlx": "1"}, "work_s": 1.0, "device": dict(device="d", system="s", machine="m", cpus=1)}
@@ -230,12 +230,13 @@ def test_a_depth_at_which_nothing_stands_is_left_blank(plt):
 
 def test_legends_cover_nothing(texts, plt):
     memory = [dict(policy="dense", length=n, value=n, peak_gb=n) for n in (8, 16)]
+    cells = needle_result("full", {"policy": "full", "top_k": 200}, {"policy": "full", "top_k": 300})
     figures = [
         plots.plot_gsm8k(problems_result("gsm8k"), plt),
         plots.plot_ppl(texts[1], plt),
         plots.plot_retrieval(texts[2], plt),
-        plots._memory({"rows": memory}, plt),
-        plots._needle(needle_result("full", {"policy": "full", "top_k": 200}, {"policy": "full", "top_k": 300}) | {"config": dict(task="t", setting="s")}, plt),
+        plots.plot_memory({"rows": memory}, plt),
+        plots.plot_needle(cells | {"config": dict(task="t", setting="s")}, plt),
     ]  # fmt: skip
     for figure in figures:
         figure.canvas.draw()

@@ -55,9 +55,7 @@ def test_half_of_a_number_rich_haystack_is_problems(tokenizer):
     assert 1.7 < len(rich.ids) / len(prose.ids) < 2.3
 
 
-@pytest.mark.parametrize(
-    "length, message", [(20, "leave room for prose"), (10**6, "too short for a context")]
-)
+@pytest.mark.parametrize("length, message", [(20, "leave room for prose"), (10**6, "too short for a context")])
 def test_lengths_that_cannot_be(haystack, length, message):
     with pytest.raises(ValueError, match=message):
         haystack.place(["The code of Ada is 4711."], [0.5], length, random.Random(0))

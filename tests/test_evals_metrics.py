@@ -12,8 +12,8 @@ from mlx_lm.perplexity import eval_ppl
 
 from mlx_dsa import BudgetKVCache
 from mlx_dsa.evals import gsm8k, make_policies, memory, ppl, retrieval
-from mlx_dsa.tasks.documents import load_documents, windows_of
 from mlx_dsa.evals.fidelity import coverage, selection_mask, true_attention
+from mlx_dsa.tasks.documents import load_documents, windows_of
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +23,7 @@ def subject():
 
 def test_dense_perplexity_is_mlx_lms(subject):
     # From the second token on: what the two define alike. K = 1 would score all but the first.
-    policies = make_policies(
-        [{"policy": "exact", "top_k": 1, "n_sink": 0, "n_recent": 1}], subject.config
-    )
+    policies = make_policies([{"policy": "exact", "top_k": 1, "n_sink": 0, "n_recent": 1}], subject.config)
     result = ppl(subject, policies, length=200, limit=3, batch_size=2)
     row = next(r for r in result["rows"] if r["policy"] == "dense")
     windows = windows_of(load_documents(), subject.tokenizer, 200, 200, 3)
@@ -33,9 +31,7 @@ def test_dense_perplexity_is_mlx_lms(subject):
     assert row["n"] == 3 * 198
     total = 3 * 199 * math.log(eval_ppl(subject.model, data)[0])
     first = subject.model(data[:, :1])[:, 0]
-    first = (
-        mx.logsumexp(first, axis=-1) - mx.take_along_axis(first, data[:, 1:2], axis=-1)[:, 0]
-    ).sum()
+    first = (mx.logsumexp(first, axis=-1) - mx.take_along_axis(first, data[:, 1:2], axis=-1)[:, 0]).sum()
     assert row["value"] == pytest.approx(math.exp((total - first.item()) / row["n"]), rel=1e-5)
 
 
@@ -128,9 +124,7 @@ def test_recall_and_mass_are_numpys(k):
     scores = rng.standard_normal((7, 50)).astype(np.float32)
     positions = np.array([k - 1 if k > 20 else 20, 25, 30, 39, 45, 48, 49])
     positions = np.maximum(positions, k - 1)
-    logits, probabilities = true_attention(
-        mx.array(queries), mx.array(keys), mx.array(positions), 8**-0.5
-    )
+    logits, probabilities = true_attention(mx.array(queries), mx.array(keys), mx.array(positions), 8**-0.5)
     selected = selection_mask(mx.array(scores), k, mx.array(positions), n_sink=0, n_recent=1)
     recall, mass = (np.array(a) for a in coverage(selected, logits, probabilities, k))
     for row, p in enumerate(positions):
@@ -190,14 +184,9 @@ def test_word_problems(subject, tmp_path):
     assert [r["longer_than_top_k"] for r in short["rows"]] == [0, 0]
 
     data = tmp_path / "test.jsonl"
-    lines = [
-        json.dumps({"question": f"{i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"})
-        for i in range(5)
-    ]
+    lines = [json.dumps({"question": f"{i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"}) for i in range(5)]
     data.write_text("\n".join(lines))
-    result = gsm8k(
-        subject, policies, data=str(data), limit=3, max_tokens=2, prompt="plain", shots=2
-    )
+    result = gsm8k(subject, policies, data=str(data), limit=3, max_tokens=2, prompt="plain", shots=2)
     assert [item["expected"] for item in result["items"][:3]] == ["1", "2", "3"]
     with pytest.raises(ValueError, match="5 worked examples are wanted but there are 2"):
         gsm8k(subject, policies, data=str(data), limit=3, shots=5)

@@ -13,12 +13,12 @@ from mlx_lm.generate import generate_step
 
 from mlx_dsa import BudgetKVCache
 from mlx_dsa.evals import make_policies, make_policy, memory, needle, ppl
-from mlx_dsa.tasks.documents import load_documents
 from mlx_dsa.evals.generation import answer, converse, read, take_rows
-from mlx_dsa.tasks.haystack import Haystack
-from mlx_dsa.tasks.needle_items import NeedleSpec, make_items
 from mlx_dsa.evals.policies import NAMES, pairings
 from mlx_dsa.evals.running.watch import verdict
+from mlx_dsa.tasks.documents import load_documents
+from mlx_dsa.tasks.haystack import Haystack
+from mlx_dsa.tasks.needle_items import NeedleSpec, make_items
 
 GRID = dict(lengths=[256], depths=[0.2, 0.6], limit=2, max_tokens=5)
 
@@ -96,8 +96,7 @@ def test_rows_that_are_taken_go_on_as_those_left(subject, asked):
 def test_a_batch_says_what_each_says_alone(subject, name):
     rng = np.random.default_rng(0)
     talks = [
-        [(rng.integers(3, 4000, 150).tolist(), True), (rng.integers(3, 4000, n).tolist(), True)]
-        for n in (9, 14, 9, 21)
+        [(rng.integers(3, 4000, 150).tolist(), True), (rng.integers(3, 4000, n).tolist(), True)] for n in (9, 14, 9, 21)
     ]
     # A stop token that rows meet at different times.
     options = dict(max_tokens=6, stop_ids=set(range(0, 4096, 5)))
@@ -142,9 +141,7 @@ def test_a_text_is_read_once_for_all_its_questions(subject, name, monkeypatch):
 
     reads = []
     inner = generation.read
-    monkeypatch.setattr(
-        generation, "read", lambda m, ids, c: reads.append(ids.shape) or inner(m, ids, c)
-    )
+    monkeypatch.setattr(generation, "read", lambda m, ids, c: reads.append(ids.shape) or inner(m, ids, c))
     policies = make_policies([name], subject.config)
     options = dict(GRID, setting="before-question", per_document=3, batch_size=2)
     together = needle(subject, policies, **options)
@@ -184,9 +181,7 @@ def test_policies_that_read_densely_share_one_reading(setting, turns, monkeypatc
     policies = make_policies(["dense", *READERS], config)
     reads = []
     inner = module.DenseReading
-    monkeypatch.setattr(
-        module, "DenseReading", lambda m, ids: reads.append(ids.shape) or inner(m, ids)
-    )
+    monkeypatch.setattr(module, "DenseReading", lambda m, ids: reads.append(ids.shape) or inner(m, ids))
     together = needle(subject, policies, **options)
     assert sum(shape[0] for shape in reads) == 4
     assert all(item["peak_gb"] is None for item in together["items"])

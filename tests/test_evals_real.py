@@ -33,9 +33,7 @@ def write_family(folder, family):
     config = {k: v for k, v in vars(model.args).items() if v is not None}
     (folder / "model" / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, 0]}))
     weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(
-        str(folder / "model" / "model.safetensors"), weights, metadata={"format": "mlx"}
-    )
+    mx.save_safetensors(str(folder / "model" / "model.safetensors"), weights, metadata={"format": "mlx"})
     write_indexers(folder / "indexers", retention_dim=8)
 
 

@@ -93,9 +93,7 @@ def test_a_killed_run_goes_on_to_the_same_report(model, whole, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while process.poll() is None and (
-        not journal.exists() or journal.read_bytes().count(b"\n") < 5
-    ):
+    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 5):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -224,7 +222,8 @@ def test_the_code_command_asks(model, tmp_path):
 SUITE = {
     "name": "small",
     "runs": [
-        {"name": "n", "kind": "needle", "lengths": [192], "depths": [0.5], "limit": 2, "max_tokens": 3, "top_k": [64], "policies": ["dense", "full", {"policy": "kept", "label": "oracle"}], "quick": {"limit": 1}},
+        {"name": "n", "kind": "needle", "lengths": [192], "depths": [0.5], "limit": 2, "max_tokens": 3, "top_k": [64],
+         "policies": ["dense", "full", {"policy": "kept", "label": "oracle"}], "quick": {"limit": 1}},
         {"name": "p", "kind": "ppl", "length": 200, "limit": 2, "config": {"prefill": "exact"}},
         {"name": "r", "kind": "retrieval", "length": 200, "limit": 1, "top_k": [32]},
     ],

@@ -62,9 +62,7 @@ def test_pairs_are_counted_item_by_item():
 def test_bootstrap_of_a_mean_is_scipys():
     values = np.random.default_rng(0).gamma(2.0, size=40)
     mean, low, high = bootstrap(values, seed=1)
-    theirs = stats.bootstrap(
-        (values,), np.mean, method="percentile", n_resamples=20_000, random_state=2
-    )
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, random_state=2)
     assert mean == pytest.approx(values.mean())
     assert (low, high) == pytest.approx(tuple(theirs.confidence_interval), rel=0.02)
 

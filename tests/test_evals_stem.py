@@ -11,6 +11,7 @@ from local_models import write_indexers, write_model
 
 from mlx_dsa.cli import main
 from mlx_dsa.evals import code, make_policies, needle, read_result, read_suite, run_suite
+from mlx_dsa.evals.generation import Heard, Reply
 from mlx_dsa.evals.report import plots
 from mlx_dsa.tasks.code_items import FORMS, TASKS, CodeSpec, make_code_items
 from mlx_dsa.tasks.documents import load_documents
@@ -22,7 +23,6 @@ from mlx_dsa.tasks.facts import (
     make_multi_value,
     stem_of,
 )
-from mlx_dsa.evals.generation import Heard, Reply
 from mlx_dsa.tasks.haystack import Haystack
 from mlx_dsa.tasks.needle_items import NeedleSpec, fields_of, make_items
 from mlx_dsa.tasks.prompts import CLOSINGS, MORE_CLOSINGS, evened, frame
@@ -197,9 +197,7 @@ def test_what_follows_the_stem_is_judged(subject, monkeypatch, wrong, turns):
     spec = NeedleSpec(**options)
     prose = Haystack([d.text for d in load_documents()], subject.tokenizer)
     items = make_items(spec, prose, subject.tokenizer, [320], [0.5], 1)
-    goes_on = iter(
-        [[encode(f" {(t.others if wrong else t.values)[0]}.") for t in item.turns[1:]] for item in items]
-    )
+    goes_on = iter([[encode(f" {(t.others if wrong else t.values)[0]}.") for t in item.turns[1:]] for item in items])
     monkeypatch.setattr(asking, "converse", converse)
     policies = make_policies(["dense"], subject.config)
     result = needle(subject, policies, **GRID, **options, max_tokens=16)

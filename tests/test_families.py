@@ -71,9 +71,7 @@ def test_a_layer_projects_and_attends_as_mlx_lm_does(model):
     for layer in family_of(model).layers(model).values():
         x = mx.random.normal((2, 40, 64))
         queries, keys, values, gate = layer.project(x)
-        attended = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=layer.scale, mask="causal"
-        )
+        attended = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=layer.scale, mask="causal")
         assert mx.array_equal(layer.output(attended, gate), layer.module(x, "causal"))
 
 
@@ -226,9 +224,7 @@ def selections(model, indexers, tokens):
 
 
 def overlap(one, other):
-    return np.mean(
-        [len(set(a) & set(b)) / len(a) for (x, _), (y, _) in zip(one, other) for a, b in zip(x, y)]
-    )
+    return np.mean([len(set(a) & set(b)) / len(a) for (x, _), (y, _) in zip(one, other) for a, b in zip(x, y)])
 
 
 def test_unweighted_indexers_select_alike_on_a_rescaled_copy(name, tmp_path):

@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 from builders import SHAPES, VOCAB, make_indexers, make_model
 from mlx_lm.models.cache import make_prompt_cache
+from simulate import LOGITS, MARGIN, difference
+
+from mlx_dsa import patch_sparse_generate
 from numpy_reference import ReferenceModel
 from numpy_reference.forgetting import (
     H2O,
@@ -19,9 +22,6 @@ from numpy_reference.forgetting import (
     SnapKV,
     Window,
 )
-from simulate import LOGITS, MARGIN, difference
-
-from mlx_dsa import patch_sparse_generate
 
 PROMPT, STEPS = 60, 14
 SIZES = dict(top_k=24, n_sink=3, n_recent=3)  # too few recent ones for a plan: each step asks
@@ -294,9 +294,7 @@ def test_merging_is_not_for_a_cold_store(small):
     model, _ = small
     changes = {**SETTINGS, "prefill": "stream", "select": "lightning"}
     with pytest.raises(ValueError, match="changes values"):
-        patch_sparse_generate(
-            model, make_indexers(model), cache="tiered", evict="ems:base=knorm", **SIZES, **changes
-        )
+        patch_sparse_generate(model, make_indexers(model), cache="tiered", evict="ems:base=knorm", **SIZES, **changes)
 
 
 def test_a_draw_is_another_in_each_layer(small):

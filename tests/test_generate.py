@@ -36,9 +36,7 @@ def indexers(model):
 
 
 @pytest.mark.parametrize("cache", ["budget", "full"])
-@pytest.mark.parametrize(
-    "layers, dense_layers", [([0, 1, 2], (0,)), ([0, 2], ()), ([1], ()), ([1, 2], (2,))]
-)
+@pytest.mark.parametrize("layers, dense_layers", [([0, 1, 2], (0,)), ([0, 2], ()), ([1], ()), ([1, 2], (2,))])
 def test_dense_layers_are_the_reference(layers, dense_layers, cache):
     model = make_model(layers=3)
     indexers = make_indexers(model, layers=layers)

@@ -101,9 +101,7 @@ def test_mixed_call_is_dense_for_queries_that_see_few_keys():
     tokens = make_tokens(200)
     _, dense = feed(model, tokens, 200)
     for rules in (dict(prefill="exact"), dict(prefill="tile", tile_size=16)):
-        with patch_sparse_generate(
-            model, make_indexers(model), top_k=64, **SMALL, **rules
-        ):
+        with patch_sparse_generate(model, make_indexers(model), top_k=64, **SMALL, **rules):
             _, sparse = feed(model, tokens, 200)
         gap = mx.abs(sparse - dense).max(-1)[0]
         assert gap[:64].max() < LOGITS
@@ -120,9 +118,7 @@ def test_exact_is_the_reference_for_every_chunk(shape, top_k):
     reference = ReferenceModel(model, indexers)
     tokens, _, expected, _ = run_reference(reference, rules, [LENGTH])
     for chunk in CHUNKS:
-        logits, _ = run_program(
-            model, indexers, rules, tokens, whole_calls(LENGTH, chunk)
-        )
+        logits, _ = run_program(model, indexers, rules, tokens, whole_calls(LENGTH, chunk))
         assert difference([np.concatenate(logits)], expected) < LOGITS, chunk
 
 
@@ -140,9 +136,7 @@ def test_tile_is_the_reference_for_every_multiple_of_a_tile(shape):
 
 
 @pytest.mark.parametrize("top_k", [30, 40, 48])
-@pytest.mark.parametrize(
-    "calls", [[7] * 20, [50, 3, 60, 27], [17, 16, 15, 92], [39, 2, 2, 97], [140]]
-)
+@pytest.mark.parametrize("calls", [[7] * 20, [50, 3, 60, 27], [17, 16, 15, 92], [39, 2, 2, 97], [140]])
 def test_tile_is_the_reference_for_calls_across_tiles(calls, top_k):
     model = make_model()
     indexers = make_indexers(model)
@@ -239,10 +233,7 @@ def test_equal_length_batch_is_its_rows(prefill):
     rules = dict(top_k=40, prefill=prefill, tile_size=16, **SMALL)
     calls = generate_calls(100, 48, steps=30)
     reference = ReferenceModel(model, indexers)
-    rows = [
-        run_reference(reference, rules, calls, first_seed=seed)
-        for seed in (0, 1000, 2000)
-    ]
+    rows = [run_reference(reference, rules, calls, first_seed=seed) for seed in (0, 1000, 2000)]
     batch = mx.concatenate([row[0] for row in rows])
     for i, (_, _, expected, kept) in enumerate(rows):
         logits, ours = run_program(model, indexers, rules, batch, calls, row=i)

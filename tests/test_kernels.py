@@ -1,11 +1,11 @@
 """Every kernel equals the reference: on the GPU there is, and emulated on the CPU."""
 
+import emulation
 import mlx.core as mx
 import numpy as np
 import pytest
-
-import emulation
 from builders import feed, make_indexers, make_model, make_tokens
+
 from mlx_dsa import crossovers, ops, patch_sparse_generate
 from mlx_dsa.ops import backends, gpu, reference
 
@@ -151,9 +151,7 @@ def test_gathered_rows(language, dtype):
     keys, values = noise(2, 3, 50, 16, dtype=dtype), noise(2, 3, 50, 16, dtype=dtype)
     slots = mx.random.randint(0, 40, (2, 5, 7))
     arguments = keys[:, :, :40], values[:, :, :40], slots
-    for got, expected in zip(
-        gpu.gather_tiles(language, *arguments), reference.gather_tiles(*arguments)
-    ):
+    for got, expected in zip(gpu.gather_tiles(language, *arguments), reference.gather_tiles(*arguments)):
         assert mx.array_equal(got, expected)
 
 
@@ -221,9 +219,7 @@ def test_auto_takes_a_kernel_that_is_right(no_verdicts, recwarn):
     assert not recwarn
 
 
-@pytest.mark.parametrize(
-    "result, expected", [(1.5, 1.0), (float("nan"), 1.0), (3, 4), (1.0, 0.0)]
-)
+@pytest.mark.parametrize("result, expected", [(1.5, 1.0), (float("nan"), 1.0), (3, 4), (1.0, 0.0)])
 def test_auto_leaves_a_kernel_that_is_wrong_and_says_so(no_verdicts, result, expected):
     with pytest.warns(UserWarning, match="an operation differs"):
         assert pick("auto", result, expected) is None
@@ -231,9 +227,7 @@ def test_auto_leaves_a_kernel_that_is_wrong_and_says_so(no_verdicts, result, exp
 
 
 @pytest.mark.parametrize("cuda", [(), ("another",)])
-def test_auto_leaves_an_operation_that_no_device_has_proven(
-    no_verdicts, monkeypatch, cuda
-):
+def test_auto_leaves_an_operation_that_no_device_has_proven(no_verdicts, monkeypatch, cuda):
     proven = {"cuda": cuda, "metal": ("an operation",)}
     monkeypatch.setattr(backends, "_PROVEN", proven)
     assert pick("auto") is None
@@ -289,9 +283,7 @@ def test_trials_pass_and_their_kernels_are_used(language, attention, monkeypatch
     monkeypatch.setattr(backends, "_PROVEN", {language: OPERATIONS + attention})
     used = []
     launch = gpu.launch
-    monkeypatch.setattr(
-        gpu, "launch", lambda *a, **k: used.append(a[0]) or launch(*a, **k)
-    )
+    monkeypatch.setattr(gpu, "launch", lambda *a, **k: used.append(a[0]) or launch(*a, **k))
     arrays = scoring(1, 2, 12, 16, 300, mx.bfloat16)
     scores = ops.tile_scores(*arrays, 16, 250)
     ops.index_scores(*arrays)

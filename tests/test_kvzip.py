@@ -7,14 +7,14 @@ from builders import SHAPES, make_model, make_tokens
 from evals_subject import make_subject
 from family_models import family_model
 from mlx_lm.models.cache import make_prompt_cache
-from numpy_reference import ReferenceModel
-from numpy_reference.forgetting import Forgetting, Window
-from numpy_reference.weights import softmax
 
 from mlx_dsa import patch_sparse_generate
 from mlx_dsa.evals import make_policies, make_policy, needle
 from mlx_dsa.rules import KVzip
 from mlx_dsa.rules.kvzip import read_again
+from numpy_reference import ReferenceModel
+from numpy_reference.forgetting import Forgetting, Window
+from numpy_reference.weights import softmax
 
 LENGTH, CHUNK = 50, 20
 ASKS = [3, 1, 4], [1, 5, 9, 2], [6, 5]
@@ -101,9 +101,7 @@ def test_layers_without_attention_are_not_changed():
     model, ids = family_model("qwen3_next"), make_tokens(40)
     answers = []
     for again in (False, True):
-        with patch_sparse_generate(
-            model, None, evict_rule=KVzip(), **{**SETTINGS, "top_k": 60}
-        ) as patch:
+        with patch_sparse_generate(model, None, evict_rule=KVzip(), **{**SETTINGS, "top_k": 60}) as patch:
             caches = make_prompt_cache(model)
             read(model, ids, caches)
             if again:

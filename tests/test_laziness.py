@@ -40,12 +40,8 @@ def test_no_layer_evaluates_anything(cache, prefill):
         mx.compile(reads)(tokens)
 
 
-@pytest.mark.parametrize(
-    "layers, dense, starter", [(6, [], 3), (6, [0, 2], 5), (2, [], 1)]
-)
-def test_the_device_starts_once_a_chunk_and_never_in_decode(
-    layers, dense, starter, monkeypatch
-):
+@pytest.mark.parametrize("layers, dense, starter", [(6, [], 3), (6, [0, 2], 5), (2, [], 1)])
+def test_the_device_starts_once_a_chunk_and_never_in_decode(layers, dense, starter, monkeypatch):
     """At the fourth sparse layer, or the last one; the result is the same bits."""
     model = make_model(layers=layers)
     tokens = make_tokens(61)
@@ -64,9 +60,7 @@ def test_the_device_starts_once_a_chunk_and_never_in_decode(
     lazy = mx.async_eval
     monkeypatch.setattr(mx, "async_eval", lambda *arrays: None)
     expected, _ = read()
-    monkeypatch.setattr(
-        mx, "async_eval", lambda *arrays: (started.extend(arrays), lazy(*arrays))
-    )
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: (started.extend(arrays), lazy(*arrays)))
     logits, n_chunks = read()
     assert n_chunks == len(started) == 2
     assert mx.array_equal(logits, expected)

@@ -32,12 +32,7 @@ def inputs(B=2, Hq=4, Hkv=2, L=5, T=40, D=32, K=12, dtype=mx.float32, empty=0.0,
     arrays = [mx.array(noise.standard_normal(s).astype(np.float32)) for s in shapes]
     arrays = [a.astype(dtype) for a in arrays]
     exact = [np.array(a.astype(mx.float32), dtype=np.float64) for a in arrays]
-    slots = np.stack(
-        [
-            np.stack([noise.permutation(T)[:K] for _ in range(L)])
-            for _ in range(B)
-        ]
-    ).astype(np.int32)
+    slots = np.stack([np.stack([noise.permutation(T)[:K] for _ in range(L)]) for _ in range(B)]).astype(np.int32)
     blank = noise.random(slots.shape) < empty
     blank[..., K // 2] = False  # at least one key a query
     return arrays, exact, np.where(blank, -1, slots)
@@ -173,9 +168,7 @@ def test_index_scores(Hi, Di, L, dtype):
     arrays = [mx.array(noise.standard_normal(s).astype(np.float32)) for s in shapes]
     arrays = [a.astype(dtype) for a in arrays]
     q, w, k = [np.array(a.astype(mx.float32), dtype=np.float64) for a in arrays]
-    expected = np.einsum(
-        "blh,bhlt->blt", w, np.maximum(np.einsum("bhld,btd->bhlt", q, k[:, 0]), 0)
-    )
+    expected = np.einsum("blh,bhlt->blt", w, np.maximum(np.einsum("bhld,btd->bhlt", q, k[:, 0]), 0))
     scores = index_scores(*arrays)
     assert scores.dtype == mx.float32 and scores.shape == (B, L, T)
     gap = np.abs(np.array(scores) - expected).max() / np.abs(expected).max()
@@ -238,7 +231,5 @@ def test_a_query_of_high_scores_does_not_choose_for_its_tile():
 def test_levels_do_not_look_beyond_open_keys():
     queries, weights, keys = tile_inputs(L=16)
     changed = mx.concatenate([keys[:, :, :100], 9 * keys[:, :, 100:]], axis=2)
-    before, after = (
-        tile_scores(queries, weights, k, 16, 100)[..., :100] for k in (keys, changed)
-    )
+    before, after = (tile_scores(queries, weights, k, 16, 100)[..., :100] for k in (keys, changed))
     assert mx.array_equal(before, after)

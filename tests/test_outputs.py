@@ -61,9 +61,7 @@ def run(writer, suite, path, sparse):
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_place_that_takes_no_files_is_noticed_before_the_work(
-    writer, suite, sparse, untouched, tmp_path
-):
+def test_a_place_that_takes_no_files_is_noticed_before_the_work(writer, suite, sparse, untouched, tmp_path):
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "new" / "result"
     result = run(writer, suite, path, sparse)

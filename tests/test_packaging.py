@@ -24,7 +24,8 @@ LAYERS = [
      "sealed", "texts", "versions"},
     {"startup", "tasks"},
     {"ops"},
-    {"families", "indexer", "indexer_args", "selection", "cache", "checkpoint", "checkpoint_file", "chunks", "crossovers", "projections"},
+    {"families", "indexer", "indexer_args", "selection", "cache", "checkpoint", "checkpoint_file", "chunks",
+     "crossovers", "projections"},
     {"search", "convert"},
     {"rules"},
     {"eviction"},
@@ -35,7 +36,7 @@ LAYERS = [
     {"presets"},
     {"train", "evals", "bench"},
     {"cli"},
-]
+]  # fmt: skip
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ENDS = {"__init__", "__main__"}  # of the package itself: they name everything
@@ -102,6 +103,8 @@ def test_public_names():
 def test_one_version():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^version = "(.*)"', text, re.M).group(1) == mlx_dsa.__version__
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.*)$", cited, re.M).group(1) == mlx_dsa.__version__
 
 
 def test_openblas_is_loaded_before_mlx():
@@ -251,10 +254,11 @@ def test_an_installed_copy_works_from_any_folder(wheel, tmp_path):
     assert str(installed / "mlx_dsa" / "weights" / "tiny") in result.stdout
 
 
-def test_the_ci_script_runs_make_test():
+def test_the_ci_script_runs_lint_and_tests():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert "make test" in script.read_text(encoding="utf-8")
+    text = script.read_text(encoding="utf-8")
+    assert "make lint" in text and text.rstrip().endswith("make test")
 
 
 def test_a_package_without_its_metadata_says_its_version_itself(monkeypatch):

@@ -7,8 +7,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from mlx_dsa import BudgetKVCache, Indexer, IndexerArgs, SparseConfig
-from mlx_dsa import patch_sparse_generate
+from mlx_dsa import BudgetKVCache, Indexer, IndexerArgs, SparseConfig, patch_sparse_generate
 
 SMALL = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact")
 

@@ -13,12 +13,10 @@ from local_models import write_indexers, write_model
 from mlx.utils import tree_flatten
 from mlx_lm import stream_generate
 
-from mlx_dsa import IndexerArgs, SparseConfig, load_indexers, load_preset
-from mlx_dsa import patch_sparse_generate
+from mlx_dsa import IndexerArgs, SparseConfig, load_indexers, load_preset, patch_sparse_generate
 from mlx_dsa.hub import fetch
-from mlx_dsa.presets import preset_names, preset_of, read_preset, read_settings
 from mlx_dsa.machine import runs_float32
-from mlx_dsa.presets import resolve, resource
+from mlx_dsa.presets import preset_names, preset_of, read_preset, read_settings, resolve, resource
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +36,7 @@ def no_hub(monkeypatch, tmp_path):
 
 
 def test_names():
-    assert preset_names() == [
-        *("tiny", "qwen2.5-coder-0.5b", "qwen3-0.6b", "qwen3-4b", "qwen3-8b", "smollm2-135m")
-    ]
+    assert preset_names() == [*("tiny", "qwen2.5-coder-0.5b", "qwen3-0.6b", "qwen3-4b", "qwen3-8b", "smollm2-135m")]
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -65,9 +61,7 @@ def test_indexers_of_a_hub_model_that_are_shipped(name, folders):
     assert resolve(name, model=folders[0]) == settings._replace(model=folders[0])
 
 
-@pytest.mark.parametrize(
-    "name, dim, layers", [("qwen2.5-coder-0.5b", 896, 24), ("smollm2-135m", 576, 30)]
-)
+@pytest.mark.parametrize("name, dim, layers", [("qwen2.5-coder-0.5b", 896, 24), ("smollm2-135m", 576, 30)])
 def test_shipped_indexers_are_what_their_cards_say(name, dim, layers):
     path = resolve(name).indexer
     assert os.path.getsize(path) < 12e6
@@ -163,9 +157,7 @@ def test_a_hub_preset_loads_from_local_folders(folders):
     assert preset.config == SparseConfig(top_k=128)
     with patch_sparse_generate(preset.model, preset.indexers, **vars(preset.config)):
         prompt = list(range(10, 260))
-        replies = list(
-            stream_generate(preset.model, preset.tokenizer, prompt, max_tokens=3)
-        )
+        replies = list(stream_generate(preset.model, preset.tokenizer, prompt, max_tokens=3))
     assert replies[-1].generation_tokens <= 3
 
 

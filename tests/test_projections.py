@@ -29,9 +29,7 @@ def project(layer, x):
 
 
 def is_close(ours, theirs):
-    return all(
-        a.shape == b.shape and np.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs)
-    )
+    return all(a.shape == b.shape and np.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs))
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
@@ -132,9 +130,7 @@ def test_only_sparse_steps_use_them(monkeypatch, cache):
     model = make_model(**SHAPES["gqa2"])
     calls = []
     own = JoinedProjections.__call__
-    monkeypatch.setattr(
-        JoinedProjections, "__call__", lambda self, x: calls.append(1) or own(self, x)
-    )
+    monkeypatch.setattr(JoinedProjections, "__call__", lambda self, x: calls.append(1) or own(self, x))
     with patch_sparse_generate(model, make_indexers(model), **RULES, cache=cache):
         cache, _ = feed(model, make_tokens(20), 20)
         feed(model, make_tokens(4), 1, cache)

@@ -41,9 +41,7 @@ def maker(recipe, sources):
 @pytest.fixture(scope="module")
 def made(recipe, maker):
     """Two rows of each kind."""
-    return [
-        recipe[0].make_row(maker, kind, 2048, f"{i}")[0] for kind in recipe[0].SHARES for i in range(2)
-    ]
+    return [recipe[0].make_row(maker, kind, 2048, f"{i}")[0] for kind in recipe[0].SHARES for i in range(2)]
 
 
 def document(row):

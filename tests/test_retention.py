@@ -52,12 +52,7 @@ def first_layer_scores(model, indexer, tokens):
 
 
 def pool_in_numpy(scores, positions):
-    return np.array(
-        [
-            max(s for s, q in zip(scores, positions) if abs(q - p) <= 4)
-            for p in positions
-        ]
-    )
+    return np.array([max(s for s, q in zip(scores, positions) if abs(q - p) <= 4) for p in positions])
 
 
 class Simulation:
@@ -95,9 +90,7 @@ class Simulation:
         self.kept.sort()
         pooled = pool_in_numpy([self.own[p] for p in self.kept], self.kept)
         self.worth = dict(zip(self.kept, pooled))
-        ranked = sorted(
-            self.kept, key=lambda p: (self.protected(p), self.worth[p], p), reverse=True
-        )
+        ranked = sorted(self.kept, key=lambda p: (self.protected(p), self.worth[p], p), reverse=True)
         self.kept = ranked[: self.top_k]
         self.renumber()
 
@@ -162,9 +155,7 @@ def test_entries_follow_evictions(small, n_recent):
         feed_calls(model, tokens, [90], full)
     own = first_layer_scores(model, indexers[0], tokens)
     for n_steps in (1, 2, 9, 29):
-        with patch_sparse_generate(
-            model, indexers, **{**RULES, "n_recent": n_recent}
-        ) as patch:
+        with patch_sparse_generate(model, indexers, **{**RULES, "n_recent": n_recent}) as patch:
             (cache,) = make_prompt_cache(model)
             feed_calls(model, tokens, [60] + [1] * n_steps, [cache])
             patch.prune([cache])  # drops nothing, and makes what steps left open

@@ -1,7 +1,6 @@
 """The seam of rules: by name, with options, from outside the package, and what is refused."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -161,7 +160,11 @@ def test_rules_without_indexers_want_none_and_others_say_so():
 
 def test_a_rule_without_a_name_is_by_layer_and_stands_for_the_window():
     model = make_model()
-    for rule, config in ((SnapKV(), {}), (SnapKV(by_head=True), dict(evict="window")), (Merging(), dict(evict="window"))):
+    for rule, config in (
+        (SnapKV(), {}),
+        (SnapKV(by_head=True), dict(evict="window")),
+        (Merging(), dict(evict="window")),
+    ):
         with pytest.raises(ValueError, match="'evict_rule' stands in for evict='window'"):
             patch_sparse_generate(model, None, evict_rule=rule, select="window", **config)
 
@@ -196,7 +199,7 @@ def test_rules_in_a_list_keep_their_options():
     assert split_rules("dense, keydiff:pool=2,by_head=true,tova") == ["dense", "keydiff:pool=2,by_head=true", "tova"]
 
 
-# Search projections, and an index of them, are trained indexers of another kind: tests/test_search.py, tests/test_hnsw.py.
+# Search projections, and an index of them, are trained indexers of another kind: test_search.py, test_hnsw.py.
 @pytest.mark.parametrize("select", [n for n in rule_names("select") if n not in ("projections", "hnsw")])
 @pytest.mark.parametrize("prefill", ["exact", "tile", "dense"])
 def test_every_rule_of_selecting_with_room_for_all_is_dense(select, prefill):
@@ -297,7 +300,9 @@ def test_rows_of_texts_are_taken_with_all_their_heads(n_steps):
             model(tokens[:, start:stop], cache=caches)
         taken = take_rows(caches, [2, 0])
         for i in range(70, 80):
-            there, here = (model(t[:, i : i + 1], cache=c) for t, c in ((tokens[mx.array([2, 0])], taken), (tokens, caches)))
+            there, here = (
+                model(t[:, i : i + 1], cache=c) for t, c in ((tokens[mx.array([2, 0])], taken), (tokens, caches))
+            )
             assert mx.allclose(there, here[mx.array([2, 0])], atol=1e-4)
 
 

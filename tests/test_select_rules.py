@@ -51,9 +51,7 @@ def sets_of(slots):
 
 def numpy_sets(make, queries, keys, n_visible, heads=None):
     """Return the sets of a NumPy form for the same queries."""
-    return [
-        [make(q[:, n - 1], k[:, :n], heads)[0] for n in n_visible] for q, k in zip(queries, keys)
-    ]
+    return [[make(q[:, n - 1], k[:, :n], heads)[0] for n in n_visible] for q, k in zip(queries, keys)]
 
 
 @pytest.mark.parametrize("n_visible", [range(25, 91), [90], [40], range(80, 91), [90, 90, 90]])
@@ -101,9 +99,7 @@ def test_quest_bounds_what_a_query_pays():
 @pytest.mark.parametrize("n_visible", [range(25, 91), [90]])
 @pytest.mark.parametrize("window, stride", [(0, 0), (6, 16), (2, 3), (20, 1), (4, 1000)])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2)])
-def test_sparsek_reads_a_window_a_stride_and_the_largest_products(
-    heads, kv_heads, window, stride, n_visible
-):
+def test_sparsek_reads_a_window_a_stride_and_the_largest_products(heads, kv_heads, window, stride, n_visible):
     queries, keys = integers(heads=heads, kv_heads=kv_heads)
 
     def make(q, k, some):

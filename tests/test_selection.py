@@ -34,9 +34,7 @@ def tied_scores(rows, length, seed):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(
-    "top_k, n_sink, n_recent", [(1, 0, 1), (8, 0, 1), (8, 4, 4), (16, 3, 5), (64, 4, 8)]
-)
+@pytest.mark.parametrize("top_k, n_sink, n_recent", [(1, 0, 1), (8, 0, 1), (8, 4, 4), (16, 3, 5), (64, 4, 8)])
 def test_select_topk(top_k, n_sink, n_recent, tied, seed):
     rows, length = 40, 57
     noise = np.random.default_rng(seed)
@@ -44,14 +42,10 @@ def test_select_topk(top_k, n_sink, n_recent, tied, seed):
     if tied:
         scores = tied_scores(rows, length, seed)
     n_visible = noise.integers(1, length + 1, rows)
-    slots = select_topk(
-        mx.array(scores)[None], top_k, mx.array(n_visible), n_sink, n_recent
-    )
+    slots = select_topk(mx.array(scores)[None], top_k, mx.array(n_visible), n_sink, n_recent)
     rules = Rules(top_k=top_k, n_sink=n_sink, n_recent=n_recent)
     positions = np.arange(length)
-    expected = [
-        rules.select(positions, row, seen - 1) for row, seen in zip(scores, n_visible)
-    ]
+    expected = [rules.select(positions, row, seen - 1) for row, seen in zip(scores, n_visible)]
     assert slots.dtype == mx.int32 and slots.shape == (1, rows, top_k)
     assert sets_of(slots[0]) == expected
 
@@ -81,9 +75,7 @@ def test_on_equal_scores_the_newer_key_wins():
 def test_select_kept(evict, seed):
     rules = Rules(top_k=16, n_sink=3, n_recent=5, evict=evict)
     scores = tied_scores(2, 41, seed)
-    slots = select_kept(
-        mx.array(scores) if evict == "index" else None, 41, 16, n_sink=3, n_recent=5
-    )
+    slots = select_kept(mx.array(scores) if evict == "index" else None, 41, 16, n_sink=3, n_recent=5)
     positions = np.arange(41)
     expected = [rules.prune(positions, row, newest=40) for row in scores]
     assert sets_of(mx.broadcast_to(slots, (2, 16))) == expected
@@ -193,18 +185,14 @@ SMALL = dict(top_k=24, n_sink=3, n_recent=5)
 @pytest.mark.parametrize("chunk", [160, 64, 7, 1])
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 1)])
 def test_exact_sets_for_every_chunk(heads, kv_heads, chunk, top_k, n_sink, n_recent):
-    rules = dict(
-        top_k=top_k, n_sink=n_sink, n_recent=n_recent, cache="full", prefill="exact"
-    )
+    rules = dict(top_k=top_k, n_sink=n_sink, n_recent=n_recent, cache="full", prefill="exact")
     probe, expected = clear_probe([160], rules, heads=heads, kv_heads=kv_heads)
     assert probe.program(whole_calls(160, chunk), **rules) == expected
     assert all(len(expected[p]) == min(p + 1, top_k) for p in expected)
 
 
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize(
-    "n_heads, head_dim, rope_dim", [(1, 4, 2), (6, 69, 64), (4, 32, 16), (2, 16, 16)]
-)
+@pytest.mark.parametrize("n_heads, head_dim, rope_dim", [(1, 4, 2), (6, 69, 64), (4, 32, 16), (2, 16, 16)])
 def test_exact_sets_for_indexer_shapes(n_heads, head_dim, rope_dim, norm):
     rules = dict(SMALL, cache="full", prefill="exact")
     shape = dict(n_heads=n_heads, head_dim=head_dim, rope_dim=rope_dim, norm=norm)
@@ -213,9 +201,7 @@ def test_exact_sets_for_indexer_shapes(n_heads, head_dim, rope_dim, norm):
 
 
 @pytest.mark.parametrize("top_k", [24, 29, 32])
-@pytest.mark.parametrize(
-    "calls", [[160], [64, 64, 32], [16] * 10, [33, 40, 87], [5] * 32, [9, 90, 61]]
-)
+@pytest.mark.parametrize("calls", [[160], [64, 64, 32], [16] * 10, [33, 40, 87], [5] * 32, [9, 90, 61]])
 def test_tile_sets(calls, top_k):
     rules = dict(SMALL, top_k=top_k, cache="full", prefill="tile", tile_size=16)
     probe, expected = clear_probe(calls, rules)
@@ -275,9 +261,7 @@ def test_zero_scores_keep_the_newer_keys():
     probe = Probe(96)
     probe.indexers[0].weights_proj.weight *= 0
     for cache in ("budget", "full"):
-        sets = probe.program(
-            generate_calls(60, 32, steps=35), **SMALL, cache=cache, prefill="exact"
-        )
+        sets = probe.program(generate_calls(60, 32, steps=35), **SMALL, cache=cache, prefill="exact")
         for p, chosen in sets.items():
             window = set(range(max(p - 20, 0), p + 1))
             assert chosen == {s for s in (0, 1, 2) if s <= p} | window, (cache, p)
@@ -322,9 +306,7 @@ def test_a_backend_that_is_asked_for_is_obeyed_everywhere(monkeypatch, cache, ev
     monkeypatch.setattr(ops, "choose", lambda *a: asked.append((a[1], a[0])) or own(*a))
     rules = dict(top_k=24, n_sink=3, n_recent=5, tile_size=16, prefill=prefill)
     for backend in ("reference", "auto"):
-        with patch_sparse_generate(
-            model, make_indexers(model), **rules, cache=cache, evict=evict, backend=backend
-        ):
+        with patch_sparse_generate(model, make_indexers(model), **rules, cache=cache, evict=evict, backend=backend):
             feed(model, make_tokens(60), 56)
             feed_calls(model, make_tokens(80), [60] + [1] * 20, make_prompt_cache(model))
         assert {which for _, which in asked} == {backend}

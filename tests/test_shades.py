@@ -123,9 +123,7 @@ def test_the_legend_tells_which_counts_a_shade_is_of(tmp_path, n_layers):
     for level, (low, high, percent) in enumerate(raw):
         of = range(int(low), int(high or low) + 1)
         assert [levels[c] for c in of] == [level] * len(of)
-        assert float(percent) == pytest.approx(
-            100 * (len(of) + (level == 0)) / len(counts), abs=0.051
-        )
+        assert float(percent) == pytest.approx(100 * (len(of) + (level == 0)) / len(counts), abs=0.051)
         share += len(of)
     assert share == n_layers + 1
 

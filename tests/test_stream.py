@@ -98,9 +98,7 @@ def test_another_chunk_is_another_result(answer):
 
 
 @pytest.mark.parametrize("evict", ORDERS)
-def test_raw_calls_give_one_answer_and_never_hold_more_than_a_chunk_beside_the_budget(
-    small, evict, monkeypatch
-):
+def test_raw_calls_give_one_answer_and_never_hold_more_than_a_chunk_beside_the_budget(small, evict, monkeypatch):
     model, indexers = small
     noise = np.random.default_rng(ORDERS.index(evict))
     tokens, rest = make_text(300), make_text(6, seed=9)

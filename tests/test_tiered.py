@@ -54,10 +54,7 @@ def test_a_file_holds_half_precision_bit_for_bit(tmp_path, dtype):
 
 def test_fewer_bits_differ_more(small):
     full, _ = run(small, cache="full")
-    errors = [
-        mx.abs(full - run(small, cache="tiered", cold_bits=bits)[0]).mean().item()
-        for bits in (16, 8, 4)
-    ]
+    errors = [mx.abs(full - run(small, cache="tiered", cold_bits=bits)[0]).mean().item() for bits in (16, 8, 4)]
     assert errors[0] < 1e-5 < errors[1] < errors[2]
 
 

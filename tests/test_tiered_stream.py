@@ -15,9 +15,7 @@ from test_retention import Simulation, first_layer_scores, with_heads
 from mlx_dsa import patch_sparse_generate
 from mlx_dsa.cache import TieredKVCache, tiered
 
-RULES = dict(
-    top_k=24, n_sink=3, n_recent=5, observation_window=8, stream_chunk=16, prefill="stream"
-)
+RULES = dict(top_k=24, n_sink=3, n_recent=5, observation_window=8, stream_chunk=16, prefill="stream")
 TIERED = dict(RULES, cache="tiered", cold_bits=16)
 ORDERS = ("retention", "keydiff", "index", "window")
 STORES = ("memory", "file")
@@ -44,9 +42,7 @@ def everything(cache):
     """Return keys and values of all positions, from the cold store and what is only hot; assert
     that each position is in one place, and that what is in both is the same."""
     at, n = cache.hot_positions[0].tolist(), cache.cold.size
-    assert at == sorted(set(at)) and at[at.index(n) if n in at else len(at) :] == list(
-        range(n, cache.offset)
-    )
+    assert at == sorted(set(at)) and at[at.index(n) if n in at else len(at) :] == list(range(n, cache.offset))
     both = []
     for warm, cold in zip((cache.keys, cache.values), cache.cold.fetch_all()):
         assert cold.shape[2] == n and warm.shape[2] == len(at)
@@ -166,9 +162,7 @@ def test_hot_positions_follow_the_scores(small, calls, chunk, top_k):
 
 
 @pytest.mark.parametrize("evict", ORDERS)
-def test_raw_calls_give_one_answer_and_attend_to_no_more_than_a_chunk_beside_the_budget(
-    small, evict, monkeypatch
-):
+def test_raw_calls_give_one_answer_and_attend_to_no_more_than_a_chunk_beside_the_budget(small, evict, monkeypatch):
     model, indexers = small
     noise = np.random.default_rng(ORDERS.index(evict))
     tokens, rest = make_text(300), make_text(6, seed=9)
@@ -210,9 +204,7 @@ def answer(small):
             cache, logprobs = make_prompt_cache(model), []
             for turn in range(turns):
                 prompt = make_text(length, seed=7 + turn)[0]
-                steps = generate_step(
-                    prompt, model, max_tokens=5, prompt_cache=cache, prefill_step_size=step
-                )
+                steps = generate_step(prompt, model, max_tokens=5, prompt_cache=cache, prefill_step_size=step)
                 logprobs += [np.array(p) for _, p in steps]
             cold = [np.array(x) for c in cache for x in c.cold.fetch_all()]
         return np.stack(logprobs), hot(cache), cold

@@ -80,9 +80,7 @@ def test_views_are_what_attention_receives(shape, monkeypatch):
     seen = []
     attention = type(model.layers[0].self_attn)
     original = attention.__call__
-    monkeypatch.setattr(
-        attention, "__call__", lambda self, x, *a: seen.append(x) or original(self, x, *a)
-    )
+    monkeypatch.setattr(attention, "__call__", lambda self, x, *a: seen.append(x) or original(self, x, *a))
     model(tokens)
     monkeypatch.undo()
     for chunk_size in (40, 7, 1):
@@ -133,9 +131,7 @@ def test_memory_stays_below_the_square_of_the_length(tmp_path):
     model = make_model(hidden=32, heads=heads, kv_heads=2, head_dim=16)
     data = write_text(tmp_path, 3 * length)
     config = TrainConfig(
-        **SMALL
-        | dict(steps=1, sequence_length=length, chunk_size=64, query_rows=32)
-        | dict(held_out=1, batch_size=1)
+        **SMALL | dict(steps=1, sequence_length=length, chunk_size=64, query_rows=32) | dict(held_out=1, batch_size=1)
     )
     gc.collect()
     before = mx.get_active_memory()  # models that fixtures of other tests hold
@@ -176,9 +172,7 @@ def test_loss_is_the_divergence_and_zero_at_the_target():
     assert is_open.all().item()
     assert distillation_loss(s, t, is_open, config).item() == pytest.approx(kl, abs=1e-5)
     with_support = replace(config, support_weight=0.5)
-    assert distillation_loss(s, t, is_open, with_support).item() == pytest.approx(
-        kl + 0.5 * support, abs=1e-5
-    )
+    assert distillation_loss(s, t, is_open, with_support).item() == pytest.approx(kl + 0.5 * support, abs=1e-5)
     exact = distillation_loss(mx.log(t), t, is_open, config).item()
     assert exact == pytest.approx(0, abs=1e-5)
 
@@ -256,16 +250,12 @@ def test_conversations_stay_whole_and_mark_their_replies(tmp_path):
     tokenizer = make_tokenizer()
     texts = [tokenizer.apply_chat_template(m, tokenize=False) for m in chats]
     both = load_sequences(path, tokenizer, 256, 8, 10)
-    assert [tokenizer.decode(s.tokens).replace(" ", "") for s in both] == [
-        "".join(texts).replace(" ", "")
-    ]
+    assert [tokenizer.decode(s.tokens).replace(" ", "") for s in both] == ["".join(texts).replace(" ", "")]
     apart = load_sequences(path, tokenizer, 140, 8, 10)
     assert [len(s.tokens) for s in apart] == [len(t) for t in texts]
     end = texts[0].rindex("bob.") + 4
     assert apart[0].focus.tolist() == list(range(end - 4 - 32, end))
-    assert set(range(texts[1].index("two"), texts[1].index("two") + 3)) <= set(
-        apart[1].focus.tolist()
-    )
+    assert set(range(texts[1].index("two"), texts[1].index("two") + 3)) <= set(apart[1].focus.tolist())
     (cut,) = load_sequences(path, tokenizer, 40, 30, 1)
     assert len(cut.tokens) == 40 and cut.focus[-1] == 40 - 2
 
@@ -457,9 +447,7 @@ def interrupted(tmp_path, **changed):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_indexers(
-            make_model(), make_tokenizer(), data, out, TrainConfig(**SMALL), progress=stop
-        )
+        train_indexers(make_model(), make_tokenizer(), data, out, TrainConfig(**SMALL), progress=stop)
     return data, out
 
 
@@ -467,9 +455,7 @@ def test_an_interruption_between_steps_is_saved(tmp_path):
     """Of steps that take a minute, those since the last checkpoint would be lost."""
     data, out = interrupted(tmp_path)  # after 3 steps; a checkpoint is written every 2
     config, seen = TrainConfig(**SMALL), []
-    train_indexers(
-        make_model(), make_tokenizer(), data, out, config, resume=True, progress=seen.append
-    )
+    train_indexers(make_model(), make_tokenizer(), data, out, config, resume=True, progress=seen.append)
     assert seen[0].step == 3
 
 
@@ -537,15 +523,11 @@ def test_an_unsupported_model_is_refused(tmp_path):
     model = make_model()
     model.model_type = "phi"
     with pytest.raises(ValueError, match="qwen3_5_moe but got 'phi'"):
-        train_indexers(
-            model, make_tokenizer(), write_text(tmp_path), tmp_path / "o", TrainConfig(**SMALL)
-        )
+        train_indexers(model, make_tokenizer(), write_text(tmp_path), tmp_path / "o", TrainConfig(**SMALL))
 
 
 def test_a_patched_model_is_refused(tmp_path):
     model = make_model()
     patch_sparse_generate(model, make_indexers(model), top_k=80)
     with pytest.raises(ValueError, match="must be unpatched"):
-        train_indexers(
-            model, make_tokenizer(), write_text(tmp_path), tmp_path / "o", TrainConfig(**SMALL)
-        )
+        train_indexers(model, make_tokenizer(), write_text(tmp_path), tmp_path / "o", TrainConfig(**SMALL))

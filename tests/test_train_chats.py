@@ -287,7 +287,7 @@ def test_any_damage_of_a_row_is_read_or_left_out(template, odd):
         {"messages": calls + turns("Hi", [{"type": "text", "text": "Ho"}]), "tools": TOOLS},
         {"prompt": turns("Hi"), "completion": "Ho"},
     ]
-    for row in (r for row in rows for r in list(spoilt(row, odd))[1:]):
+    for row in (bad for good in rows for bad in list(spoilt(good, odd))[1:]):
         try:
             text, replies, _ = render_row(tokenizer, row)
         except Unusable as error:

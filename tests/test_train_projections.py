@@ -34,7 +34,7 @@ def expected_loss(view, module, rows, config, by_mean=False):
     x, keys, queries = (np.array(a, dtype=np.float64) for a in (view.x, view.keys, view.queries))
     wq, wk = (np.array(w.weight, dtype=np.float64) for w in (module.wq, module.wk))
     losses = []
-    for b, row in ((b, int(row)) for b in range(len(x)) for row in np.array(rows)[b]):
+    for b, row in ((i, int(r)) for i in range(len(x)) for r in np.array(rows)[i]):
         groups = queries.shape[1] // keys.shape[1]
         logits = [queries[b, h, row] @ keys[b, h // groups, : row + 1].T for h in range(queries.shape[1])]
         heads = np.exp(np.array(logits) * view.scale)

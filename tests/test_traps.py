@@ -60,9 +60,9 @@ def test_earlier_chunks_stay_within_reach():
     noise[:, 1] = -1.0
     noise[needle, 1] = 1.0
     probe.x[0, :, :CONTENT] = noise
-    wq, wk, head = (np.zeros(w.shape, np.float32) for w in (
-        indexer.wq.weight, indexer.wk.weight, indexer.weights_proj.weight
-    ))
+    wq, wk, head = (
+        np.zeros(w.shape, np.float32) for w in (indexer.wq.weight, indexer.wk.weight, indexer.weights_proj.weight)
+    )
     wq[7, 0] = wk[7, 1] = head[0, 0] = 1.0
     indexer.wq.weight, indexer.wk.weight = mx.array(wq), mx.array(wk)
     indexer.weights_proj.weight = mx.array(head)
@@ -101,7 +101,12 @@ def test_layers_of_different_length_do_not_share_a_mask(sparse):
 def perfect_probe(length):
     """One head, and an indexer whose scores are the attention logits."""
     probe = Probe(
-        length, heads=1, kv_heads=1, n_heads=1, head_dim=length, rope_dim=length,
+        length,
+        heads=1,
+        kv_heads=1,
+        n_heads=1,
+        head_dim=length,
+        rope_dim=length,
         norm=True,
     )
     attention, indexer = probe.model.layers[0].self_attn, probe.indexers[0]
@@ -121,14 +126,10 @@ def recall(probe, spoil=lambda indexer: None):
     length = probe.x.shape[1]
     x = mx.array(probe.x)
     dense = np.array(probe.model.layers[0].self_attn(x, "causal"))[0, :, CONTENT:]
-    with patch_sparse_generate(
-        probe.model, probe.indexers, top_k=12, n_sink=0, n_recent=1, prefill="exact"
-    ) as patch:
+    with patch_sparse_generate(probe.model, probe.indexers, top_k=12, n_sink=0, n_recent=1, prefill="exact") as patch:
         spoil(patch.layers[0].indexer)
         cache = patch.make_cache()[0]
-        out = [
-            patch.layers[0](x[:, i : i + 40], None, cache) for i in range(0, length, 40)
-        ]
+        out = [patch.layers[0](x[:, i : i + 40], None, cache) for i in range(0, length, 40)]
         chosen = np.array(mx.concatenate(out, axis=1))[0, :, CONTENT:] > 0
     hits = []
     for t in range(100, length):

@@ -301,9 +301,7 @@ def test_another_tokenizer_is_refused(folder, half_read, monkeypatch):
     refused(compress(folder, half_read), 1, "another tokenizer")
 
 
-def test_what_can_not_be_written_ends_the_reading_and_keeps_what_there_is(
-    folder, half_read, whole, monkeypatch
-):
+def test_what_can_not_be_written_ends_the_reading_and_keeps_what_there_is(folder, half_read, whole, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
@@ -324,9 +322,7 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize(
-    "every, expected", [(None, [1, 4, 7]), (0, [*range(1, 9)]), (30, [3, 6])], ids=str
-)
+@pytest.mark.parametrize("every, expected", [(None, [1, 4, 7]), (0, [*range(1, 9)]), (30, [3, 6])], ids=str)
 def test_writing_takes_a_small_part_of_the_time(monkeypatch, tmp_path, every, expected):
     clock, written = Clock(), []
     monkeypatch.setattr(unfinished, "time", clock)

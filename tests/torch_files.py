@@ -52,8 +52,9 @@ def _modules():
     return {"torch": torch, "torch._utils": utils}
 
 
-def write_torch(path, value, *, protocol=2, root="archive", pickled=None, byteorder=b"little",
-                compression=zipfile.ZIP_STORED, cut=0):
+def write_torch(
+    path, value, *, protocol=2, root="archive", pickled=None, byteorder=b"little", compression=zipfile.ZIP_STORED, cut=0
+):
     """Write `value`, in which tensors are `Saved`; or the bytes of a pickle in its place."""
     storages = {}
     modules = _modules()

@@ -132,7 +132,7 @@ def bench(
         progress(done, total, f"{context:,} tokens: warming up")
         for kind in kinds:
             run(kind, prompt[: run.warm_up_tokens()], 0)
-        passes = {kind: [] for kind in kinds}
+        passes: dict[str, list[Any]] = {kind: [] for kind in kinds}
         for repeat in range(repeats):
             for kind in kinds:
                 progress(done, total, f"{context:,} tokens: {kind}")
@@ -140,10 +140,7 @@ def bench(
                 if kind == "dense":
                     result = _without(result, unused / 1e9)
                 passes[kind].append(result)
-                report(
-                    {"context": context, "kind": kind, "repeat": repeat}
-                    | result._asdict()
-                )
+                report({"context": context, "kind": kind, "repeat": repeat} | result._asdict())
                 done += 1
         progress(done, total, "")
         yield _row(context, run.prefill, passes)
@@ -255,7 +252,4 @@ def _without(result: Pass, gigabytes: float) -> Pass:
 
 
 def _nbytes(indexers: Mapping[int, Indexer]) -> int:
-    return sum(
-        tree_reduce(lambda total, a: total + a.nbytes, i.parameters(), 0)
-        for i in indexers.values()
-    )
+    return sum(tree_reduce(lambda total, a: total + a.nbytes, i.parameters(), 0) for i in indexers.values())

@@ -61,20 +61,14 @@ BENCH_SHAPES = {
     "qwen3-8b": BenchShape(4096, 36, 12288, 32, 8, 128, 151936, False),
     "qwen3-4b": BenchShape(2560, 36, 9728, 32, 8, 128, 151936, True),
     "qwen3-0.6b": BenchShape(1024, 28, 3072, 16, 8, 128, 151936, True),
-    "qwen2.5-coder-0.5b": BenchShape(
-        896, 24, 4864, 14, 2, 64, 151936, True, _SMALL_INDEXER, 64, "qwen2"
-    ),
-    "smollm2-135m": BenchShape(
-        576, 30, 1536, 9, 3, 64, 49152, True, _SMALL_INDEXER, 64, "llama", 1e5
-    ),
+    "qwen2.5-coder-0.5b": BenchShape(896, 24, 4864, 14, 2, 64, 151936, True, _SMALL_INDEXER, 64, "qwen2"),
+    "smollm2-135m": BenchShape(576, 30, 1536, 9, 3, 64, 49152, True, _SMALL_INDEXER, 64, "llama", 1e5),
     # That of the bundled model.
     "tiny": BenchShape(256, 8, 768, 4, 2, 64, 4096, True, (4, 32, 16), 32),
 }
 
 
-def random_model(
-    name: str, bits: int = 4, seed: int = 0
-) -> tuple[nn.Module, dict[int, Indexer]]:
+def random_model(name: str, bits: int = 4, seed: int = 0) -> tuple[nn.Module, dict[int, Indexer]]:
     """Make a model and its indexers, with random weights, in a dtype fit for the device.
 
     Quantised weights are drawn as such, so an 8B model takes seconds and no more
@@ -93,14 +87,9 @@ def random_model(
         ValueError: If the shape or the number of bits is unknown.
     """
     if name not in BENCH_SHAPES:
-        raise ValueError(
-            f"[bench] 'model_shape' must be one of {', '.join(BENCH_SHAPES)} but got "
-            f"{name!r}."
-        )
+        raise ValueError(f"[bench] 'model_shape' must be one of {', '.join(BENCH_SHAPES)} but got {name!r}.")
     if bits not in _BITS:
-        raise ValueError(
-            f"[bench] 'bits' must be one of {', '.join(map(str, _BITS))} but got {bits!r}."
-        )
+        raise ValueError(f"[bench] 'bits' must be one of {', '.join(map(str, _BITS))} but got {bits!r}.")
     shape = BENCH_SHAPES[name]
     dtype = mx.float32 if runs_float32() else mx.bfloat16
     mx.random.seed(seed)
@@ -111,9 +100,7 @@ def random_model(
         nn.quantize(model, group_size=_GROUP, bits=bits)
     _randomise(model, bits)
     model.eval()
-    args = IndexerArgs(
-        shape.hidden_size, *shape.indexer, retention_dim=shape.retention_dim
-    )
+    args = IndexerArgs(shape.hidden_size, *shape.indexer, retention_dim=shape.retention_dim)
     indexers = {}
     for layer in range(shape.n_layers):
         indexers[layer] = Indexer(args)

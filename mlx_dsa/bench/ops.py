@@ -122,8 +122,7 @@ def measure_ops(
     for context in contexts:
         if context < chunk + top_k:
             raise ValueError(
-                f"[measure_ops] 'contexts' must be at least {chunk + top_k} (chunk + "
-                f"top_k) but got {context}."
+                f"[measure_ops] 'contexts' must be at least {chunk + top_k} (chunk + top_k) but got {context}."
             )
     for context in contexts:
         layers = [_layer(shape, context, chunk, seed) for seed in range(n_layers)]
@@ -132,14 +131,12 @@ def measure_ops(
 
         def score(layer):
             earlier = layer.index_keys[:, :, : context - tile_size]
-            return tile_scores(
-                layer.index_queries, layer.weights, earlier, tile_size, n_open, backend
-            )
+            return tile_scores(layer.index_queries, layer.weights, earlier, tile_size, n_open, backend)
 
         def select(scores):
             return select_topk(scores, top_k - tile_size, visible, *forced, backend)
 
-        def attend(layer, slots):
+        def attend(layer: _Layer, slots: mx.array) -> mx.array:
             return tile_attention(*layer[:3], slots, layer.scale, backend)
 
         def gather(layer, slots):
@@ -157,9 +154,7 @@ def measure_ops(
             )
             for x in layers
         ]
-        slots = [
-            reference.select_topk(s, top_k - tile_size, visible, *forced) for s in scores
-        ]
+        slots = [reference.select_topk(s, top_k - tile_size, visible, *forced) for s in scores]
         mx.eval(layers, scores, slots, visible)
         pairs = list(zip(layers, slots))
         calls = {
@@ -172,9 +167,7 @@ def measure_ops(
             "sparse": lambda: [attend(x, select(score(x))) for x in layers],
         }
         failed = _failures(calls)
-        seconds = _median_seconds(
-            {n: call for n, call in calls.items() if n not in failed}, repeats
-        )
+        seconds = _median_seconds({n: call for n, call in calls.items() if n not in failed}, repeats)
         row = {"context": context, "backend": backend}
         for name in calls:
             row[name] = 1e3 * seconds[name] / n_layers if name in seconds else None
@@ -186,9 +179,7 @@ def measure_ops(
         yield row | ({"failed": failed} if failed else {})
 
 
-def bench_ops(
-    contexts: Iterable[int], shape: OpsShape, report: Callable[[dict], None], **given: Any
-) -> dict[str, Any]:
+def bench_ops(contexts: Iterable[int], shape: OpsShape, report: Callable[[dict], None], **given: Any) -> dict[str, Any]:
     """Measure the device's rates, then the operations.
 
     Args:
@@ -224,9 +215,7 @@ def _tile_sdpa(layer: _Layer, slots: mx.array, n_layers: int) -> Callable:
     """Return MLX's own attention from tiles to rows that have been gathered."""
     n_tiles = slots.shape[1]
     _, n_heads, chunk, head_dim = layer.queries.shape
-    keys, values = reference.gather_tiles(
-        layer.keys, layer.values, tile_slots(slots, chunk, layer.keys.shape[2])
-    )
+    keys, values = reference.gather_tiles(layer.keys, layer.values, tile_slots(slots, chunk, layer.keys.shape[2]))
     rows = layer.queries.reshape(n_heads, n_tiles, -1, head_dim).swapaxes(0, 1)
     mx.eval(keys, values)
     tiles = layer._replace(queries=rows, keys=keys, values=values)
@@ -234,9 +223,7 @@ def _tile_sdpa(layer: _Layer, slots: mx.array, n_layers: int) -> Callable:
 
 
 def _dense(layer: _Layer) -> mx.array:
-    return mx.fast.scaled_dot_product_attention(
-        *layer[:3], scale=layer.scale, mask="causal"
-    )
+    return mx.fast.scaled_dot_product_attention(*layer[:3], scale=layer.scale, mask="causal")
 
 
 def _layer(shape: OpsShape, context: int, chunk: int, seed: int) -> _Layer:
@@ -272,8 +259,7 @@ def _floors(shape, rates, context, chunk, top_k, tile_size) -> dict[str, float]:
     work = {
         "dense": (context * row + ends, products * (context - chunk / 2)),
         "score": (
-            context * (shape.index_head_dim * size + tile_bytes)
-            + chunk * index_dims * size,
+            context * (shape.index_head_dim * size + tile_bytes) + chunk * index_dims * size,
             2 * chunk * index_dims * (context - chunk / 2),
         ),
         "select": ((context + top_k) * tile_bytes, 0),
@@ -288,17 +274,14 @@ def _floors(shape, rates, context, chunk, top_k, tile_size) -> dict[str, float]:
         ),
     }
     floors = {
-        name: 1e3 * max(n_bytes / rates.bandwidth, n_ops / rates.arithmetic)
-        for name, (n_bytes, n_ops) in work.items()
+        name: 1e3 * max(n_bytes / rates.bandwidth, n_ops / rates.arithmetic) for name, (n_bytes, n_ops) in work.items()
     }
     return floors | {"sparse": sum(floors[n] for n in ("score", "select", "attend"))}
 
 
-def _median_seconds(
-    calls: dict[str, Callable[[], list[mx.array]]], repeats: int
-) -> dict[str, float]:
+def _median_seconds(calls: dict[str, Callable[[], list[mx.array]]], repeats: int) -> dict[str, float]:
     """Time each call, in turns; each has run before."""
-    seconds = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             start = time.perf_counter()

@@ -103,10 +103,7 @@ def _check_context(context: int, model: nn.Module, retention: RetentionConfig):
     if context < least:
         raise ValueError(f"[bench] 'contexts' must be at least {least} but got {context}.")
     if most is not None and context > most:
-        raise ValueError(
-            f"[bench] 'contexts' must be at most the model's {most:,} positions but got "
-            f"{context}."
-        )
+        raise ValueError(f"[bench] 'contexts' must be at most the model's {most:,} positions but got {context}.")
 
 
 def _make_run(
@@ -123,13 +120,8 @@ def _make_run(
     vocab = family_of(model).args(model).vocab_size
     rng = np.random.default_rng(config.seed)
     nowhere = np.zeros(0, np.int32)
-    texts = [
-        Sequence(rng.integers(0, vocab, context, dtype=np.int32), nowhere)
-        for _ in range(config.batch_size)
-    ]
-    retention = replace(
-        retention, **size, repeat_share=0.0, batch_size=config.batch_size, seed=config.seed
-    )
+    texts = [Sequence(rng.integers(0, vocab, context, dtype=np.int32), nowhere) for _ in range(config.batch_size)]
+    retention = replace(retention, **size, repeat_share=0.0, batch_size=config.batch_size, seed=config.seed)
     lessons = make_lessons(texts, retention)
     if kind == "both":
         state = TrainState(new_modules(model, config, retention), config, BothScore)
@@ -145,9 +137,10 @@ class _Times:
     """Tell what the parts of a run's steps take."""
 
     def __init__(self, run: TrainRun, clock: Callable[[], float]):
-        self._run, self._clock = run, clock
-        self._views, self._target = run.views, run.target
-        run.views, run.target = self._watch_views, self._watch_target
+        watched: Any = run  # of which two methods are replaced
+        self._run, self._clock = watched, clock
+        self._views, self._target = watched.views, watched.target
+        watched.views, watched.target = self._watch_views, self._watch_target
         self._seconds = dict.fromkeys(PARTS, 0.0)
 
     def of_step(self) -> dict[str, float]:
@@ -177,9 +170,7 @@ class _Times:
         return target
 
 
-def _row(
-    context: int, kind: str, found: list[dict[str, float]], batch: int, peak: float
-) -> dict[str, Any]:
+def _row(context: int, kind: str, found: list[dict[str, float]], batch: int, peak: float) -> dict[str, Any]:
     step = median(sum(seconds.values()) for seconds in found)
     tokens_s = batch * context / step
     return {

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from ..attention import SparseAttention
-from ..cache import FullKVCache, make_cache
+from ..cache import FullKVCache, SparseKVCache, make_cache
 from ..config import SparseConfig
 from ..crossovers import CROSSING, describe, plan_prefill, store
 from ..families import family_of, positions_of
@@ -116,9 +116,7 @@ def _wins(row: Mapping[str, float], way: str) -> bool:
     return row[way] < row["dense_decode" if way == "decode" else "dense"]
 
 
-def _crossover(
-    at: Callable, has_time: Callable, rows: Mapping[int, dict], top_k: int, way: str
-) -> int | None:
+def _crossover(at: Callable, has_time: Callable, rows: Mapping[int, dict], top_k: int, way: str) -> int | None:
     """Return the fewest keys from which a way always won, measured as closely as pays."""
     while True:
         lost, start = top_k, None
@@ -149,9 +147,7 @@ def _left_out(crossovers, rows, at_end, config) -> dict[str, str]:
         elif len(rows) == 1:
             reasons[way] = "there was time to measure one length alone"
         elif crossovers[way] is None and not at_end:
-            reasons[way] = (
-                f"slower up to {max(rows):,} keys, and there was no time for more"
-            )
+            reasons[way] = f"slower up to {max(rows):,} keys, and there was no time for more"
     return reasons
 
 
@@ -173,16 +169,14 @@ class _Bench:
         self._config = config
         self._chunk = chunk
         layers = family_of(model).layers(model)
-        self._layers = [
-            (layers[i], indexers[i].bind(layers[i])) for i in sorted(indexers)[:_LAYERS]
-        ]
+        self._layers = [(layers[i], indexers[i].bind(layers[i])) for i in sorted(indexers)[:_LAYERS]]
         self._shape, _ = self._layers[0]
         self._budget = self._full_budget()
 
     def measure(self, keys: int) -> dict[str, float]:
         """Return milliseconds a layer: of a chunk around ``keys``, and of a step."""
         calls = self._prefill_calls(keys) | self._decode_calls(keys)
-        times = {name: [] for name in calls}
+        times: dict[str, list[float]] = {name: [] for name in calls}
         for repeat in range(self._repeats + 1):
             for name, call in calls.items():
                 start = self._clock()
@@ -192,9 +186,7 @@ class _Bench:
         n_calls = {name: len(self._layers) for name in calls}
         for name in ("dense_decode", "decode"):
             n_calls[name] *= _DECODE_STEPS
-        return {
-            name: 1e3 * median(seconds) / n_calls[name] for name, seconds in times.items()
-        }
+        return {name: 1e3 * median(seconds) / n_calls[name] for name, seconds in times.items()}
 
     def _prefill_calls(self, keys: int) -> dict[str, Callable]:
         tile_size, top_k = self._config.tile_size, self._config.top_k
@@ -230,7 +222,7 @@ class _Bench:
             "decode": lambda: _steps(*self._budget, x),
         }
 
-    def _full_budget(self):
+    def _full_budget(self) -> tuple[list[SparseAttention], list[SparseKVCache]]:
         """Return layers and their caches, full and past a prompt."""
         layers = self._sparse(prefill="dense", cache="budget")
         for layer in layers:

@@ -300,12 +300,12 @@ class BudgetKVCache(SparseKVCache):
     @property
     def contents(self) -> list[Any]:
         """What a copy needs: arrays, whole numbers and ``None``."""
-        late = [None, None]
+        late: list[Any] = [None, None]
         if self.n_late:
             late[0] = self._late.join()
             if self._late_slots:
                 late[1] = mx.stack(self._late_slots, axis=1)
-        window = [None, None, None]
+        window: list[Any] = [None, None, None]
         if self.observed is not None:
             window = [*self.observed[:2], mx.array(self.observed.positions, mx.int32)]
         state = [
@@ -336,8 +336,8 @@ class BudgetKVCache(SparseKVCache):
             self._late_slots = [late_slots[:, i] for i in range(self.n_late)]
         self._size = 0 if keys is None else keys.shape[2]
         self._sorted = bool(in_order)
-        there = window[0] is not None
-        self.observed = Observed(*window[:2], tuple(window[2].tolist())) if there else None
+        queries, weights, at = window
+        self.observed = None if queries is None else Observed(queries, weights, tuple(at.tolist()))
 
     def _is_trimmable(self) -> bool:
         return not self.evicted

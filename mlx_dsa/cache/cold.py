@@ -29,7 +29,7 @@ class MemoryStore:
         self.size = 0
         self._buffers: list[mx.array] = []
         self._head_dim = 0
-        self._dtype = None
+        self._dtype: mx.Dtype | None = None
 
     def append(self, rows: Sequence[mx.array]):
         """Add rows of the next tokens.
@@ -117,10 +117,8 @@ class MemoryStore:
     def _unpack(self, parts: list[mx.array]) -> list[mx.array]:
         if self.is_exact:
             return parts
-        rows = (
-            mx.dequantize(*parts[i : i + 3], group_size=self._group_size, bits=self.bits)
-            for i in (0, 3)
-        )
+        size, bits = self._group_size, self.bits
+        rows = (mx.dequantize(w, s, b, group_size=size, bits=bits) for w, s, b in (parts[:3], parts[3:]))
         return [row[..., : self._head_dim].astype(self._dtype) for row in rows]
 
     @property

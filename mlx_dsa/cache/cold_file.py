@@ -32,18 +32,13 @@ def claim(path: Path) -> HeldFile:
     try:
         return HeldFile(path, _MARK)
     except BlockingIOError:
-        raise ValueError(
-            f"[SparsePatch] 'cold_file' {path} is in use by another run. Name another file."
-        ) from None
+        raise ValueError(f"[SparsePatch] 'cold_file' {path} is in use by another run. Name another file.") from None
     except FileExistsError:
         raise ValueError(
-            f"[SparsePatch] 'cold_file' {path} exists and is not overwritten. Name a new "
-            f"file, or delete it."
+            f"[SparsePatch] 'cold_file' {path} exists and is not overwritten. Name a new file, or delete it."
         ) from None
     except OSError as error:
-        raise ValueError(
-            f"[SparsePatch] 'cold_file' {path} can't be made: {error.strerror}."
-        ) from None
+        raise ValueError(f"[SparsePatch] 'cold_file' {path} can't be made: {error.strerror}.") from None
 
 
 class ColdFile:
@@ -88,7 +83,7 @@ class ColdFile:
         try:
             with self._lock, open(self.path, "r+b", buffering=0) as file:
                 file.seek(at)
-                view = memoryview(rows.reshape(-1).view(np.uint8))
+                view = rows.reshape(-1).view(np.uint8).data
                 while view:
                     view = view[file.write(view) :]
         except OSError as error:
@@ -138,7 +133,7 @@ class FileStore:
         self._blocks: list[_Block] = []
         self._owns_last = True  # no copy writes to the last block
         self._row: tuple[int, ...] = ()
-        self._dtype = None
+        self._dtype: mx.Dtype | None = None
         self._bits: np.dtype | None = None
 
     def append(self, rows: Sequence[mx.array]):

@@ -11,9 +11,7 @@ from .sparse import SparseKVCache
 from .tiered import TieredKVCache
 
 
-def make_cache(
-    config: SparseConfig, layer: int, cold_file: ColdFile | None = None
-) -> SparseKVCache:
+def make_cache(config: SparseConfig, layer: int, cold_file: ColdFile | None = None) -> SparseKVCache:
     """Make the empty cache of a sparse layer.
 
     Args:

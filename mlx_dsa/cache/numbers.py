@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -106,10 +107,10 @@ class Numbers:
         return [a for a in (self._given, self._first, self._first_numbers) if a is not None]
 
     @property
-    def contents(self) -> list[mx.array | int | None]:
+    def contents(self) -> list[Any]:
         """What a copy needs."""
         return [self._given, self._until, self.shift, self._first, self._first_numbers]
 
     @contents.setter
-    def contents(self, contents: list[mx.array | int | None]):
+    def contents(self, contents: Sequence[Any]):
         self._given, self._until, self.shift, self._first, self._first_numbers = contents

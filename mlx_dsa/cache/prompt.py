@@ -89,8 +89,6 @@ class PromptPhase:
     def from_code(cls, code: int, like: PromptPhase | None = None) -> PromptPhase:
         """Build one from another's ``code``; what callers have said is as in ``like``."""
         prompt = cls() if like is None else copy.copy(like)
-        prompt._decoding, prompt._ended, prompt._had_chunk = (
-            bool(code >> i & 1) for i in range(3)
-        )
+        prompt._decoding, prompt._ended, prompt._had_chunk = (bool(code >> i & 1) for i in range(3))
         prompt._singles = code >> 3
         return prompt

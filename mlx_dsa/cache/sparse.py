@@ -130,7 +130,7 @@ class SparseKVCache:
         """Copy what there is into more room, the new entries after it."""
         n = self._size + entries[0].shape[2]
         spare = self._room(n, entries[0].shape[2]) - n
-        buffers = []
+        buffers: list[mx.array] = []
         for i, new in enumerate(entries):
             if new is None:
                 buffers.append(None)
@@ -237,9 +237,7 @@ class SparseKVCache:
                 self.companion.trim(self._size)
         return n
 
-    def make_mask(
-        self, N: int, return_array: bool = False, window_size: int | None = None
-    ):
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
         """Return the mask for dense layers of the same model.
 
         mlx-lm builds one mask from the first layer's cache for all layers. Only
@@ -264,8 +262,7 @@ class SparseKVCache:
     def to_quantized(self):
         """Refuse ``kv_bits``; mlx-lm asks for this attribute when it is set."""
         raise ValueError(
-            f"[{type(self).__name__}] kv_bits is not supported on a patched model. Leave it "
-            f"out; {self._saves_memory}."
+            f"[{type(self).__name__}] kv_bits is not supported on a patched model. Leave it out; {self._saves_memory}."
         )
 
 

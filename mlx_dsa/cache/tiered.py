@@ -73,7 +73,7 @@ class TieredKVCache(SparseKVCache):
     @property
     def recalled(self) -> int:
         """Entries brought back from the cold store since the split, over the batch."""
-        return self._recalled.item()
+        return int(self._recalled)
 
     def append(self, *entries: mx.array):
         """Add entries after those there are: see :meth:`SparseKVCache.append`.
@@ -95,13 +95,9 @@ class TieredKVCache(SparseKVCache):
             L = keys.shape[2]
             n_hot = self._hot[0].shape[2]
             # What has just been read stays hot until a selection leaves it out.
-            self._hot = [
-                mx.concatenate([hot, new], axis=2) for hot, new in zip(self._hot, entries)
-            ]
+            self._hot = [mx.concatenate([hot, new], axis=2) for hot, new in zip(self._hot, entries)]
             self._grow_map(L)
-            self._slots_in_hot[:, self._size : self._size + L] = mx.arange(
-                n_hot, n_hot + L, dtype=mx.int32
-            )
+            self._slots_in_hot[:, self._size : self._size + L] = mx.arange(n_hot, n_hot + L, dtype=mx.int32)
         super().append(*(e[:, :, :, :0] for e in (keys, values)), *others)
         if self._reader is not None:
             self._reader.tie(self._buffers)
@@ -122,9 +118,7 @@ class TieredKVCache(SparseKVCache):
         missing = at < 0
         hot = [gather_rows(h, mx.maximum(at, 0)) for h in self._hot]
         cold = self.cold.fetch(slots, missing)
-        self._hot = [
-            mx.where(missing[:, None, :, None], c, h) for c, h in zip(cold, hot)
-        ]
+        self._hot = [mx.where(missing[:, None, :, None], c, h) for c, h in zip(cold, hot)]
         self._recalled = self._recalled + missing.sum()
         self.n_selections += 1
         self._map(slots)
@@ -146,9 +140,7 @@ class TieredKVCache(SparseKVCache):
         B, n_hot = slots.shape
         capacity = self._buffers[2].shape[2]
         places = mx.broadcast_to(mx.arange(n_hot, dtype=mx.int32), (B, n_hot))
-        self._slots_in_hot = mx.put_along_axis(
-            mx.full((B, capacity), -1, mx.int32), slots, places, axis=1
-        )
+        self._slots_in_hot = mx.put_along_axis(mx.full((B, capacity), -1, mx.int32), slots, places, axis=1)
 
     def _grow_map(self, L: int):
         short = self._size + L - self._slots_in_hot.shape[1]
@@ -280,12 +272,7 @@ class TieredKVCache(SparseKVCache):
             return super().nbytes + self._reader.nbytes + self.cold.nbytes
         if not self.split:
             return super().nbytes
-        return (
-            self.hot_nbytes
-            + self.cold.nbytes
-            + sum(b.nbytes for b in self._buffers[2:])
-            + self._slots_in_hot.nbytes
-        )
+        return self.hot_nbytes + self.cold.nbytes + sum(b.nbytes for b in self._buffers[2:]) + self._slots_in_hot.nbytes
 
     @property
     def contents(self) -> list[Any]:
@@ -328,10 +315,7 @@ class TieredKVCache(SparseKVCache):
     @classmethod
     def from_state(cls, state):
         """Refuse: what is cold belongs to its store."""
-        raise ValueError(
-            "[TieredKVCache] can't be rebuilt from a state. Save a 'budget' or 'full' "
-            "cache instead."
-        )
+        raise ValueError("[TieredKVCache] can't be rebuilt from a state. Save a 'budget' or 'full' cache instead.")
 
     def _is_trimmable(self) -> bool:
         return not self.split

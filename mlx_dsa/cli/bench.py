@@ -17,9 +17,9 @@ from ..bench import TRAINED, OpsShape, bench_ops, check_contexts
 from ..bench import bench as run_bench
 from ..bench.plot import plot as draw
 from ..crossovers import resolve_auto
+from ..families import family_of
 from ..files import write_text
 from ..machine import device, runs_float32, versions
-from ..families import family_of
 from .bench_training import check_options, run_training
 from .command import Command
 from .eval.options import Numbers
@@ -40,9 +40,7 @@ from .subject import Subject, open_subject, subject_options
     help="Tokens of the prompts.",
 )
 @click.option("--ops", is_flag=True, help="Time the operations of prefill one by one.")
-@click.option(
-    "--train", is_flag=True, help="Time steps of mlx-dsa train, which needs no indexers."
-)
+@click.option("--train", is_flag=True, help="Time steps of mlx-dsa train, which needs no indexers.")
 @click.option(
     "--of",
     type=click.Choice(TRAINED),
@@ -57,8 +55,7 @@ from .subject import Subject, open_subject, subject_options
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
-    help="Steps of decode that count, rounded up to blocks of 256; with --train steps of "
-    "training.  [default: 256; 3]",
+    help="Steps of decode that count, rounded up to blocks of 256; with --train steps of training.  [default: 256; 3]",
 )
 @click.option(
     "--chunk",
@@ -118,7 +115,7 @@ def bench(
                 result = _ops(subject, contexts, repeats, chunk, write)
             else:
                 config["steps"] = steps = steps or 256
-                options = {"repeats": repeats, "steps": steps, "chunk": chunk}
+                options: dict[str, Any] = {"repeats": repeats, "steps": steps, "chunk": chunk}
                 result = _end_to_end(subject, contexts, alone, options, write)
                 config |= result.pop("config")
         result |= {"config": config, "device": device(), "versions": versions()}
@@ -137,9 +134,7 @@ def _refuse(kind: str, **given: Any):
     """Raise a UsageError if an option has no effect with ``--kind``."""
     for name, value in given.items():
         if value:
-            raise click.UsageError(
-                f"--{name} has no effect with --{kind}. Leave one of them out."
-            )
+            raise click.UsageError(f"--{name} has no effect with --{kind}. Leave one of them out.")
 
 
 @contextmanager
@@ -161,7 +156,7 @@ def _journal(out: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def _end_to_end(
-    subject: Subject, contexts: list[int], alone: bool, options: dict[str, int], write: Callable
+    subject: Subject, contexts: list[int], alone: bool, options: dict[str, Any], write: Callable
 ) -> dict[str, Any]:
     model, indexers = subject.load()
     config = resolve_auto(subject.config, indexers)
@@ -169,8 +164,7 @@ def _end_to_end(
     for context in contexts:
         if context <= config.top_k:
             click.echo(
-                f"Note: {context:,} tokens are no more than top_k {config.top_k:,}: "
-                f"sparse attention is dense there.",
+                f"Note: {context:,} tokens are no more than top_k {config.top_k:,}: sparse attention is dense there.",
                 err=True,
             )
     console = Console(stderr=True)
@@ -204,9 +198,7 @@ def _end_to_end(
     return {"rows": rows, "passes": passes, "config": asdict(config)}
 
 
-def _ops(
-    subject: Subject, contexts: list[int], repeats: int, chunk: int, write: Callable
-) -> dict[str, Any]:
+def _ops(subject: Subject, contexts: list[int], repeats: int, chunk: int, write: Callable) -> dict[str, Any]:
     shape, config = _ops_shape(subject), subject.config
     console = Console(stderr=True)
 

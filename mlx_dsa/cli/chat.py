@@ -10,17 +10,25 @@ from typing import Any, NamedTuple
 
 import click
 
-from ..tasks.facts import user_message
 from ..saved import load_cache
+from ..tasks.facts import user_message
 from .command import Command
 from .conversation import Conversation, check_prompt
 from .documents import check_text, read_document, tell_skipped
 from .errors import one_line
 from .interrupt import Interrupt
 from .lines import LEAVE, PipedLines, TypedLines, open_lines
-from .options import check_seed, dense_option, describe_config, generation_options
-from .options import model_options, open_saved, settings_from, sparse_options
-from .options import think_option
+from .options import (
+    check_seed,
+    dense_option,
+    describe_config,
+    generation_options,
+    model_options,
+    open_saved,
+    settings_from,
+    sparse_options,
+    think_option,
+)
 from .progress import reading_bar
 from .session import open_session
 from .stats import show_report
@@ -52,9 +60,7 @@ Up, Down    earlier questions"""
     help="A text to put before the first question. More than one are put in order, each under "
     "a heading, and so are the text files in a folder.",
 )
-@click.option(
-    "--cache-file", metavar="FILE", help="A document that mlx-dsa compress has read."
-)
+@click.option("--cache-file", metavar="FILE", help="A document that mlx-dsa compress has read.")
 @click.option("--system", metavar="TEXT", help="A system message.")
 @model_options
 @sparse_options
@@ -83,9 +89,7 @@ def chat(
     if cache_file is not None:
         for name, value in (("file", files), ("system", system)):
             if value:
-                raise click.UsageError(
-                    f"--{name} has no effect with --cache-file. Leave one of them out."
-                )
+                raise click.UsageError(f"--{name} has no effect with --cache-file. Leave one of them out.")
     saved = open_saved(cache_file, dense)
     settings = settings_from(dense=dense, saved=saved, **given)
     document = None
@@ -111,9 +115,7 @@ def chat(
             max_tokens=max_tokens,
             sampler=session.sampler,
             stopped=interrupt,
-            begin=(lambda: load_cache(cache_file, session.patch).caches)
-            if cache_file is not None
-            else None,
+            begin=(lambda: load_cache(cache_file, session.sparse).caches) if cache_file is not None else None,
         )
         conversation.check(document or "-")
         how = describe_config(session.patch.config) if session.patch else "dense"
@@ -192,6 +194,7 @@ class _Talk(NamedTuple):
                     click.echo(piece, nl=False)
             click.echo()
             report = self.conversation.report
+            assert report is not None  # of the pieces that are shown
             show_report(report, dense=self.dense)
             if report.unread:
                 click.echo(

@@ -34,9 +34,7 @@ class Command(click.Command):
 
 def takes_one_value(param: click.Parameter) -> bool:
     """Whether a second value would take the place of the first."""
-    return isinstance(param, click.Option) and not (
-        param.multiple or param.is_flag or param.count
-    )
+    return isinstance(param, click.Option) and not (param.multiple or param.is_flag or param.count)
 
 
 def option_of(param: click.Parameter) -> str:

@@ -98,9 +98,7 @@ def compress(
     about = {"file": document.name, **names_of(settings)}
     interrupt = Interrupt(_tell_interrupt)
     with open_session(settings, dense=False, temp=0.0, seed=0) as session:
-        conversation = Conversation(
-            session.model, session.tokenizer, system=system, stopped=interrupt
-        )
+        conversation = Conversation(session.model, session.tokenizer, system=system, stopped=interrupt)
         if page is not None:
             places_of(session.tokenizer, "a")  # it may not be able to tell
         part = None
@@ -110,17 +108,17 @@ def compress(
             start = time.perf_counter()
             with interrupt if part else _nothing(), _progress() as conversation.progress:
                 text = conversation.read(document.text, part)
-            session.patch.prune(conversation.cache)
+            session.sparse.prune(conversation.cache)
             seconds = part.seconds if part else time.perf_counter() - start
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_cache(path, conversation.cache, session.patch, about)
+            save_cache(path, conversation.cache, session.sparse, about)
             figures = measure(conversation.cache, None, None)
             if page is not None:
                 _write_report(page, text, document, session, conversation.cache, figures)
         if part is not None:
             part.remove()
         start = time.perf_counter()
-        load_cache(path, session.patch)
+        load_cache(path, session.sparse)
         loading = time.perf_counter() - start
     click.echo(
         f"{path}: {figures.seen:,} tokens read in {seconds:.1f} s, {entries(figures)} "
@@ -131,28 +129,20 @@ def compress(
         click.echo(f"{page}: what is kept of the text.")
 
 
-def _check(
-    settings: Settings, path: Path, page: Path | None, save_every: float | None, force: bool
-) -> bool:
+def _check(settings: Settings, path: Path, page: Path | None, save_every: float | None, force: bool) -> bool:
     """Refuse what could not be written, before anything is read; return whether it streams."""
     for file in filter(None, (path, page)):
         if file.exists() and not force:
             raise click.UsageError(f"{file} exists. Name another file, or give --force.")
     kind = settings.config.cache
     if kind == "tiered":
-        raise click.UsageError(
-            "a tiered cache can't be saved. Leave --cache out, or use --cache full."
-        )
+        raise click.UsageError("a tiered cache can't be saved. Leave --cache out, or use --cache full.")
     streams = settings.config.prefill == "stream"
     if save_every is not None and not streams:
-        raise click.UsageError(
-            "--save-every has no effect without --prefill stream. Leave it out."
-        )
+        raise click.UsageError("--save-every has no effect without --prefill stream. Leave it out.")
     if page is not None:
         if kind == "full":
-            raise click.UsageError(
-                "--report has no effect with --cache full, which keeps all. Leave it out."
-            )
+            raise click.UsageError("--report has no effect with --cache full, which keeps all. Leave it out.")
         if os.path.realpath(page) == os.path.realpath(path):
             raise click.UsageError("--out and --report are one file. Name two.")
     return streams
@@ -172,7 +162,7 @@ def _open_part(
         "system message": _digest(system or ""),
         "chat template": _digest(str(template)),
     }
-    part = UnfinishedReading(path, session.patch, identity, every)
+    part = UnfinishedReading(path, session.sparse, identity, every)
     try:
         part.check()
     except ValueError:
@@ -217,8 +207,7 @@ def _told_how_to_go_on(part: UnfinishedReading | None) -> Iterator[None]:
         if part is None or not part.done:
             raise
         click.echo(
-            f"Stopped: {part.path} has the first {part.done:,} tokens. The same command goes "
-            f"on from there.",
+            f"Stopped: {part.path} has the first {part.done:,} tokens. The same command goes on from there.",
             err=True,
         )
         sys.exit(130)
@@ -232,7 +221,7 @@ def _write_report(
     caches: list[Any],
     figures: Report,
 ):
-    share = share_of(_kept(session.patch, caches), figures.seen)
+    share = share_of(_kept(session.sparse, caches), figures.seen)
     body = document.text.strip()
     start, sections = text.rfind(body), document.sections
     if start < 0:  # the model's template has changed the text: nobody knows where its files begin
@@ -246,7 +235,7 @@ def _write_report(
         "entries kept a layer": f"{entries(figures)}",
         "layers with a budget": f"{share.n_layers} of {len(caches)}",
         "kept, mean of these": f"{100 * of:.1f}%",
-        "settings": describe_config(session.patch.config),
+        "settings": describe_config(session.sparse.config),
     }
     places = places_of(session.tokenizer, text)
     write_page(page, text, places, share, sections, document.name, facts)

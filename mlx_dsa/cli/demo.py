@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import click
@@ -15,9 +14,9 @@ from rich.live import Live
 
 from ..config import override
 from ..crossovers import resolve_auto
-from ..tasks.facts import user_message
 from ..patch import patch_sparse_generate
 from ..presets import Preset, load_settings, resource
+from ..tasks.facts import user_message
 from .columns import Column, columns
 from .command import Command
 from .conversation import Conversation, check_prompt
@@ -25,7 +24,6 @@ from .documents import read_text
 from .lines import LEAVE, open_lines
 from .options import describe_config, model_options, settings_from, sparse_options
 from .session import hint_at_blas
-
 
 _NAMES = {  # cache -> title
     "full": "sparse, all kept",
@@ -110,8 +108,10 @@ def _bundled() -> Iterator[Prompt]:
 def _own(prompt: str | None, interactive: bool, document: str | None) -> Iterator[Prompt]:
     if prompt is not None:
         yield Prompt("", _join(document, prompt), prompt)
-    with open_lines() if interactive else nullcontext() as lines:
-        while interactive:
+    if not interactive:
+        return
+    with open_lines() as lines:
+        while True:
             try:
                 question = lines.read().strip()
             except EOFError:
@@ -165,9 +165,7 @@ def _compare(preset: Preset, caches: tuple[str, ...], prompt: Prompt, console: C
         console.print()
 
 
-def _answer(
-    preset: Preset, prompt: Prompt, column: Column, show: Callable[[], None]
-):
+def _answer(preset: Preset, prompt: Prompt, column: Column, show: Callable[[], None]):
     def progress(done: int, total: int):
         column.read(done, total)
         show()

@@ -113,7 +113,8 @@ def read_document(paths: Sequence[str], but: Iterable[str | os.PathLike] = ()) -
         if len(texts) == n_read:
             raise ValueError(f"{path} holds no text file.{_reasons(skipped[n_skipped:])}")
     if len(paths) == 1 and not os.path.isdir(paths[0]):
-        return Document(*texts.values(), [], skipped, Path(paths[0]).name)
+        (text,) = texts.values()
+        return Document(text, [], skipped, Path(paths[0]).name)
     return _joined(names, texts.values(), skipped)
 
 
@@ -203,8 +204,7 @@ def decode(data: bytes, name: str) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{name} is not UTF-8 text (byte {error.start:,} is not). Convert it to plain "
-            f"UTF-8 text first."
+            f"{name} is not UTF-8 text (byte {error.start:,} is not). Convert it to plain UTF-8 text first."
         ) from None
     if "\0" in text:
         raise ValueError(f"{name} is not text: it holds zero bytes.")
@@ -226,6 +226,5 @@ def check_text(text: str, name: str):
     if is_broken(text):
         at = next(i for i, character in enumerate(text, 1) if is_broken(character))
         raise ValueError(
-            f"{name} is not UTF-8 text: character {at:,} is half of one, or a byte that is "
-            f"none. Leave it out."
+            f"{name} is not UTF-8 text: character {at:,} is half of one, or a byte that is none. Leave it out."
         )

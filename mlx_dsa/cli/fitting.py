@@ -30,9 +30,9 @@ def fitting_chat(
     Returns:
         list of str: The command, and what no option of it can say.
     """
-    named = {name: value for name, value in named.items() if value is not None}
-    trained, config = _trained_for(settings, path), settings_from(**named).config
-    options = {**named, "indexer": str(path), **_changes(config, trained)}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    trained, config = _trained_for(settings, path), settings_from(**given).config
+    options = {**given, "indexer": str(path), **_changes(config, trained)}
     if isinstance(settings, ProjectionsConfig):
         options["select"] = "projections"
     words = ((f"--{name.replace('_', '-')}", str(value)) for name, value in options.items())

@@ -11,8 +11,15 @@ from .command import Command
 from .conversation import Conversation, check_prompt
 from .documents import read_standard_input, read_texts
 from .interrupt import Interrupt
-from .options import check_seed, dense_option, generation_options
-from .options import model_options, settings_from, sparse_options, think_option
+from .options import (
+    check_seed,
+    dense_option,
+    generation_options,
+    model_options,
+    settings_from,
+    sparse_options,
+    think_option,
+)
 from .progress import reading_bar
 from .session import open_session
 from .stats import show_report
@@ -70,6 +77,7 @@ def generate(
             for piece in pieces:
                 click.echo(piece, nl=False)
         click.echo()
+        assert conversation.report is not None  # of the pieces that are shown
         show_report(conversation.report, dense=dense)
     if interrupt():
         sys.exit(130)

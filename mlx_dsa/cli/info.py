@@ -13,30 +13,24 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .. import __version__, blas
-from ..crossovers import crossover_file, describe_args, describe_run, measured
-from ..crossovers import plan_prefill
+from ..crossovers import crossover_file, describe_args, describe_run, measured, plan_prefill
 from ..hub import INDEXER_FILES, MODEL_FILES, fetch, is_repository, read_object
-from ..indexer import Indexer
+from ..machine import runs_float32
 from ..ops import check_backend
 from ..presets import Settings, preset_names, read_indexers, resolve_auto_of, resource
-from ..machine import runs_float32
 from ..saved import SavedSettings
 from ..search import Projections
 from ..versions import package_version
 from .command import Command
-from .options import dense_option, describe_config, model_options, open_saved
-from .options import settings_from, sparse_options
+from .options import dense_option, describe_config, model_options, open_saved, settings_from, sparse_options
 from .session import hint_at_blas
 from .tune import describe_crossovers, describe_measured
-
 
 _STREAMS = "not needed: prefill auto is stream (positions compact, retention heads)"
 
 
 @click.command(cls=Command)
-@click.option(
-    "--cache-file", metavar="FILE", help="What mlx-dsa compress has written: of which text, and how."
-)
+@click.option("--cache-file", metavar="FILE", help="What mlx-dsa compress has written: of which text, and how.")
 @model_options
 @sparse_options
 @dense_option
@@ -120,10 +114,7 @@ def _tuned(settings: Settings) -> str:
     until = f", dense up to {plan.dense_until:,} keys" if plan.prefill != "dense" else ""
     used = "" if settings.config.prefill == "auto" else " (not used: prefill is set)"
     lines = "; ".join(describe_crossovers(found.crossovers, found.lengths))
-    return (
-        f"prefill auto is {plan.prefill}{until}{used} ({lines}; {describe_measured(found)}, "
-        f"in {crossover_file()})"
-    )
+    return f"prefill auto is {plan.prefill}{until}{used} ({lines}; {describe_measured(found)}, in {crossover_file()})"
 
 
 def _indexers(settings: Settings) -> str:
@@ -145,7 +136,7 @@ def _indexers(settings: Settings) -> str:
     )
 
 
-def _heads(indexers: Mapping[int, Indexer]) -> str:
+def _heads(indexers: Mapping[int, Any]) -> str:
     without = sum(not indexer.has_retention for indexer in indexers.values())
     if not without:
         return "with retention heads"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from typing import Any
 
 
 class Interrupt:
@@ -21,7 +22,7 @@ class Interrupt:
     def __init__(self, pressed: Callable[[], None] | None = None):
         self._tell = pressed
         self._pressed = False
-        self._previous = None
+        self._previous: Any = None  # a handler, as signal has them
 
     def __call__(self) -> bool:
         return self._pressed

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fcntl import ioctl
 from pathlib import Path
+from typing import Any
 
 import click
 from prompt_toolkit import PromptSession
@@ -63,7 +64,7 @@ class TypedLines:
         keys.add("enter")(_accept)
         keys.add("escape", "enter")(_new_line)
         keys.add(Keys.BracketedPaste)(self._insert)
-        self._session = PromptSession(
+        self._session: PromptSession[str] = PromptSession(
             # Without a style its space is not sent, and a script could not wait for it.
             [("ansidefault", ">>> ")],
             multiline=True,
@@ -115,7 +116,7 @@ def open_lines(history: Path | None = None) -> Iterator[PipedLines | TypedLines]
     termios.tcsetattr(terminal, termios.TCSANOW, held)
     try:
         _drop_what_was_cut(terminal)
-        output = create_output(always_prefer_tty=True)
+        output: Any = create_output(always_prefer_tty=True)
         # Where the cursor is, a slow terminal would tell the model.
         output.enable_cpr = False
         with create_app_session(_Keyboard(sys.stdin), output):

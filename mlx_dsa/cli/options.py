@@ -92,8 +92,7 @@ _SPARSE = (
     click.option(
         "--cache",
         type=click.Choice(["budget", "full", "tiered"]),
-        help="Keep top-k entries a layer; or all, and gather top-k of them; or top-k "
-        "at hand and the others cold.",
+        help="Keep top-k entries a layer; or all, and gather top-k of them; or top-k at hand and the others cold.",
     ),
     click.option(
         "--cold",
@@ -116,8 +115,7 @@ _SPARSE = (
         "--stream-chunk",
         type=int,
         metavar="N",
-        help="Where a prompt is read by stream: tokens of the text between two cuts. "
-        "Default: 2048.",
+        help="Where a prompt is read by stream: tokens of the text between two cuts. Default: 2048.",
     ),
     positions_option,
     click.option(
@@ -128,24 +126,19 @@ _SPARSE = (
     click.option(
         "--evict",
         type=RuleName("evict"),
-        help="With --cache budget: the rule that orders entries for eviction.  "
-        "[default: retention]",
+        help="With --cache budget: the rule that orders entries for eviction.  [default: retention]",
     ),
 )
 _OF_SPARSE = ("indexer", "top_k", "n_recent", "cache", "cold_file", "cold_bits")
 _OF_SPARSE += ("prefill", "stream_chunk", "positions", "select", "evict")
-dense_option = click.option(
-    "--dense", is_flag=True, help="Use no indexers: the model as it is."
-)
+dense_option = click.option("--dense", is_flag=True, help="Use no indexers: the model as it is.")
 think_option = click.option(
     "--think/--no-think",
     default=None,
     help="Let the model think before it answers, or not, where its chat template knows "
     "enable_thinking. Default: as mlx-lm does.",
 )
-plot_option = click.option(
-    "--plot", metavar="FILE.png", type=OutputPath(), help="Draw the results."
-)
+plot_option = click.option("--plot", metavar="FILE.png", type=OutputPath(), help="Draw the results.")
 
 
 def max_tokens_option(default: int) -> Callable:
@@ -224,10 +217,7 @@ def settings_from(
         for name in _OF_SPARSE:
             if name in given:
                 option = name.removesuffix("_file").replace("_", "-")
-                raise click.UsageError(
-                    f"--{option} has no effect with --dense. "
-                    f"Leave one of them out."
-                )
+                raise click.UsageError(f"--{option} has no effect with --dense. Leave one of them out.")
     values = override(read_settings(config) if config else {}, given)
     if saved is not None:
         preset, values = _with_saved(saved, preset, values)
@@ -236,9 +226,7 @@ def settings_from(
         preset = "tiny"
     settings = resolve(preset, **values)
     if "stream_chunk" in given and not may_stream(settings.config, settings):
-        raise click.UsageError(
-            "--stream-chunk has no effect without --prefill stream. Leave it out."
-        )
+        raise click.UsageError("--stream-chunk has no effect without --prefill stream. Leave it out.")
     return settings
 
 
@@ -264,15 +252,11 @@ def open_saved(cache_file: str | None, dense: bool) -> SavedSettings | None:
     if cache_file is None:
         return None
     if dense:
-        raise click.UsageError(
-            "--dense has no effect with --cache-file. Leave one of them out."
-        )
+        raise click.UsageError("--dense has no effect with --cache-file. Leave one of them out.")
     return read_saved(cache_file)
 
 
-def _with_saved(
-    saved: SavedSettings, preset: str | None, values: dict[str, Any]
-) -> tuple[str | None, dict[str, Any]]:
+def _with_saved(saved: SavedSettings, preset: str | None, values: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
     """Fill settings up with those that a saved cache was made with."""
     made, about = saved.config, saved.metadata
     if values.get("prefill") == "auto" and _auto_streamed(made):
@@ -280,12 +264,11 @@ def _with_saved(
     for name in kept_by(made, values):
         if name in values and values[name] != made.get(name):
             raise ValueError(
-                f"{name!r} {values[name]} contradicts {saved.path}, which was made with "
-                f"{made.get(name)}. Leave it out."
+                f"{name!r} {values[name]} contradicts {saved.path}, which was made with {made.get(name)}. Leave it out."
             )
     if preset is None and "model" not in values:
         preset = about.get("preset")
-        names = {key: about[key] for key in ("model", "indexer") if key in about}
+        names: dict[str, Any] = {key: about[key] for key in ("model", "indexer") if key in about}
         values = {**names, **values}
     how = {key: value for key, value in made.items() if key not in _OF_THE_MACHINE}
     return preset, {**how, **values}
@@ -297,9 +280,7 @@ def _auto_streamed(made: dict[str, Any]) -> bool:
     return made["prefill"] == "stream" and how.auto_may_stream
 
 
-def subject_name(
-    settings: Settings, preset: str | None, model: str | None, config: str | None
-) -> str:
+def subject_name(settings: Settings, preset: str | None, model: str | None, config: str | None) -> str:
     """Return what a result calls its model, as the user named it, not where it was found."""
     if model or config:
         return model or settings.model

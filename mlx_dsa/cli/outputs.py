@@ -50,6 +50,5 @@ def check_output(path: str | os.PathLike, *, folder: bool = False):
             pass
     except OSError as error:
         raise ValueError(
-            f"{path} can't be written: nothing can be made in {place} ({error.strerror}). "
-            f"Choose another folder."
+            f"{path} can't be written: nothing can be made in {place} ({error.strerror}). Choose another folder."
         ) from None

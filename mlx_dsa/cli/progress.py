@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 @contextmanager
@@ -101,8 +100,6 @@ def counting_bar(console: Console) -> Iterator[Callable[[int, int, str], None]]:
     if console.is_terminal:
         bar.start()
     try:
-        yield lambda done, total, text: bar.update(
-            task, completed=done, total=total, description=text
-        )
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
     finally:
         bar.stop()

@@ -27,11 +27,15 @@ class Session(NamedTuple):
     sampler: Callable[[mx.array], mx.array]
     patch: SparsePatch | None = None
 
+    @property
+    def sparse(self) -> SparsePatch:
+        """The patch, where the model is not dense."""
+        assert self.patch is not None
+        return self.patch
+
 
 @contextmanager
-def open_session(
-    settings: Settings, *, dense: bool, temp: float, seed: int
-) -> Iterator[Session]:
+def open_session(settings: Settings, *, dense: bool, temp: float, seed: int) -> Iterator[Session]:
     """Load a model and patch it until the context ends.
 
     Args:

@@ -42,9 +42,7 @@ b { font-weight: inherit; color: var(--ink); border-radius: 2px; }
 b, .bar i { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
 section { content-visibility: auto; contain-intrinsic-size: auto 40rem; }
 """
-_DARK = (
-    "--page: #14161a; --ink: #f2f4f7; --faint: #98a2b3; --line: #343a46; --shade: 59 120 246;"
-)
+_DARK = "--page: #14161a; --ink: #f2f4f7; --faint: #98a2b3; --line: #343a46; --shade: 59 120 246;"
 
 
 class Share(NamedTuple):
@@ -88,8 +86,7 @@ def places_of(tokenizer: TokenizerWrapper, text: str) -> list[tuple[int, int]]:
         told = tell(text, add_special_tokens=False, return_offsets_mapping=True)
     except (NotImplementedError, TypeError):
         raise ValueError(
-            "[report] this model's tokenizer can't tell where its tokens stand in a text. "
-            "Leave --report out."
+            "[report] this model's tokenizer can't tell where its tokens stand in a text. Leave --report out."
         ) from None
     return [tuple(place) for place in told["offset_mapping"]]
 
@@ -147,7 +144,7 @@ def _page(text, places, share, sections, title, facts) -> Iterator[str]:
     firsts = np.array([start for start, _ in places], np.int64)
     edges = [*np.searchsorted(firsts, [at for _, at in sections]), len(places)]
     title = html.escape(title)
-    yield "<!doctype html>\n<html>\n<head>\n<meta charset=\"utf-8\">\n"
+    yield '<!doctype html>\n<html>\n<head>\n<meta charset="utf-8">\n'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     yield f"<title>{title}: what is kept</title>\n<style>{_STYLE}"
     for level in range(1, shades + 1):
@@ -171,7 +168,7 @@ def _page(text, places, share, sections, title, facts) -> Iterator[str]:
     runs = _runs(text, places, levels)
     ends = [at for _, at in sections[1:]] + [len(text)]
     start, level, end = next(runs, (0, 0, 0))
-    for i, ((name, begin), stop, at) in enumerate(zip(sections, ends, _slices(edges))):
+    for i, ((name, _), stop, at) in enumerate(zip(sections, ends, _slices(edges))):
         told = f"{_numbers(share, at)[0]} of {at.stop - at.start:,} tokens"
         yield f'<section id="s{i}">\n<h2>{html.escape(name)} <small>{told}</small></h2>\n'
         yield '<div class="text" dir="auto">'
@@ -194,7 +191,8 @@ def _numbers(share: Share, at: slice) -> tuple[str, str, str]:
     counts = share.counts[at]
     n = max(1, len(counts))
     of = (counts.sum() / share.n_layers, (counts == 0).sum(), (counts == share.n_layers).sum())
-    return tuple(f"{100 * value / n:.1f}%" for value in of)
+    mean, by_none, by_all = (f"{100 * value / n:.1f}%" for value in of)
+    return mean, by_none, by_all
 
 
 def _legend(levels: np.ndarray, shades: int, n_layers: int) -> str:
@@ -227,8 +225,7 @@ def _runs(text, places, levels) -> Iterator[tuple[int, int, int]]:
     end = 0
     for level, pieces in groupby(_pieces(places, levels, len(text)), lambda piece: piece[0]):
         start = end
-        for _, end in pieces:
-            pass
+        *_, (_, end) = pieces
         yield start, level, end
 
 
@@ -236,7 +233,8 @@ def _pieces(places, levels, length: int) -> Iterator[tuple[int, int]]:
     """Yield a level and where it ends for what is shown as a whole: a token, or all that a
     character is made of, which then has their mean. White space that is no token's goes
     with the one after it."""
-    end, seen = 0, []
+    end = 0
+    seen: list[int] = []
     for (_, stop), level in zip(places, levels.tolist()):
         if stop > end and seen:
             yield -(-sum(seen) // len(seen)), end

@@ -11,7 +11,6 @@ import click
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import KVCache
 
-
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 _CUTS = {
     "max_tokens": "Cut after {:,} tokens, as --max-tokens says.",
@@ -145,8 +144,7 @@ def _parts(report: Report, dense: bool) -> list[str]:
     ]
     if report.cold is not None:
         parts.append(
-            f"cold {report.cold.token_bytes:,} B a token, "
-            f"{report.cold.recalled:.1f} entries recalled a step and layer"
+            f"cold {report.cold.token_bytes:,} B a token, {report.cold.recalled:.1f} entries recalled a step and layer"
         )
     if report.first is None:
         return [*parts, f"stopped while reading, {report.unread:,} tokens left"]
@@ -186,7 +184,4 @@ def _cold(layers: list[Any]) -> Cold | None:
 
 def _dense_bytes(layer: Any) -> int:
     slots = -(-layer.offset // KVCache.step) * KVCache.step
-    return slots * sum(
-        part.shape[1] * part.shape[3] * part.dtype.size
-        for part in (layer.keys, layer.values)
-    )
+    return slots * sum(part.shape[1] * part.shape[3] * part.dtype.size for part in (layer.keys, layer.values))

@@ -40,9 +40,7 @@ class ChatTemplate:
               thinking on and off.
         """
         if not self.tokenizer.has_chat_template:
-            raise ValueError(
-                "[chat] this model has no chat template. Use: mlx-dsa generate --raw"
-            )
+            raise ValueError("[chat] this model has no chat template. Use: mlx-dsa generate --raw")
         if self._think is None:
             return
         messages = [*self._begin, _user("-")]
@@ -103,8 +101,7 @@ class ChatTemplate:
         before, found, after = self._render(messages).partition(place)
         if not found:
             raise ValueError(
-                "[chat] this model's chat template changes or leaves out what is said. Use: "
-                "mlx-dsa generate --raw"
+                "[chat] this model's chat template changes or leaves out what is said. Use: mlx-dsa generate --raw"
             )
         return before, after
 
@@ -117,9 +114,7 @@ class ChatTemplate:
         think = self._think if think is None else think
         options = {} if think is None else {"enable_thinking": think}
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **options
-            )
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         # A template is a program that came with the model: it can raise anything.
         except Exception as error:
             raise ValueError(

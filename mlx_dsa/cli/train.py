@@ -141,7 +141,7 @@ def train(
     if projections and (both or retention):
         option = "--both" if both else "--retention"
         raise click.UsageError(f"retention heads stand beside indexers: leave {option} out.")
-    kinds = [RetentionConfig] if retention else [TrainConfig, RetentionConfig][: 1 + both]
+    kinds: list[Any] = [RetentionConfig] if retention else [TrainConfig, RetentionConfig][: 1 + both]
     settings = _settings([ProjectionsConfig] if projections else kinds, config, given)
     known = settings_from(preset=preset, model=model, indexer=indexer)
     name = known.model
@@ -176,9 +176,7 @@ def train(
 def _check_resume(out: Path):
     """Refuse to begin anew where a run was to go on."""
     if not any((out / name).exists() for name in (CHECKPOINT, FINISHED)):
-        raise click.UsageError(
-            f"there is no run in {out} to go on with. Leave --resume out to begin one."
-        )
+        raise click.UsageError(f"there is no run in {out} to go on with. Leave --resume out to begin one.")
 
 
 def _report(result: TrainResult):
@@ -196,7 +194,7 @@ def _step(step: int | list[int]) -> str:
     return "/".join(map(str, step)) if isinstance(step, list) else str(step)
 
 
-def _settings(kinds: list[type], config: str | None, given: dict[str, Any]) -> list[Any]:
+def _settings(kinds: list[Any], config: str | None, given: dict[str, Any]) -> list[Any]:
     """Build configs of these kinds from a file and the command line, which goes over it."""
     fields_of = {kind: [field.name for field in fields(kind)] for kind in kinds}
     known = set().union(*fields_of.values())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..train import BothScore, LayerScore, RetentionScore, TrainProgress
 from .interrupt import Interrupt
 
-_Scores = dict[int, LayerScore] | dict[int, RetentionScore] | dict[int, BothScore]
+_Scores = dict[int, Any]  # of LayerScore, RetentionScore or BothScore
 # Seconds over which the speed is estimated: a step of a large model takes a minute.
 _SPEED_PERIOD = 3600
 
@@ -41,9 +42,7 @@ class Display:
             self._first = now
             self._interrupt.__enter__()
         loss = "" if now.loss is None else f"loss {now.loss:.4f}{self._speed(now)}"
-        self._bar.update(
-            self._task, completed=now.step, total=now.steps, description=loss
-        )
+        self._bar.update(self._task, completed=now.step, total=now.steps, description=loss)
         if now.held_out:
             line = f"step {now.step:,}: held out {describe(now.held_out)}{self._speed(now)}"
             self._bar.console.print(line, soft_wrap=True, highlight=False)
@@ -62,7 +61,8 @@ class Display:
 
     def _speed(self, now: TrainProgress) -> str:
         """Tell the tokens a second of this process, evaluations and all."""
-        tokens, seconds = now.tokens - self._first.tokens, now.seconds - self._first.seconds
+        first = self._first or now
+        tokens, seconds = now.tokens - first.tokens, now.seconds - first.seconds
         return f", {tokens / seconds:,.0f} tokens/s" if tokens and seconds > 0 else ""
 
     def _say_that_it_stops(self):

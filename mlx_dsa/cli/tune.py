@@ -31,9 +31,7 @@ from .subject import chunk_option, open_subject, subject_options
     is_flag=True,
     help="Forget what was measured for this model and these settings; measure nothing.",
 )
-@click.option(
-    "--all", "everything", is_flag=True, help="With --reset: forget all that was measured."
-)
+@click.option("--all", "everything", is_flag=True, help="With --reset: forget all that was measured.")
 @subject_options
 def tune(chunk: int, seconds: float, reset: bool, everything: bool, **given: Any):
     """Measure from which length on sparse attention is faster than dense, and store it.

@@ -22,9 +22,7 @@ _GGUF_LIGHTNING = ".indexer.attn_q_b.weight"
 _ROLES = {"Q": "wq.weight", "K": "wk.weight", "proj": "wq.weight", "attn_k": "wk.weight"}
 
 
-def read_projections(
-    path: str | os.PathLike, transposed: bool | None = None
-) -> dict[int, Projections]:
+def read_projections(path: str | os.PathLike, transposed: bool | None = None) -> dict[int, Projections]:
     """Read search projections of a PyTorch checkpoint, or of a GGUF file.
 
     Nothing in the file is executed. PyTorch: the zip format of ``torch.save``, with tensors
@@ -112,14 +110,9 @@ def _of_gguf(path: Path) -> tuple[dict[int, dict[str, mx.array]], int | None]:
 
 def _matrix(path: Path, name: str, tensor: mx.array) -> mx.array:
     if tensor.ndim != 2 or not tensor.size:
-        raise ValueError(
-            f"[read_projections] {name!r} in {path} must be a matrix but is "
-            f"{list(tensor.shape)}."
-        )
+        raise ValueError(f"[read_projections] {name!r} in {path} must be a matrix but is {list(tensor.shape)}.")
     if not mx.isfinite(tensor).all():
-        raise ValueError(
-            f"[read_projections] {name!r} in {path} holds numbers that are not finite."
-        )
+        raise ValueError(f"[read_projections] {name!r} in {path} holds numbers that are not finite.")
     return tensor
 
 
@@ -140,13 +133,10 @@ def _turns(
     if transposed is None and rows:
         how = "fits both ways round" if columns else "is the wrong way round"
         raise ValueError(
-            f"[read_projections] {stored}, which {how} {of}. Say which it is: give "
-            f"'transposed', or that it is not."
+            f"[read_projections] {stored}, which {how} {of}. Say which it is: give 'transposed', or that it is not."
         )
     if transposed and not rows:
-        raise ValueError(
-            f"[read_projections] {stored}, which is not transposed {of}. Leave 'transposed' out."
-        )
+        raise ValueError(f"[read_projections] {stored}, which is not transposed {of}. Leave 'transposed' out.")
     if transposed is False and not columns:
         raise ValueError(f"[read_projections] {stored}, which is transposed {of}: give 'transposed'.")
     return bool(transposed)

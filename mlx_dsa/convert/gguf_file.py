@@ -42,19 +42,14 @@ class GGUFFile:
                 raise self._damaged() from None
 
     def _damaged(self) -> ValueError:
-        return ValueError(
-            f"[read_projections] {self._path} is damaged or not a GGUF file. Download or copy "
-            f"it again."
-        )
+        return ValueError(f"[read_projections] {self._path} is damaged or not a GGUF file. Download or copy it again.")
 
     def _read_header(self, file: BinaryIO):
         magic, version = struct.unpack("<4sI", file.read(8))
         if magic != b"GGUF":
             raise self._damaged()
         if version not in (2, 3):
-            raise ValueError(
-                f"[read_projections] {self._path} is GGUF of version {version}, not 2 or 3."
-            )
+            raise ValueError(f"[read_projections] {self._path} is GGUF of version {version}, not 2 or 3.")
         n_tensors, n_values = self._numbers(file, "QQ")
         self.metadata: dict[str, Any] = {}
         for _ in range(self._counted(n_values)):

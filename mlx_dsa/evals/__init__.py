@@ -1,20 +1,20 @@
 """Evaluators: dense and sparse on the very same items, compared in pairs."""
 
-from .code_recall import code
-from .report.compare import compare
-from .layer_coverage import coverage
-from .word_problems import gsm8k
-from .leaders import leaderboard
 from .cache_memory import memory
-from .needles import needle
-from .report.plots import plot
-from .policies import Policy, make_policies, make_policy
-from .perplexity import ppl
-from .running.results import read_result
+from .code_recall import code
 from .key_retrieval import retrieval
+from .layer_coverage import coverage
+from .leaders import leaderboard
+from .needles import needle
+from .perplexity import ppl
+from .policies import Policy, make_policies, make_policy
+from .report.compare import compare
+from .report.plots import plot
+from .running.results import read_result
 from .running.runner import connect
 from .suite import read_suite, run_suite
 from .timings import timing
+from .word_problems import gsm8k
 
 __all__ = [
     "Policy",

@@ -8,14 +8,14 @@ import mlx.core as mx
 import numpy as np
 
 from ..rules import kvzip
+from ..tasks.prompts import frame
 from .generation import converse
 from .policies import pairings
-from ..tasks.prompts import frame
 from .reading import DenseReading
-from .running.runner import Unit, evaluate
 from .report.stats import paired_proportions, wilson
-from .subject import check_lengths, describe, fingerprint, policies_config
+from .running.runner import Unit, evaluate
 from .running.watch import STATES, Watch, verdict
+from .subject import check_lengths, describe, fingerprint, policies_config
 
 
 def ask(kind, subject, policies, items, about, *, max_tokens, batch_size, compare, name, out, world, progress):
@@ -68,7 +68,7 @@ def ask(kind, subject, policies, items, about, *, max_tokens, batch_size, compar
     readings = _Readings(subject.model, policies)
 
     def work(payload):
-        return _run(subject, *payload, max_tokens, readings)
+        return _run(subject, payload[0], payload[1], max_tokens, readings)
 
     def summarise(records):
         return _rows(records, policies), _pairs(records, policies, compare), records

@@ -6,12 +6,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..families import family_of
 from ..rules import make_rule
 from ..tasks.documents import load_documents, windows_of
-from .generation import read
-from .running.runner import Unit, evaluate
-from .subject import check_lengths, describe, policies_config
 from .evaluator import Evaluator, register
+from .generation import read
 from .report.plots import plot_memory
 from .report.tables import memory_pairs, memory_table
+from .running.runner import Unit, evaluate
+from .subject import check_lengths, describe, policies_config
 
 _STEPS = 8
 
@@ -60,10 +60,12 @@ def memory(
 def computed_bytes(subject, policy, length, itemsize):
     """Return the bytes of a cache's entries after `length` tokens, by arithmetic.
 
-    A layer without attention counts for nothing. A dense layer keeps every key and value. A sparse layer has an index key for each entry besides;
-    with a budget also the retention head's two scores (4 bytes each), if there is a head, and, once
-    it has evicted, the entries' positions (4 bytes each) and their numbers, if these are others (4 more, and in 16 bits the keys as they were first rotated, with 4 bytes each). What waits to be scored, up to 64 hidden
-    states a layer, is not counted. ``None`` for a tiered cache, whose cold entries are quantised.
+    A layer without attention counts for nothing. A dense layer keeps every key and value. A sparse
+    layer has an index key for each entry besides; with a budget also the retention head's two scores
+    (4 bytes each), if there is a head, and, once it has evicted, the entries' positions (4 bytes
+    each) and their numbers, if these are others (4 more, and in 16 bits the keys as they were first
+    rotated, with 4 bytes each). What waits to be scored, up to 64 hidden states a layer, is not
+    counted. ``None`` for a tiered cache, whose cold entries are quantised.
     """
     config, total = policy.config, 0
     keeps_score = config and make_rule("evict", config.evict).keeps_score

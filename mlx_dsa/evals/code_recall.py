@@ -2,13 +2,13 @@
 
 import platform
 
-from .asking import ask
 from ..tasks.code_items import CodeSpec, make_code_items
 from ..tasks.needle_items import fields_of
 from ..tasks.source import read_source
-from .subject import check_lengths, fingerprint
+from .asking import ask
 from .evaluator import Evaluator, register
 from .needles import ASKING
+from .subject import check_lengths, fingerprint
 
 
 def code(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from ..cache import SparseKVCache
@@ -114,7 +115,7 @@ def answer(model, logits, caches, *, max_tokens, stop_ids, finished=None):
     while running:
         tokens = mx.argmax(logits, axis=-1)
         ended = []
-        for row, token in enumerate(tokens.tolist()):
+        for row, token in enumerate(np.array(tokens).tolist()):
             if row not in running:
                 continue
             if token in stop_ids:

@@ -5,6 +5,8 @@ share of it a selection of K keys covers: the indexer's, three others of the sam
 other rules.
 """
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -19,15 +21,15 @@ from ..registry import rule_class
 from ..rules import Probe, kind_of, make_rule
 from ..tasks.documents import load_documents, windows_of
 from .each_rule import SELECT, rules_alone
-from .fidelity import coverage, selection_mask, slots_mask, true_attention
-from .running.runner import Unit, evaluate
-from .report.stats import bootstrap
-from .subject import check_lengths, describe, fingerprint
-from .wrapping import wrapping
 from .evaluator import Evaluator, register
+from .fidelity import coverage, selection_mask, slots_mask, true_attention
 from .report.overview import mass_cell
 from .report.plots import plot_retrieval
+from .report.stats import bootstrap
 from .report.tables import retrieval_pairs, retrieval_table
+from .running.runner import Unit, evaluate
+from .subject import check_lengths, describe, fingerprint
+from .wrapping import wrapping
 
 METHODS = ("index", "random", "window", "attention")
 _NO_INDEXER = METHODS[1:]
@@ -56,7 +58,8 @@ def retrieval(
         length (int): tokens of a text. Default: ``4096``.
         queries (int): positions a text, evenly from the smallest K on. Default: ``64``.
         select (list of str): rules of selecting to measure too, as settings name them; ``["*"]`` is
-            every one that has the indexers that it reads. In the result they are policies such as "select:oracle". Default: ``()``.
+            every one that has the indexers that it reads. In the result they are policies such as
+            "select:oracle". Default: ``()``.
         data (str): as `load_documents` takes it. Default: ``None``, the bundled books.
         limit (int): texts. Default: ``4``.
         seed (int): of the random selection and the bootstrap. Default: ``0``.
@@ -134,7 +137,7 @@ class _Recorder(nn.Module):
         # What the runtime would hold for each rule of selecting: its own cache.
         self.rules = {name: make_rule("select", name).bind(layer, indexer) for name in rules}
         self.caches = {name: FullKVCache() for name in rules}
-        self.index_keys = None
+        self.index_keys: Any = None
         self.found = []
 
     def __call__(self, x, mask=None, cache=None):

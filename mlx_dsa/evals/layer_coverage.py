@@ -9,10 +9,10 @@ from ..config import SparseConfig
 from ..machine import device, versions
 from ..pictures import save_picture
 from .each_rule import SELECT
-from .policies import Policy
-from .perplexity import ppl
-from .running.results import read_result, write_result
 from .key_retrieval import retrieval
+from .perplexity import ppl
+from .policies import Policy
+from .running.results import read_result, write_result
 from .subject import describe
 
 _PARTS = ("mass", "alone", "curve")

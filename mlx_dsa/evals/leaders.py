@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
@@ -12,16 +13,16 @@ from ..files import write_text
 from ..pictures import check_pictures
 from ..registry import rule_class
 from ..rules import rule_names
-from .report.board import board_markdown
 from .each_rule import EVERY, rules_alone
 from .generation import read
 from .policies import make_policies
+from .report.board import board_markdown
 from .running.results import read_result
 from .suite import draw_boards, report, run_suite, select_runs
 
 # A rule is tried on a text of so many tokens.
 _TRIED = 200
-_SMALL = {"top_k": 96, "n_recent": 16}
+_SMALL: dict[str, Any] = {"top_k": 96, "n_recent": 16}
 
 
 def leaderboard(
@@ -142,7 +143,7 @@ def for_rules(suite, subject, rules=()):
 def _with(spec, use):
     """Return a policy's spec with the rules in it that it stands for; nothing if there is none."""
     fields = {"policy": spec} if isinstance(spec, str) else spec
-    kind = EVERY.get(fields.get("policy"))
+    kind = EVERY.get(str(fields.get("policy")))
     if kind is None:
         return [spec]
     return [{**fields, "rules": use[kind]}] if use[kind] else []

@@ -1,13 +1,13 @@
 """Needles in a haystack: is a fact in a long text still found, by length and depth?"""
 
-from .asking import ask
 from ..tasks.haystack import read_haystack
 from ..tasks.needle_items import NeedleSpec, fields_of, make_items
-from .subject import check_lengths
+from .asking import ask
 from .evaluator import Evaluator, register
 from .report.overview import answers_cell
 from .report.plots import plot_needle
 from .report.tables import begun_note, needle_table, proportions
+from .subject import check_lengths
 
 
 def needle(

@@ -14,16 +14,16 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..chunks import chunk_size
 from ..families import family_of
 from ..tasks.documents import load_documents, windows_of
+from .evaluator import Evaluator, register
 from .generation import read
 from .policies import DENSE, pairings
-from .running.runner import Unit, evaluate
-from .report.stats import bootstrap
-from .subject import check_lengths, describe, fingerprint, policies_config
-from .evaluator import Evaluator, register
 from .report.compare import nll_difference
 from .report.overview import ppl_cell
 from .report.plots import plot_ppl
+from .report.stats import bootstrap
 from .report.tables import ppl_pairs, ppl_table
+from .running.runner import Unit, evaluate
+from .subject import check_lengths, describe, fingerprint, policies_config
 
 PATHS = ("prefill", "decode")
 # Positions whose logits of two policies are compared at once: bounds memory for large vocabularies.

@@ -7,6 +7,7 @@ token's index key, which the cache keeps, moves and drops with the entry.
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -40,7 +41,7 @@ class MarkedIndexer:
 
     def project_keys(self, x, offset=0):
         """Return index keys `[B, 1, L, 1]` that hold the token's worth."""
-        return self.token_scores(*x.shape[:2], offset)[:, None, :, None]
+        return self.token_scores(x.shape[0], x.shape[1], offset)[:, None, :, None]
 
     def project_queries(self, x, offset=0):
         """Return queries `[B, 1, L, 1]` and weights `[B, L, 1]` of one."""
@@ -73,7 +74,7 @@ class ForcedIndexer:
     def project_keys(self, x, offset=0):
         """Return the index keys with the token's mark as one more dimension."""
         keys = self.indexer.project_keys(x, offset)
-        marks = _marks(self.marks, *x.shape[:2], offset)[:, None, :, None]
+        marks = _marks(self.marks, x.shape[0], x.shape[1], offset)[:, None, :, None]
         return mx.concatenate([keys, marks.astype(keys.dtype)], axis=-1)
 
     def project_queries(self, x, offset=0):
@@ -109,7 +110,7 @@ _INDEXERS = {
 
 _KEEPS_ALL = {"positions": "absolute"}  # nothing is dropped, so nothing is numbered anew
 # name -> (what scores the tokens, what the config must be). A policy not named here is an error.
-_NAMED = {
+_NAMED: dict[str, Any] = {
     "dense": None,
     "sparse": ("index", {}),
     "full": ("index", {"cache": "full", **_KEEPS_ALL}),
@@ -296,7 +297,7 @@ def make_policies(specs, config, top_k=()):
             Default: ``()``, that of the config alone.
     """
     policies = []
-    for spec in (one for spec in specs for one in each_rule(spec)):
+    for spec in (one for given in specs for one in each_rule(given)):
         fixed = spec == "dense" or (isinstance(spec, dict) and "top_k" in spec)
         for k in ({},) if fixed or not top_k else top_k:
             changes = k if isinstance(k, dict) else {"top_k": k}

@@ -3,7 +3,7 @@
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -11,16 +11,16 @@ from ..config import SparseConfig, override
 from ..files import write_text
 from ..pictures import check_pictures
 from .evaluator import Evaluator, evaluator_kinds, evaluator_of
+from .policies import make_policies
 from .report.board import board, board_markdown, check_board
 from .report.overview import check_cells, check_labels, overview
 from .report.plots import plot, plot_board, plot_retention
-from .policies import make_policies
 from .report.tables import caption, markdown, pairs_table, table
 
 DTYPES = ("float32", "float16", "bfloat16")
 _OWN = ("name", "kind", "title", "policies", "top_k", "config", "quick")
 # By key, or by the type of the evaluator's default: what a value is, and what the entries of a list are.
-_VALUES = {
+_VALUES: dict[Any, Any] = {
     **dict.fromkeys(("config", "quick"), (dict,)),
     **dict.fromkeys(("policies", "top_k"), (list, str, int, dict)),
     **{"lengths": (list, int), "select": (list, str), tuple: (list, int, float)},

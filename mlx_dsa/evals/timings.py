@@ -8,13 +8,13 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..families import family_of
 from ..tasks.documents import load_documents, windows_of
-from .generation import read
 from .cache_memory import computed_bytes
-from .running.runner import Unit, evaluate
-from .subject import check_lengths, describe, policies_config
 from .evaluator import Evaluator, register
+from .generation import read
 from .report.plots import plot_timing
 from .report.tables import timing_table
+from .running.runner import Unit, evaluate
+from .subject import check_lengths, describe, policies_config
 
 
 def timing(

@@ -11,16 +11,16 @@ import mlx.core as mx
 
 from ..tasks.documents import HUB, load_hub, read_lines
 from ..tasks.extraction import INVALID, flexible, matches, strict
-from .generation import converse
-from .policies import pairings
 from ..tasks.problems import make_problems
 from ..tasks.prompts import frame
-from .running.runner import Unit, evaluate
-from .report.stats import paired_proportions, wilson
-from .subject import check_lengths, describe, fingerprint, policies_config
 from .evaluator import Evaluator, register
+from .generation import converse
+from .policies import pairings
 from .report.plots import plot_gsm8k
+from .report.stats import paired_proportions, wilson
 from .report.tables import gsm8k_table, problems_note, proportions
+from .running.runner import Unit, evaluate
+from .subject import check_lengths, describe, fingerprint, policies_config
 
 PROMPTS = ("chat", "plain")
 _KEYS = ("question", "answer")  # of a problem
@@ -113,7 +113,7 @@ def gsm8k(
     ]
 
     def work(payload):
-        return _run(subject, *payload, max_tokens, () if prompt == "chat" else _STOPS)
+        return _run(subject, payload[0], payload[1], max_tokens, () if prompt == "chat" else _STOPS)
 
     def summarise(records):
         return _rows(records, policies), _pairs(records, policies, compare), records

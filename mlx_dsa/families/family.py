@@ -53,11 +53,7 @@ class Family:
     def layers(self, model: nn.Module) -> dict[int, Layer]:
         """Return the attention layers by their number; other layers are left out."""
         rope = self.rope(self.args(model))
-        return {
-            i: self.layer_type(i, block, rope)
-            for i, block in enumerate(model.layers)
-            if "self_attn" in block
-        }
+        return {i: self.layer_type(i, block, rope) for i, block in enumerate(model.layers) if "self_attn" in block}
 
     def make_caches(self, model: nn.Module) -> list[Any]:
         """Make the caches that mlx-lm makes for the model, one a layer."""

@@ -46,13 +46,10 @@ def family_of(model: nn.Module) -> Family:
     kind, found = _kind(model), _find(model)
     reason = _REASONS.get(kind) if found is None else found.refusal(model)
     if reason is not None:
-        raise ValueError(
-            f"[family_of] a {kind!r} model can't have sparse attention: {reason}. Run it dense."
-        )
+        raise ValueError(f"[family_of] a {kind!r} model can't have sparse attention: {reason}. Run it dense.")
     if found is None:
         raise ValueError(
-            f"[family_of] 'model' must be of type {', '.join(model_types())} but got {kind!r}. "
-            f"Run it dense."
+            f"[family_of] 'model' must be of type {', '.join(model_types())} but got {kind!r}. Run it dense."
         )
     return found
 

@@ -24,9 +24,7 @@ __all__ = [
 ]
 
 
-def index_scores(
-    queries: mx.array, weights: mx.array, keys: mx.array, backend: str = "auto"
-) -> mx.array:
+def index_scores(queries: mx.array, weights: mx.array, keys: mx.array, backend: str = "auto") -> mx.array:
     """Score every index key for every query: see :func:`reference.index_scores`.
 
     Raises:
@@ -89,9 +87,7 @@ def select_topk(
     return gpu.select_topk(language, scores, top_k, n_visible, n_sink, n_recent)
 
 
-def gather_tiles(
-    keys: mx.array, values: mx.array, slots: mx.array, backend: str = "auto"
-) -> tuple[mx.array, mx.array]:
+def gather_tiles(keys: mx.array, values: mx.array, slots: mx.array, backend: str = "auto") -> tuple[mx.array, mx.array]:
     """Take whole rows for tiles: see :func:`reference.gather_tiles`.
 
     Raises:
@@ -172,7 +168,7 @@ def sparse_attention(
     if topk_indices.ndim == 4:
         heads = (mx.split(x, keys.shape[1], axis=1) for x in (queries, keys, values))
         slots = topk_indices.swapaxes(0, 1)
-        outputs = [reference.sparse_attention(*head, scale) for head in zip(*heads, slots)]
+        outputs = [reference.sparse_attention(q, k, v, s, scale) for q, k, v, s in zip(*heads, slots)]
         return mx.concatenate(outputs, axis=1)
     return reference.sparse_attention(queries, keys, values, topk_indices, scale)
 
@@ -182,13 +178,11 @@ def _check_shapes(queries, keys, values, topk_indices):
     n_kv_heads = _four(keys, "keys")[1]
     if values.shape != keys.shape:
         raise ValueError(
-            f"[sparse_attention] 'values' must have the shape of keys {keys.shape} but "
-            f"got {values.shape}."
+            f"[sparse_attention] 'values' must have the shape of keys {keys.shape} but got {values.shape}."
         )
     if keys.shape[0] != B or keys.shape[3] != head_dim or n_heads % n_kv_heads:
         raise ValueError(
-            f"[sparse_attention] 'keys' must be [{B}, a divisor of {n_heads}, T, "
-            f"{head_dim}] but got {keys.shape}."
+            f"[sparse_attention] 'keys' must be [{B}, a divisor of {n_heads}, T, {head_dim}] but got {keys.shape}."
         )
     if topk_indices.shape[:-1] not in ((B, L), (B, n_kv_heads, L)):
         raise ValueError(
@@ -196,16 +190,10 @@ def _check_shapes(queries, keys, values, topk_indices):
             f"[{B}, {n_kv_heads}, {L}, K] but got {topk_indices.shape}."
         )
     if not mx.issubdtype(topk_indices.dtype, mx.signedinteger):
-        raise ValueError(
-            f"[sparse_attention] 'topk_indices' must be int32 but got "
-            f"{topk_indices.dtype}."
-        )
+        raise ValueError(f"[sparse_attention] 'topk_indices' must be int32 but got {topk_indices.dtype}.")
 
 
 def _four(array, name):
     if array.ndim != 4:
-        raise ValueError(
-            f"[sparse_attention] '{name}' must have 4 axes [B, H, T, D] but got "
-            f"{array.shape}."
-        )
+        raise ValueError(f"[sparse_attention] '{name}' must have 4 axes [B, H, T, D] but got {array.shape}.")
     return array.shape

@@ -32,9 +32,7 @@ def check_backend(backend: str) -> None:
         ValueError: If it is not known, or its device is not the default one.
     """
     if backend not in _BACKENDS:
-        raise ValueError(
-            f"[ops] 'backend' must be one of {', '.join(_BACKENDS)} but got {backend!r}."
-        )
+        raise ValueError(f"[ops] 'backend' must be one of {', '.join(_BACKENDS)} but got {backend!r}.")
     if backend in ("metal", "cuda") and backend != device_language():
         raise ValueError(
             f"[ops] 'backend' {backend!r} needs MLX to run on {_DEVICES[backend]}, and "
@@ -101,8 +99,7 @@ def _trusted(language, name, trial, key) -> bool:
         _verdicts[key] = problem is None
         if problem:
             warnings.warn(
-                f"mlx-dsa: the {language} kernel of {name} {problem}; plain MLX "
-                f"operations take its place.",
+                f"mlx-dsa: the {language} kernel of {name} {problem}; plain MLX operations take its place.",
                 stacklevel=4,
             )
     return _verdicts[key]
@@ -116,7 +113,7 @@ def _problem(language, trial) -> str | None:
         return f"does not run here ({str(error).strip().splitlines()[0][:120]})"
     exact = mx.issubdtype(expected.dtype, mx.integer)
     expected = expected.astype(mx.float32)
-    gap = mx.abs(result.astype(mx.float32) - expected).max().item()
-    limit = 0 if exact else _TOLERANCE * mx.abs(expected).max().item()
+    gap = float(mx.abs(result.astype(mx.float32) - expected).max())
+    limit = 0 if exact else _TOLERANCE * float(mx.abs(expected).max())
     # Not "gap > limit": that is false of NaN.
     return None if gap <= limit else f"differs from the reference by {gap:.2g}"

@@ -73,9 +73,7 @@ def _score_sizes(language: str, queries: mx.array, tiles: bool) -> dict | None:
     return None
 
 
-def index_scores(
-    language: str, queries: mx.array, weights: mx.array, keys: mx.array
-) -> mx.array:
+def index_scores(language: str, queries: mx.array, weights: mx.array, keys: mx.array) -> mx.array:
     """Score every key for every query: see :func:`reference.index_scores`."""
     B, _, L, _ = queries.shape
     return _score(language, queries, weights, keys, False, (B, L, keys.shape[2]))
@@ -103,6 +101,7 @@ def tile_scores(
 def _score(language, queries, weights, keys, tiles, shape):
     B, n_rows, n_keys = shape
     sizes = _score_sizes(language, queries, tiles)
+    assert sizes is not None  # else score_gap says so
     block, n_parts = 8, n_rows if tiles else -(-n_rows // sizes["CHUNK"])
     if language == "cuda":
         block = 16
@@ -194,9 +193,7 @@ def gather_gap(keys: mx.array) -> str | None:
     return None
 
 
-def gather_tiles(
-    language: str, keys: mx.array, values: mx.array, slots: mx.array
-) -> tuple[mx.array, mx.array]:
+def gather_tiles(language: str, keys: mx.array, values: mx.array, slots: mx.array) -> tuple[mx.array, mx.array]:
     """Take whole rows for tiles: see :func:`reference.gather_tiles`."""
     B, n_heads, _, head_dim = keys.shape
     n_tiles, n_rows = slots.shape[1:]
@@ -204,18 +201,17 @@ def gather_tiles(
     parts = head_dim * keys.dtype.size // _VECTOR_BYTES
     n_threads = 256
     n_groups = -(-B * n_tiles * n_heads * n_rows * parts // n_threads)
-    return tuple(
-        launch(
-            "gather",
-            language,
-            [keys, values, mx.contiguous(slots)],
-            {"T": keys.dtype, "PARTS": parts, "THREADS": n_threads},
-            (n_groups, 1, 1),
-            n_threads,
-            [shape, shape],
-            [keys.dtype, keys.dtype],
-        )
+    keys, values = launch(
+        "gather",
+        language,
+        [keys, values, mx.contiguous(slots)],
+        {"T": keys.dtype, "PARTS": parts, "THREADS": n_threads},
+        (n_groups, 1, 1),
+        n_threads,
+        [shape, shape],
+        [keys.dtype, keys.dtype],
     )
+    return keys, values
 
 
 def attends(language: str | None, queries: mx.array) -> bool:
@@ -225,11 +221,7 @@ def attends(language: str | None, queries: mx.array) -> bool:
         language (str, optional): ``"metal"`` or ``"cuda"``.
         queries (mx.array): ``[B, Hq, L, D]``.
     """
-    return (
-        language == "cuda"
-        and queries.dtype in (mx.float16, mx.bfloat16)
-        and queries.shape[3] in (64, 128)
-    )
+    return language == "cuda" and queries.dtype in (mx.float16, mx.bfloat16) and queries.shape[3] in (64, 128)
 
 
 def tile_attention(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -116,9 +116,9 @@ def launch(
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _build(name: str, language: str, shared_bytes: int) -> Callable:
-    make = mx.fast.metal_kernel
+    make: Callable[..., Any] = mx.fast.metal_kernel
     if language == "cuda":
         make = partial(mx.fast.cuda_kernel, shared_memory=shared_bytes)
     header, body = text(name, language)

@@ -5,6 +5,8 @@ They run on every backend and define what a kernel must compute.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -54,13 +56,10 @@ def _block_bytes() -> int:
 def _sum_heads(queries, weights, keys) -> mx.array:
     keys = keys[:, 0].swapaxes(-1, -2)
     weights = weights.astype(mx.float32)
-    total = None
     # A head at a time: one [L, T] product in memory, not Hi of them.
-    for h in range(queries.shape[1]):
-        product = (queries[:, h] @ keys).astype(mx.float32)
-        part = mx.maximum(product, 0) * weights[..., h, None]
-        total = part if total is None else total + part
-    return total
+    products = ((queries[:, h] @ keys).astype(mx.float32) for h in range(queries.shape[1]))
+    parts = (mx.maximum(product, 0) * weights[..., h, None] for h, product in enumerate(products))
+    return functools.reduce(operator.add, parts)
 
 
 @mx.compile
@@ -104,9 +103,7 @@ def tile_scores(
     return _join(best, axis=1)
 
 
-def select_topk(
-    scores: mx.array, top_k: int, n_visible: mx.array, n_sink: int, n_recent: int
-) -> mx.array:
+def select_topk(scores: mx.array, top_k: int, n_visible: mx.array, n_sink: int, n_recent: int) -> mx.array:
     """Select the best-scored visible keys, sinks and newest keys always included.
 
     Args:
@@ -196,9 +193,7 @@ def write_rows(x: mx.array, rows: mx.array, slots: mx.array, axis: int) -> mx.ar
     return mx.put_along_axis(x, at, rows, axis=axis)
 
 
-def gather_tiles(
-    keys: mx.array, values: mx.array, slots: mx.array
-) -> tuple[mx.array, mx.array]:
+def gather_tiles(keys: mx.array, values: mx.array, slots: mx.array) -> tuple[mx.array, mx.array]:
     """Take whole rows of keys and values for tiles, with tiles as a batch.
 
     Args:
@@ -212,10 +207,9 @@ def gather_tiles(
     B, n_heads, _, head_dim = keys.shape
     n_tiles, n_rows = slots.shape[1:]
     shape = (B, n_heads, n_tiles, n_rows, head_dim)
-    return tuple(
-        gather_rows(x, slots.flatten(1)).reshape(shape).swapaxes(1, 2).flatten(0, 1)
-        for x in (keys, values)
-    )
+    rows = (gather_rows(x, slots.flatten(1)).reshape(shape) for x in (keys, values))
+    keys, values = (x.swapaxes(1, 2).flatten(0, 1) for x in rows)
+    return keys, values
 
 
 def sparse_attention(
@@ -250,12 +244,8 @@ def _attend_masked(queries, keys, values, indices, scale):
     T = keys.shape[2]
     # One more column takes what is empty.
     mask = mx.zeros((B, L, T + 1), mx.bool_)
-    mask = mx.put_along_axis(
-        mask, mx.where(indices < 0, T, indices), mx.array(True), axis=-1
-    )[:, None, :, :T]
-    return mx.fast.scaled_dot_product_attention(
-        queries, keys, values, scale=scale, mask=mask
-    )
+    mask = mx.put_along_axis(mask, mx.where(indices < 0, T, indices), mx.array(True), axis=-1)[:, None, :, :T]
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
 def _attend_gathered(queries, keys, values, indices, scale):
@@ -264,10 +254,7 @@ def _attend_gathered(queries, keys, values, indices, scale):
     slots = mx.maximum(indices, 0).reshape(B, L * top_k)
     # Each query becomes a batch row of one query over its own keys.
     gathered = [
-        gather_rows(x, slots)
-        .reshape(B, n_kv_heads, L, top_k, head_dim)
-        .swapaxes(1, 2)
-        .flatten(0, 1)
+        gather_rows(x, slots).reshape(B, n_kv_heads, L, top_k, head_dim).swapaxes(1, 2).flatten(0, 1)
         for x in (keys, values)
     ]
     output = mx.fast.scaled_dot_product_attention(

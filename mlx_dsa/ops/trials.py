@@ -22,14 +22,15 @@ def scores(language: str, n_heads: int, dims: int, n_queries: int, dtype, tiles:
     weights = _noise(1, (1, n_queries, n_heads), dtype)
     keys = _noise(2, (1, 1, 333, dims), dtype)
     # The reference rounds products to the dtype, a kernel doesn't.
-    wide = [a.astype(mx.float32) for a in (queries, weights, keys)]
+    wide, wide_weights, wide_keys = (a.astype(mx.float32) for a in (queries, weights, keys))
     if tiles:
         n_open = 250
         return (
             gpu.tile_scores(language, queries, weights, keys, 16, n_open),
-            reference.tile_scores(*wide, 16, n_open),
+            reference.tile_scores(wide, wide_weights, wide_keys, 16, n_open),
         )
-    return gpu.index_scores(language, queries, weights, keys), reference.index_scores(*wide)
+    scores = reference.index_scores(wide, wide_weights, wide_keys)
+    return gpu.index_scores(language, queries, weights, keys), scores
 
 
 def selection(language: str):
@@ -44,8 +45,8 @@ def gathering(language: str, head_dim: int, dtype):
     """Gather rows both ways: ``(kernel, reference)``."""
     keys, values, slots = _tiles(head_dim, dtype)
     return (
-        mx.stack(gpu.gather_tiles(language, keys, values, slots)),
-        mx.stack(reference.gather_tiles(keys, values, slots)),
+        mx.stack([*gpu.gather_tiles(language, keys, values, slots)]),
+        mx.stack([*reference.gather_tiles(keys, values, slots)]),
     )
 
 

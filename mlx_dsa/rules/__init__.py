@@ -17,8 +17,8 @@ from . import (  # noqa: F401
     sparsek,
     top_p,
 )
-from .kvzip import KVzip
 from .evict_rule import EvictRule
+from .kvzip import KVzip
 from .rule import Probe, fold_heads
 from .select_rule import SelectRule, kind_of
 from .sparsek import sparsek_settings

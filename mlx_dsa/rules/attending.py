@@ -8,9 +8,7 @@ import mlx.core as mx
 _BLOCK = 1 << 26
 
 
-def attention_probabilities(
-    queries: mx.array, keys: mx.array, seen: mx.array, scale: float
-) -> mx.array:
+def attention_probabilities(queries: mx.array, keys: mx.array, seen: mx.array, scale: float) -> mx.array:
     """Return the mean attention of the heads.
 
     Args:
@@ -29,7 +27,7 @@ def attention_probabilities(
     parts = []
     for start in range(0, L, rows):
         part = slice(start, start + rows)
-        total = 0
+        total = mx.array(0.0)
         for h in range(n_kv_heads):
             group = n_heads // n_kv_heads
             asked = queries[:, h * group : (h + 1) * group, part].astype(mx.float32) * scale

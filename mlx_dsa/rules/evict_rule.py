@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
 from ..cache import BudgetKVCache
 from ..families import Layer
-from ..indexer import Indexer
 from ..registry import make_rule
 from .rule import Probe, Rule, fold_heads
 from .select_rule import SelectRule
@@ -48,7 +47,7 @@ class EvictRule(Rule):
     def bind(
         self,
         layer: Layer,
-        indexer: Indexer | None = None,
+        indexer: Any = None,
         backend: str = "auto",
         selecting: SelectRule | None = None,
         observes: int = 0,

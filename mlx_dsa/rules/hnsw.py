@@ -199,7 +199,5 @@ def _usearch() -> Any:
     try:
         import usearch.index
     except ImportError:
-        raise ValueError(
-            "[SparseConfig] select 'hnsw' needs usearch. Run pip install 'mlx-dsa[hnsw]'."
-        ) from None
+        raise ValueError("[SparseConfig] select 'hnsw' needs usearch. Run pip install 'mlx-dsa[hnsw]'.") from None
     return usearch.index

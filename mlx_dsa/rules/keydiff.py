@@ -33,7 +33,7 @@ class KeyDiff(EvictRule):
     """
 
     pool: int = POOL_RADIUS
-    by_head: bool = False
+    by_head: bool = False  # type: ignore[misc]  # an option here, a constant of other rules
 
     def __post_init__(self):
         at_least("evict", "keydiff", pool=(self.pool, 0))
@@ -53,7 +53,7 @@ class KeyNorm(EvictRule):
     """
 
     pool: int = 0
-    by_head: bool = False
+    by_head: bool = False  # type: ignore[misc]  # an option here, a constant of other rules
 
     def __post_init__(self):
         at_least("evict", "knorm", pool=(self.pool, 0))

@@ -53,7 +53,7 @@ def read_again(
     layers: Mapping[int, Any],
     caches: Sequence[Any],
     ids: mx.array,
-    asks: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    asks: Sequence[Sequence[int]],
     chunk: int = _CHUNK,
 ):
     """Let a model repeat a text that it has read, and note which entries it attends to.
@@ -64,7 +64,7 @@ def read_again(
         caches (Sequence): One cache a layer, which hold the text and nothing else, before any
             prune; changed in place: ``worth`` of the sparse layers'.
         ids (mx.array): The text ``[B, L]``.
-        asks (tuple): Tokens of what asks for the first chunk, of what asks for a later one, and
+        asks (Sequence): Tokens of what asks for the first chunk, of what asks for a later one, and
             of what stands before the answer.
         chunk (int): Tokens that are repeated at once. Default: ``2048``.
 
@@ -76,14 +76,11 @@ def read_again(
         raise ValueError("[read_again] 'layers' must have the rule KVzip.")
     if not all(layer.prefill == "dense" for layer in layers.values()):
         raise ValueError("[read_again] a text is read densely: use prefill 'dense'.")
-    if not all(
-        c.evicts and c.offset == c.size() == ids.shape[1] and not c.evicted
-        for c in sparse
-    ):
+    if not all(c.evicts and c.offset == c.size() == ids.shape[1] and not c.evicted for c in sparse):
         raise ValueError("[read_again] 'caches' must hold the text whole, and nothing else.")
-    found = {i: [] for i in layers}
+    found: dict[int, list[mx.array]] = {i: [] for i in layers}
     for start, stop, tokens in _chunks(ids, asks, chunk):
-        again = [c.copy() if isinstance(c, SparseKVCache) else copy.deepcopy(c) for c in caches]
+        again: list[Any] = [c.copy() if isinstance(c, SparseKVCache) else copy.deepcopy(c) for c in caches]
         rules = {i: layer.eviction.rule for i, layer in layers.items()}
         try:
             for i, layer in layers.items():
@@ -96,7 +93,7 @@ def read_again(
         for i, layer in layers.items():
             queries, keys = again[i].observed.queries, again[i].keys
             n_sinks = min(_SINKS, start)
-            parts = keys[:, :, :n_sinks], keys[:, :, start:stop], keys[:, :, ids.shape[1] :]
+            parts = [keys[:, :, :n_sinks], keys[:, :, start:stop], keys[:, :, ids.shape[1] :]]
             paid = _largest(queries, mx.concatenate(parts, axis=2), layer.layer.scale)
             found[i].append(paid[:, n_sinks : n_sinks + stop - start])
             again[i] = queries = keys = parts = None

@@ -40,11 +40,11 @@ class LagKV(EvictRule):
         if parts < 2:
             return mx.broadcast_to(mx.arange(T, dtype=mx.float32) / T, (B, T))
         end = self.sinks + parts * self.lag
-        total = 0
+        total = mx.array(0)
         for h in range(n_heads):
-            of = [x[:, h, self.sinks : end] for x in (cache.keys, cache.values)]
-            score = sum(self._deviations(x.reshape(B, parts, self.lag, -1)) for x in of)
-            ranks = mx.argsort(mx.argsort(score, axis=-1), axis=-1)
+            of = (x[:, h, self.sinks : end] for x in (cache.keys, cache.values))
+            keys, values = (self._deviations(x.reshape(B, parts, self.lag, -1)) for x in of)
+            ranks = mx.argsort(mx.argsort(keys + values, axis=-1), axis=-1)
             total = total + ranks.astype(mx.int32)  # whole numbers: what is equal is so exactly
         scored = (total.astype(mx.float32) / (n_heads * self.lag)).reshape(B, -1)
         stays = mx.ones((B, self.sinks)), mx.ones((B, T - end + self.lag))

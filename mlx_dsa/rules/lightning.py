@@ -39,11 +39,11 @@ class Lightning(SelectRule):
         return keys, Probe(*probe)
 
     def scores(self, probe, cache, n_visible, end):
-        return index_scores(*probe, cache.index_keys[:, :, :end], self.backend)
+        return index_scores(probe.queries, probe.weights, cache.index_keys[:, :, :end], self.backend)
 
     def tile_scores(self, probe, cache, tile_size, end, first):
         index_keys = cache.index_keys[:, :, : end - tile_size]
-        return tile_scores(*probe, index_keys, tile_size, first, self.backend)
+        return tile_scores(probe.queries, probe.weights, index_keys, tile_size, first, self.backend)
 
 
 @register("evict", "index")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -41,6 +42,7 @@ class Merging(EvictRule):
     threshold: float = 0.6
     share: float = 1.0
     merges = True
+    rule: ClassVar[EvictRule]  # that of `base`
 
     def __post_init__(self):
         object.__setattr__(self, "rule", make_rule("evict", self.base))
@@ -53,8 +55,7 @@ class Merging(EvictRule):
             )
         if not 0 <= self.share < math.inf:
             raise ValueError(
-                f"[SparseConfig] 'evict' 'ems': option 'share' must be a number of at least 0 but "
-                f"got {self.share}."
+                f"[SparseConfig] 'evict' 'ems': option 'share' must be a number of at least 0 but got {self.share}."
             )
 
     def bind(self, layer, indexer=None, backend="auto", selecting=None, observes=0):

@@ -43,8 +43,5 @@ class SelectProjections(SelectRule):
         keys = cache.index_keys[:, 0, :end]
         # In float32: products in 16 bits would have many equal scores.
         block = max(1, _BLOCK // (keys.shape[0] * keys.shape[2]))
-        parts = [
-            queries @ keys[:, i : i + block].astype(mx.float32).swapaxes(-1, -2)
-            for i in range(0, end, block)
-        ]
+        parts = [queries @ keys[:, i : i + block].astype(mx.float32).swapaxes(-1, -2) for i in range(0, end, block)]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)

@@ -14,9 +14,9 @@ import mlx.core as mx
 
 from ..registry import register
 from ..selection import keydiff_scores, pool_neighbours
+from .evict_rule import EvictRule
 from .keydiff import POOL_RADIUS
 from .lightning import Lightning
-from .evict_rule import EvictRule
 
 
 @register("evict", "retention")

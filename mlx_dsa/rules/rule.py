@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple
 import mlx.core as mx
 
 from ..families import Layer
-from ..indexer import Indexer
 
 
 class Probe(NamedTuple):
@@ -49,8 +48,7 @@ def at_least(kind: str, name: str, **options: tuple[int, int]):
     for option, (value, least) in options.items():
         if value < least:
             raise ValueError(
-                f"[SparseConfig] {kind!r} {name!r}: option {option!r} must be at least {least} "
-                f"but got {value}."
+                f"[SparseConfig] {kind!r} {name!r}: option {option!r} must be at least {least} but got {value}."
             )
 
 
@@ -66,7 +64,7 @@ class Rule:
 
     wants_indexer: ClassVar[bool] = False
     layer: ClassVar[Layer]
-    indexer: ClassVar[Indexer | None]
+    indexer: ClassVar[Any]  # an Indexer or what else the rule reads
     backend: ClassVar[str]
 
     def check(self, config: Any):
@@ -79,12 +77,12 @@ class Rule:
             ValueError: Which says what to change.
         """
 
-    def bind(self, layer: Layer, indexer: Indexer | None = None, backend: str = "auto"):
+    def bind(self, layer: Layer, indexer: Any = None, backend: str = "auto"):
         """Return the rule for a layer.
 
         Args:
             layer (Layer): An attention layer of a model.
-            indexer (Indexer, optional): The layer's, bound to it. Default: ``None``.
+            indexer (Indexer, or what else it reads, optional): The layer's, bound to it. Default: ``None``.
             backend (str): Kernels to use. Default: ``"auto"``.
         """
         return self._with(layer=layer, indexer=indexer, backend=backend)

@@ -10,7 +10,6 @@ import mlx.core as mx
 from ..cache import SparseKVCache
 from ..checkpoint_file import LIGHTNING
 from ..families import Layer
-from ..indexer import Indexer
 from ..selection import select_topk
 from .rule import Probe, Rule
 
@@ -37,7 +36,7 @@ class SelectRule(Rule):
     by_position: ClassVar[bool] = False
     reads: ClassVar[str] = LIGHTNING
 
-    def bind(self, layer: Layer, indexer: Indexer | None = None, backend: str = "auto"):
+    def bind(self, layer: Layer, indexer: Any = None, backend: str = "auto"):
         """Return the rule for a layer: see :meth:`Rule.bind`.
 
         Raises:
@@ -77,15 +76,11 @@ class SelectRule(Rule):
         """
         return self.attention_queries(x, offset, queries)
 
-    def step(
-        self, x: mx.array, offset: int, queries: mx.array | None = None
-    ) -> tuple[mx.array | None, Probe]:
+    def step(self, x: mx.array, offset: int, queries: mx.array | None = None) -> tuple[mx.array | None, Probe]:
         """Compute :meth:`entry` and :meth:`probe` at once, for a step of decode."""
         return self.entry(x, offset), self.probe(x, offset, queries)
 
-    def scores(
-        self, probe: Probe, cache: SparseKVCache, n_visible: mx.array, end: int
-    ) -> mx.array:
+    def scores(self, probe: Probe, cache: SparseKVCache, n_visible: mx.array, end: int) -> mx.array:
         """Score entries for queries.
 
         Args:
@@ -100,9 +95,7 @@ class SelectRule(Rule):
         """
         raise NotImplementedError
 
-    def tile_scores(
-        self, probe: Probe, cache: SparseKVCache, tile_size: int, end: int, first: int
-    ) -> mx.array:
+    def tile_scores(self, probe: Probe, cache: SparseKVCache, tile_size: int, end: int, first: int) -> mx.array:
         """Score entries before tiles of queries; by default the largest of a tile's.
 
         Args:

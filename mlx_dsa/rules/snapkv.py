@@ -33,7 +33,7 @@ class SnapKV(EvictRule):
     """
 
     pool: int = POOL_RADIUS
-    by_head: bool = False
+    by_head: bool = False  # type: ignore[misc]  # an option here, a constant of other rules
     observes = 1
     is_final = True
 

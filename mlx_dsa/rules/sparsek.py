@@ -125,9 +125,7 @@ def _number(key: str, value: Any, is_truth: bool) -> int | bool:
     if is_truth:
         raise ValueError(f"[sparsek] {key!r} must be true or false but got {value!r}.")
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(
-            f"[sparsek] {key!r} must be a whole number of at least 0 but got {value!r}."
-        )
+        raise ValueError(f"[sparsek] {key!r} must be a whole number of at least 0 but got {value!r}.")
     return value
 
 

@@ -11,6 +11,7 @@ many queries. With a budget, what is kept is read whole.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -35,12 +36,12 @@ class TopP(Lightning):
     p: float = 0.9
     least: int = 1
     fills = False
+    _read: ClassVar[mx.array]  # once bound: keys and queries, counted
 
     def __post_init__(self):
         if not 0 < self.p <= 1:
             raise ValueError(
-                f"[SparseConfig] 'select' 'top_p': option 'p' must be above 0 and at most 1 but "
-                f"got {self.p!r}."
+                f"[SparseConfig] 'select' 'top_p': option 'p' must be above 0 and at most 1 but got {self.p!r}."
             )
         at_least("select", "top_p", least=(self.least, 0))
 
@@ -58,13 +59,14 @@ class TopP(Lightning):
     @property
     def mean_read(self) -> float:
         """Keys read a query, of those that have been selected for since the rule was bound."""
-        keys, queries = self._read.tolist()
+        keys, queries = (int(n) for n in self._read)
         return keys / queries if queries else 0.0
 
     def select(self, probe, cache, top_k, n_visible, end, forced):
         scores = self.scores(probe, cache, n_visible, end)
-        slots = select_topk(scores, top_k, n_visible, *forced, self.backend)
-        slots = self._enough(scores, slots, n_visible, *forced)
+        n_sink, n_recent = forced
+        slots = select_topk(scores, top_k, n_visible, n_sink, n_recent, self.backend)
+        slots = self._enough(scores, slots, n_visible, n_sink, n_recent)
         n_queries = slots.shape[0] * slots.shape[1]
         read = self._read + mx.stack([(slots >= 0).sum().astype(mx.int64), mx.array(n_queries)])
         object.__setattr__(self, "_read", read)
@@ -81,9 +83,7 @@ class TopP(Lightning):
         forced = (slots < n_sink) | (slots >= n_visible - n_recent)
         # The forced first, then the best, and of equal ones the newer.
         order = mx.argsort(order_keys(mx.where(forced, mx.inf, here), slots), axis=-1)[..., ::-1]
-        slots, forced, share = (
-            mx.take_along_axis(x, order, axis=-1) for x in (slots, forced, mx.exp(here - total))
-        )
+        slots, forced, share = (mx.take_along_axis(x, order, axis=-1) for x in (slots, forced, mx.exp(here - total)))
         before = mx.cumsum(mx.where(slots < 0, 0, share), axis=-1, inclusive=False)
         needed = forced | (before < self.p) | (mx.arange(slots.shape[-1]) < self.least)
         return mx.sort(mx.where(needed, slots, -1), axis=-1)

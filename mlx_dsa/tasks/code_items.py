@@ -4,15 +4,20 @@ Constants are planted as a programmer would write them, between statements and a
 definitions and functions are those that stand there anyway.
 """
 
+from __future__ import annotations
+
 import itertools
 import random
 import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .code_window import Mark, Window, line_ends
+from .code_window import Lines, Mark, Window, line_ends
 from .facts import is_correct, make_value
 from .needle_items import NeedleItem, Turn, locate, tokens_of
 from .prompts import frame
+from .source import Definition, Function, Source
 from .wordlists import PARTS
 
 TASKS = ("constants", "definitions", "functions")
@@ -94,7 +99,7 @@ class CodeSpec:
     seed: int = 0
     stem: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         allowed = {
             "task": TASKS,
             "setting": SETTINGS,
@@ -107,19 +112,17 @@ class CodeSpec:
                     f"[CodeSpec] '{name}' must be one of {', '.join(names)} but got {getattr(self, name)!r}."
                 )
         if self.per_document < 1:
-            raise ValueError(
-                f"[CodeSpec] 'per_document' must be at least 1 but got {self.per_document}."
-            )
+            raise ValueError(f"[CodeSpec] 'per_document' must be at least 1 but got {self.per_document}.")
 
 
 @dataclass(frozen=True)
 class FunctionTurn(Turn):
     """A turn that asks for a function: right if its first two body lines stand in the reply."""
 
-    def correct(self, reply):
+    def correct(self, reply: str) -> bool:
         """Whether the lines follow one another in the reply, leading and trailing blanks aside."""
         said = [line.strip() for line in reply.splitlines() if line.strip()]
-        return tuple(self.values) in zip(said, said[1:])
+        return tuple(self.values) in list(zip(said, said[1:]))
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,19 @@ class _Question:
     """A question, the values of its answer, those of other answers, and how the reply begins."""
 
     text: str
-    values: tuple
-    others: tuple = ()
+    values: tuple[str, ...]
+    others: tuple[str, ...] = ()
     stem: str = ""
 
 
-def make_code_items(spec, source, tokenizer, lengths, depths, n):
+def make_code_items(
+    spec: CodeSpec,
+    source: Source,
+    tokenizer: Any,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    n: int,
+) -> list[NeedleItem]:
     """Return the cases of a grid.
 
     Args:
@@ -149,11 +159,12 @@ def make_code_items(spec, source, tokenizer, lengths, depths, n):
     """
     around = frame(tokenizer)
 
-    def encode(text):
+    def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False)) if text else []
 
     window = Window(source, encode, line_ends(source, tokenizer))
-    head, drafts, before = encode(around.head), [], {length: set() for length in lengths}
+    head, drafts = encode(around.head), []
+    before: dict[int, set[Definition | Function]] = {length: set() for length in lengths}
     for length, d, i in itertools.product(lengths, range(len(depths)), range(n)):
         key = f"{spec.task}/{spec.setting}/{length}/{depths[d]:.2f}/{i}"
         rng = random.Random(f"{spec.seed}/{spec.value}/{spec.phrasing}/{key}")
@@ -162,11 +173,11 @@ def make_code_items(spec, source, tokenizer, lengths, depths, n):
         marks, questions = _ask(spec, source, window, rng, lines, places, before[length])
         drafts.append((key, length, places, lines, marks, questions))
     talks = [[question] for *_, questions in drafts for question in questions]
-    tails = iter(tokens_of(talks, True, encode, around))
-    tails = [[next(tails)[0] for _ in questions] for *_, questions in drafts]
+    tokens = iter(tokens_of(talks, True, encode, around))
+    tails = [[next(tokens)[0] for _ in questions] for *_, questions in drafts]
     longest = max((len(tail) for some in tails for tail in some), default=0)
     items = []
-    for (key, length, places, lines, marks, questions), some in zip(drafts, tails):
+    for (key, length, _, lines, marks, questions), some in zip(drafts, tails):
         room = length - len(head) - longest
         ids, spans = window.cut(lines, marks, room)
         document, spans = head + ids, [(a + len(head), b + len(head)) for a, b in spans]
@@ -183,14 +194,14 @@ def make_code_items(spec, source, tokenizer, lengths, depths, n):
     return items
 
 
-def _enough(spec, source, window, lines, places):
+def _enough(spec: CodeSpec, source: Source, window: Window, lines: Lines, places: Sequence[float]) -> bool:
     """Whether lines hold enough to ask for."""
     if spec.task == "constants":
         return len(source.within("gaps", lines.sure, lines.stop)) >= 2 * spec.per_document
     return _chosen(spec, source, window, lines, places) is not None
 
 
-def _candidates(spec, source, lines):
+def _candidates(spec: CodeSpec, source: Source, lines: Lines) -> list[Any]:
     """Return what can be asked about lines and has one answer in them."""
     found = source.within(spec.task, lines.sure, lines.stop)
     if len(found) < spec.per_document:
@@ -201,7 +212,14 @@ def _candidates(spec, source, lines):
     return [x for x in found if len(re.findall(x.pattern, text)) == 1]
 
 
-def _chosen(spec, source, window, lines, places, before=()):
+def _chosen(
+    spec: CodeSpec,
+    source: Source,
+    window: Window,
+    lines: Lines,
+    places: Sequence[float],
+    before: Collection[Any] = (),
+) -> list[Any] | None:
     """Return what is asked about; ``None`` if there is too little.
 
     It is what was not asked about before, of a length, and nearest to its place.
@@ -212,9 +230,9 @@ def _chosen(spec, source, window, lines, places, before=()):
     return _nearest(candidates, wanted, before) or _nearest(candidates, wanted)
 
 
-def _nearest(candidates, wanted, before=()):
+def _nearest(candidates: Sequence[Any], wanted: Sequence[int], before: Collection[Any] = ()) -> list[Any] | None:
     """Return a candidate for each of some lines, those not asked about before first, or ``None``."""
-    chosen = []
+    chosen: list[Any] = []
     for line in wanted:
         # Neither the same lines nor, where there is another, the same answer twice.
         left = [x for x in candidates if all(_apart(x, y) for y in chosen)]
@@ -225,11 +243,20 @@ def _nearest(candidates, wanted, before=()):
     return chosen
 
 
-def _ask(spec, source, window, rng, lines, places, before):
+def _ask(
+    spec: CodeSpec,
+    source: Source,
+    window: Window,
+    rng: random.Random,
+    lines: Lines,
+    places: Sequence[float],
+    before: set[Definition | Function],
+) -> tuple[list[Mark], list[_Question]]:
     """Return the marks in some lines, and the questions about them."""
     if spec.task == "constants":
         return _plant(spec, source, window, rng, lines, places)
     chosen = _chosen(spec, source, window, lines, places, before)
+    assert chosen is not None  # else no such lines were found
     before.update(chosen)
     marks = [Mark(x.start, x.stop) for x in chosen]
     if spec.task == "functions":
@@ -240,7 +267,7 @@ def _ask(spec, source, window, rng, lines, places, before):
     return marks, _about_values(spec, [(ask, x.what, x.value) for ask, x in zip(asks, chosen)])
 
 
-def _about_values(spec, asked):
+def _about_values(spec: CodeSpec, asked: Sequence[tuple[str, str, str]]) -> list[_Question]:
     """Return questions, given how each is worded, what it is about, and the value of that."""
     values = [value for *_, value in asked]
     stem = STEM if spec.stem else ""
@@ -250,20 +277,29 @@ def _about_values(spec, asked):
     ]
 
 
-def _apart(first, second):
+def _apart(first: Definition | Function, second: Definition | Function) -> bool:
     """Whether two definitions or functions are some lines apart, with different answers."""
     near = first.start < second.stop + 4 and second.start < first.stop + 4
     return not near and getattr(first, "value", 1) != getattr(second, "value", 2)
 
 
-def _others(values, own):
+def _others(values: Iterable[str], own: str) -> tuple[str, ...]:
     """Return the other values, for a reply to name none of, where they aren't part of the own."""
     return tuple(v for v in values if not is_correct(own, v))
 
 
-def _plant(spec, source, window, rng, lines, places):
+def _plant(
+    spec: CodeSpec,
+    source: Source,
+    window: Window,
+    rng: random.Random,
+    lines: Lines,
+    places: Sequence[float],
+) -> tuple[list[Mark], list[_Question]]:
     """Return constants as lines between statements, and the questions about them."""
-    marks, made, used = [], [], set()
+    marks: list[Mark] = []
+    made: list[tuple[str, str, str]] = []
+    used: set[str | int] = set()
     gaps = source.within("gaps", lines.sure, lines.stop)
     for _ in range(_DRAWS):
         if len(made) == len(places):

@@ -1,10 +1,16 @@
 """Windows on source code, of an exact number of tokens."""
 
+from __future__ import annotations
+
 import bisect
 import functools
 import itertools
+import random
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from .source import Source
 
 _TRIES = 400  # windows that are looked at for one that holds enough to ask for
 _ROOM = 250  # tokens that a question and what is planted may take
@@ -24,11 +30,11 @@ class Mark:
 
     start: int
     stop: int
-    lines: tuple = ()
+    lines: tuple[str, ...] = ()
 
 
 @functools.lru_cache(maxsize=1)
-def line_ends(source, tokenizer):
+def line_ends(source: Source, tokenizer: Any) -> list[float]:
     """Return tokens up to each line of a source, by its characters and what its file takes."""
     ends, start = [0.0], 0
     for stop in source.files:
@@ -49,11 +55,11 @@ class Window:
         ends (list of float): about as many tokens as there are up to each line.
     """
 
-    def __init__(self, source, encode, ends):
+    def __init__(self, source: Source, encode: Callable[[str], list[int]], ends: Sequence[float]) -> None:
         self._lines, self._encode = source.lines, encode
         self._ends = ends
 
-    def choose(self, rng, length, enough):
+    def choose(self, rng: random.Random, length: int, enough: Callable[[Lines], bool]) -> Lines:
         """Return lines of about `length` tokens, at random.
 
         Args:
@@ -67,14 +73,11 @@ class Window:
         first = bisect.bisect_left(self._ends, 1.2 * length)
         if first >= len(self._lines):
             raise ValueError(
-                f"[make_code_items] a source of {self._ends[-1]:,.0f} tokens is too short for a context of "
-                f"{length:,}."
+                f"[make_code_items] a source of {self._ends[-1]:,.0f} tokens is too short for a context of {length:,}."
             )
         for _ in range(_TRIES):
             stop = rng.randrange(first, len(self._lines))
-            start, sure = (
-                bisect.bisect_left(self._ends, self._ends[stop] - n) for n in (length, 0.9 * length - _ROOM)
-            )
+            start, sure = (bisect.bisect_left(self._ends, self._ends[stop] - n) for n in (length, 0.9 * length - _ROOM))
             inside = len(self._encode("\n".join(self._lines[sure:stop])))
             if inside < length - _ROOM and enough(Lines(start, sure, stop)):
                 return Lines(start, sure, stop)
@@ -83,18 +86,19 @@ class Window:
             f"or fewer questions about each ('per_document')."
         )
 
-    def line_at(self, lines, depth):
+    def line_at(self, lines: Lines, depth: float) -> int:
         """Return the line in which a share of the tokens of some lines has been read."""
         start, stop = self._ends[lines.start], self._ends[lines.stop]
         return bisect.bisect_left(self._ends, start + depth * (stop - start))
 
-    def cut(self, lines, marks, room):
+    def cut(self, lines: Lines, marks: Sequence[Mark], room: int) -> tuple[list[int], list[tuple[int, int]]]:
         """Return `room` tokens that end with the last of some lines, and where the marks stand in them.
 
         The text begins wherever it must, as a window on a file does.
         """
         order = sorted(range(len(marks)), key=lambda i: marks[i].start)
-        parts, at = [], lines.start
+        parts: list[tuple[int | None, Sequence[str]]] = []
+        at = lines.start
         for i in order:
             start, stop = marks[i].start, marks[i].stop
             while stop < lines.stop and start < stop and not self._lines[stop]:
@@ -113,11 +117,10 @@ class Window:
             front = self._lines[start : marks[order[0]].start]
             encoded[0] = self._encode(_joined(front))
         if not 0 < need <= len(encoded[0]):
-            raise ValueError(
-                f"[make_code_items] 'length' must leave room for code, but {room} tokens are too few."
-            )
+            raise ValueError(f"[make_code_items] 'length' must leave room for code, but {room} tokens are too few.")
         encoded[0] = encoded[0][-need:]
-        spans, ids = [None] * len(marks), []
+        spans = [(0, 0)] * len(marks)
+        ids: list[int] = []
         for (i, _), tokens in zip(parts, encoded):
             if i is not None:
                 spans[i] = (len(ids), len(ids) + len(tokens))
@@ -125,5 +128,5 @@ class Window:
         return ids, spans
 
 
-def _joined(lines):
+def _joined(lines: Iterable[str]) -> str:
     return "".join(line + "\n" for line in lines)

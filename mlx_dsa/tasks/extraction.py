@@ -16,25 +16,25 @@ _FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 _IGNORED = (re.compile(","), re.compile(r"\$"), re.compile(r"(?s).*#### "), re.compile(r"\.$"))
 
 
-def strict(text):
+def strict(text: str) -> str:
     """Return what follows the first `#### `, or "[invalid]"."""
     found = _STRICT.search(text)
     return found.group(1).strip() if found else INVALID
 
 
-def flexible(text):
+def flexible(text: str) -> str:
     """Return the last number of the text, or "[invalid]"."""
     found = _FLEXIBLE.findall(text)
     return found[-1].strip() if found else INVALID
 
 
-def normalise(answer):
+def normalise(answer: str) -> str:
     """Return an answer in the form in which two are compared."""
     for pattern in _IGNORED:
         answer = pattern.sub("", answer)
     return answer.lower()
 
 
-def matches(extracted, reference):
+def matches(extracted: str, reference: str) -> bool:
     """Whether an extracted answer equals that of the reference solution (or the bare number)."""
     return normalise(extracted) == normalise(reference)

@@ -8,11 +8,19 @@ The tasks beyond the single fact follow RULER [1].
 [1] Hsieh et al., RULER: What's the Real Context Size of Your Long-Context Language Models?, 2024.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from random import Random
+from typing import Any
 
 from . import wordlists as w
 from .wordlists import PARTS
+
+_Words = Sequence[str] | None
+_Templates = tuple[Sequence[str], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,8 @@ class Fact:
 class Task:
     """Several sentences to hide, one question, and every value that a right answer must name."""
 
-    sentences: tuple
-    values: tuple
+    sentences: tuple[str, ...]
+    values: tuple[str, ...]
     question: str
     answer: str
     short_answer: str
@@ -56,21 +64,21 @@ class Task:
     kind: str = "digits"
 
 
-def stem_of(asked):
+def stem_of(asked: Fact | Task) -> str:
     """Return the answer of a Fact or Task up to its values: "The access code of Ada Thorne is"."""
     return asked.answer[: max(0, asked.answer.rfind(asked.short_answer))].rstrip()
 
 
-def made_up(rng, low=2, high=4):
+def made_up(rng: Random, low: int = 2, high: int = 4) -> str:
     """Return a word of random syllables (training only: it teaches copying, not names)."""
     return "".join(rng.choice(w.SYLLABLES) for _ in range(rng.randint(low, high)))
 
 
-def capital(text):
+def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def make_entity(rng, split="train", names=None, words=None):
+def make_entity(rng: Random, split: str = "train", names: _Words = None, words: _Words = None) -> str:
     """Return a random person, place, object or code name, as it stands inside a sentence.
 
     Args:
@@ -106,14 +114,14 @@ def make_entity(rng, split="train", names=None, words=None):
     return place
 
 
-def make_value(rng, kind, split="train", words=None):
+def make_value(rng: Random, kind: str, split: str = "train", words: _Words = None) -> str:
     """Return a number of 3 to 7 digits, or one or two words."""
     if kind == "digits":
         n = rng.choice((3, 4, 4, 5, 5, 6, 6, 7))
         return str(rng.randint(10 ** (n - 1), 10**n - 1))
     pool = words or PARTS[split]["words"]
 
-    def word():
+    def word() -> str:
         if split == "train" and rng.random() < 0.25:
             return made_up(rng)
         return rng.choice(pool)
@@ -122,7 +130,7 @@ def make_value(rng, kind, split="train", words=None):
     return value.title() if rng.random() < 0.15 else value
 
 
-def noun_phrase(form, attribute, entity):
+def noun_phrase(form: str, attribute: str, entity: str) -> str:
     if form == "of":
         return f"the {attribute} of {entity}"
     if form == "for":
@@ -130,18 +138,16 @@ def noun_phrase(form, attribute, entity):
     return f"{entity}'{'' if entity.endswith('s') else 's'} {attribute}"
 
 
-def fill(template, attribute, entity, value, form):
+def fill(template: str, attribute: str, entity: str, value: str, form: str) -> str:
     """Fill a sentence or question template and return it with a capital first letter."""
     np = noun_phrase(form, attribute, entity)
-    return template.format(
-        np=np, NP=capital(np), a=attribute, e=entity, E=capital(entity), v=value, V=capital(value)
-    )
+    return template.format(np=np, NP=capital(np), a=attribute, e=entity, E=capital(entity), v=value, V=capital(value))
 
 
 def make_facts(
-    rng, n, *, value="digits", entities="train", phrasing="train", same_template=None, words=None, names=None,
-    templates=None,
-):  # fmt: skip
+    rng: Random, n: int, *, value: str = "digits", entities: str = "train", phrasing: str = "train",
+    same_template: bool | None = None, words: _Words = None, names: _Words = None, templates: _Templates | None = None,
+) -> list[Fact]:  # fmt: skip
     """Return `n` facts with different entities and different values.
 
     Args:
@@ -165,7 +171,9 @@ def make_facts(
     if same_template is None:
         same_template = rng.random() < 0.5
     templates = templates or (w.SENTENCES[phrasing], w.QUESTIONS[phrasing])
-    facts, seen, shared = [], set(), None
+    facts: list[Fact] = []
+    seen: set[str] = set()
+    shared: dict[str, Any] | None = None
     while len(facts) < n:
         kind = rng.choice(("digits", "word")) if value == "mixed" else value
         if shared is None or not same_template:
@@ -183,14 +191,14 @@ def make_facts(
     return facts
 
 
-def make_attribute(rng, kind, entities="train", words=None):
+def make_attribute(rng: Random, kind: str, entities: str = "train", words: _Words = None) -> str:
     """Return what is said of an entity: "access code", or with `words` also "walnut number"."""
     if words and rng.random() < 0.35:
         return f"{rng.choice(words)} {rng.choice(w.GENERIC[kind])}"
     return rng.choice(PARTS[entities]["digits_attr" if kind == "digits" else "word_attr"])
 
 
-def _draw_template(rng, kind, entities, phrasing, words, templates):
+def _draw_template(rng: Random, kind: str, entities: str, phrasing: str, words: _Words, templates: _Templates) -> dict:
     s, q = (rng.randrange(len(listed)) for listed in templates)
     sentence, question = templates[0][s], templates[1][q]
     attribute = make_attribute(rng, kind, entities, words)
@@ -206,15 +214,13 @@ def _draw_template(rng, kind, entities, phrasing, words, templates):
     }  # fmt: skip
 
 
-def _make_fact(rng, t, entities, phrasing, words, names):
+def _make_fact(rng: Random, t: dict[str, Any], entities: str, phrasing: str, words: _Words, names: _Words) -> Fact:
     attribute, kind, form = t["attribute"], t["kind"], t["form"]
     value = make_value(rng, kind, entities, words)
     if t["bare"]:
         key = f"the {attribute}"
         sentence, question = f"The {attribute} is {value}.", f"What is the {attribute}?"
-        return Fact(
-            key, value, kind, sentence, question, f"The {attribute} is {value}.", value, "bare", "", attribute
-        )
+        return Fact(key, value, kind, sentence, question, f"The {attribute} is {value}.", value, "bare", "", attribute)
     entity = make_entity(rng, entities, names, words)
     sentence = fill(t["sentence"], attribute, entity, value, form)
     if phrasing == "train" and t["lead"]:
@@ -225,12 +231,10 @@ def _make_fact(rng, t, entities, phrasing, words, names):
     key = noun_phrase(t["ask_form"], attribute, entity)
     s, q = t["ids"]
     template = f"{phrasing[0]}{s}:{form}/q{q}:{t['ask_form']}"
-    return Fact(
-        key, value, kind, sentence, question, f"{capital(key)} is {value}.", value, template, entity, attribute
-    )
+    return Fact(key, value, kind, sentence, question, f"{capital(key)} is {value}.", value, template, entity, attribute)
 
 
-def make_multi_value(rng, n_values, **options):
+def make_multi_value(rng: Random, n_values: int, **options: Any) -> Task:
     """Return a Task: one key that is given several values, all of which are asked for.
 
     Args:
@@ -242,7 +246,7 @@ def make_multi_value(rng, n_values, **options):
     kind = rng.choice(("digits", "word")) if kind == "mixed" else kind
     attribute = make_attribute(rng, kind, entities, words)
     entity = options.get("entity") or make_entity(rng, entities, options.get("names"), words)
-    values = []
+    values: list[str] = []
     while len(values) < n_values:
         value = make_value(rng, kind, entities, words)
         if value.lower() not in (x.lower() for x in values):
@@ -255,22 +259,23 @@ def make_multi_value(rng, n_values, **options):
     return Task(sentences, tuple(values), question, answer, join(values), f"values{frame}/{ask}", kind)
 
 
-def make_multi_query(rng, facts, n=2):
+def make_multi_query(rng: Random, facts: Iterable[Fact], n: int = 2) -> Task:
     """Return a Task that asks for `n` of the given facts in one question.
 
     The sentences are those of all `facts`, in their order; the answer follows the question's.
     """
     chosen = rng.sample(list(facts), n)
-    keys = [f.key for f in chosen]
     ask = rng.randrange(len(w.QUERY_QUESTIONS))
-    question = w.QUERY_QUESTIONS[ask].format(keys=join(keys))
+    question = w.QUERY_QUESTIONS[ask].format(keys=join(f.key for f in chosen))
     values = tuple(f.value for f in chosen)
-    kind = chosen[0].kind
     answer = " ".join(f.answer for f in chosen)
-    return Task(tuple(f.sentence for f in facts), values, question, answer, join(values), f"query{ask}", kind)
+    return Task(tuple(f.sentence for f in facts), values, question, answer, join(values), f"query{ask}", chosen[0].kind)
 
 
-def make_key_value(rng, n_pairs, *, value="digits", entities="train", style=None, words=None, names=None):
+def make_key_value(
+    rng: Random, n_pairs: int, *, value: str = "digits", entities: str = "train", style: str | None = None,
+    words: _Words = None, names: _Words = None,
+) -> Task:  # fmt: skip
     """Return a Task whose one sentence is a list of `n_pairs` keys with values; one is asked for.
 
     Args:
@@ -281,8 +286,8 @@ def make_key_value(rng, n_pairs, *, value="digits", entities="train", style=None
         words, names (list of str): as in `make_facts`.
     """
     style = style or rng.choice(("lines", "lines", "dash", "equals", "json"))
-    key_kind, pairs = rng.choice(("name", "word", "code")), {}
-    taken = set()
+    key_kind = rng.choice(("name", "word", "code"))
+    pairs: dict[str, tuple[str, str]] = {}
     while len(pairs) < n_pairs:
         kind = rng.choice(("digits", "word")) if value == "mixed" else value
         p = PARTS[entities]
@@ -298,12 +303,11 @@ def make_key_value(rng, n_pairs, *, value="digits", entities="train", style=None
         else:
             key = "".join(rng.choice("ABCDEFGHJKLMNPRSTUVWXYZ") for _ in range(2)) + str(rng.randint(100, 9999))
         item = make_value(rng, kind, entities, words)
-        if key in pairs or item in taken:
+        if key in pairs or any(item == there for there, _ in pairs.values()):
             continue
-        pairs[key], _ = (item, kind), taken.add(item)
+        pairs[key] = item, kind
     if style == "json":
-        rows = ",\n".join(f'  "{k}": "{v}"' for k, (v, _) in pairs.items())
-        text = "{\n" + rows + "\n}"
+        text = "{\n" + ",\n".join(f'  "{k}": "{v}"' for k, (v, _) in pairs.items()) + "\n}"
     else:
         mark = {"lines": "{}: {}", "dash": "- {}: {}", "equals": "{} = {}"}[style]
         text = "\n".join(mark.format(k, v) for k, (v, _) in pairs.items())
@@ -314,13 +318,13 @@ def make_key_value(rng, n_pairs, *, value="digits", entities="train", style=None
     return Task((text,), (value,), question, f"The value of {key} is {value}.", value, f"kv-{style}/{ask}", kind)
 
 
-def join(items):
+def join(items: Iterable[str]) -> str:
     """Join words as English does: "a, b and c"."""
     items = list(items)
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 
-def user_message(document, question, style="after"):
+def user_message(document: str, question: str, style: str = "after") -> str:
     """Return the text of a user turn that holds a document and a question about it.
 
     Args:
@@ -340,7 +344,7 @@ def user_message(document, question, style="after"):
     raise ValueError(f"[user_message] 'style' must be after, before, both or labelled but got {style!r}.")
 
 
-def is_correct(reply, values):
+def is_correct(reply: str, values: str | Iterable[str]) -> bool:
     """Tell whether every value stands in the reply as a whole number or word, case ignored."""
     values = (values,) if isinstance(values, str) else values
     return all(re.search(rf"(?<!\w){re.escape(v)}(?!\w)", reply, re.IGNORECASE) for v in values)

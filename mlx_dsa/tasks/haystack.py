@@ -1,9 +1,14 @@
 """Haystacks: real prose of an exact number of tokens, with sentences put at sentence boundaries."""
 
+from __future__ import annotations
+
 import functools
+import os
 import random
 import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .documents import load_documents
 from .problems import make_problems
@@ -16,9 +21,9 @@ _BOUNDARY = re.compile(r"(?<=[.!?][\"'”’)])(?=\s)|(?<=[.!?])(?=\s)|(?<=\n)(?
 _SLACK = 8
 
 
-def sentences(text):
+def sentences(text: str) -> list[str]:
     """Split a text into sentences that, joined, give the text again."""
-    pieces = []
+    pieces: list[str] = []
     for piece in _BOUNDARY.split(text):
         stripped = piece.lstrip("\n")
         if pieces and len(stripped) < len(piece):
@@ -37,8 +42,8 @@ class Placed:
         spans (list of (int, int)): where each inserted text stands, in the order given.
     """
 
-    ids: list
-    spans: list
+    ids: list[int]
+    spans: list[tuple[int, int]]
 
 
 class Haystack:
@@ -52,20 +57,21 @@ class Haystack:
         seed (int): of those problems. Default: ``0``.
     """
 
-    def __init__(self, texts, tokenizer, numbers=False, seed=0):
-        self._encode = lambda text: list(tokenizer.encode(text, add_special_tokens=False))
+    def __init__(self, texts: Iterable[str], tokenizer: Any, numbers: bool = False, seed: int = 0) -> None:
+        self._encode: Callable[[str], list[int]] = lambda text: list(tokenizer.encode(text, add_special_tokens=False))
         pieces = [p for text in texts for p in sentences(text.strip() + "\n\n")]
         if numbers:
             pieces = self._mix(pieces, random.Random(seed))
-        self.ids, self.breaks = [], []
-        self._before = {}  # break -> the sentence that ends there
+        self.ids: list[int] = []
+        self.breaks: list[int] = []
+        self._before: dict[int, str] = {}  # break -> the sentence that ends there
         for previous, piece in zip(["", *pieces], pieces):
             if piece.startswith(" "):
                 self.breaks.append(len(self.ids))
                 self._before[len(self.ids)] = previous
             self.ids += self._encode(piece)
 
-    def _mix(self, pieces, rng):
+    def _mix(self, pieces: Iterable[str], rng: random.Random) -> list[str]:
         """Put word problems after each stretch of prose, as many tokens of the one as of the other."""
         mixed, prose, rich = [], 0, 0
         problems = iter(make_problems(rng, 3000, "heldout"))
@@ -83,7 +89,14 @@ class Haystack:
                 rich += len(self._encode(text))
         return mixed
 
-    def place(self, texts, depths, length, rng, ending=""):
+    def place(
+        self,
+        texts: Sequence[str],
+        depths: Sequence[float],
+        length: int,
+        rng: random.Random,
+        ending: str = "",
+    ) -> Placed:
         """Return a window of `length` tokens with `texts` in it, each at its depth.
 
         Args:
@@ -114,7 +127,9 @@ class Haystack:
         start = end - prose
         breaks = [b - start for b in self.breaks if start + _SLACK < b <= end]
         order = sorted(range(len(texts)), key=lambda i: depths[i])
-        ids, spans, done, last = [], [None] * len(texts), 0, self._before[end]
+        ids: list[int] = []
+        spans = [(0, 0)] * len(texts)
+        done, last = 0, self._before[end]
         for i in order:
             at = max(done, min(breaks, key=lambda b: abs(b - depths[i] * prose)))
             ids += self.ids[start + done : start + at]
@@ -132,7 +147,7 @@ class Haystack:
         return Placed(ids, [(a + more, b + more) for a, b in spans])
 
 
-def read_haystack(source, tokenizer, numbers=False, seed=0):
+def read_haystack(source: str | os.PathLike | None, tokenizer: Any, numbers: bool = False, seed: int = 0) -> Haystack:
     """Return a haystack of texts; the bundled books' is kept for the next run.
 
     Args:
@@ -145,5 +160,5 @@ def read_haystack(source, tokenizer, numbers=False, seed=0):
 
 
 @functools.lru_cache(maxsize=1)
-def _bundled(tokenizer, numbers, seed):
+def _bundled(tokenizer: Any, numbers: bool, seed: int) -> Haystack:
     return Haystack([d.text for d in load_documents(None)], tokenizer, numbers, seed)

@@ -6,14 +6,18 @@ several questions at once, and a list of keys with values.
 [1] Hsieh et al., RULER: What's the Real Context Size of Your Long-Context Language Models?, 2024.
 """
 
+from __future__ import annotations
+
 import itertools
 import random
 import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from .facts import is_correct, make_facts, make_key_value, make_multi_query, make_multi_value, stem_of
-from .prompts import CLOSINGS, MORE_CLOSINGS, begun, evened, frame
+from .facts import Fact, Task, is_correct, make_facts, make_key_value, make_multi_query, make_multi_value, stem_of
+from .haystack import Haystack
+from .prompts import CLOSINGS, MORE_CLOSINGS, Frame, begun, evened, frame
 
 TASKS = ("single", "multi-key", "multi-value", "multi-query", "key-value")
 SETTINGS = ("in-prompt", "before-question", "two-turns")
@@ -26,12 +30,12 @@ class Turn:
     An opening is a prompt's beginning; the next turn ends it.
     """
 
-    ids: list
-    values: tuple = ()
-    others: tuple = ()
+    ids: list[int]
+    values: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
     opening: bool = False
 
-    def correct(self, reply):
+    def correct(self, reply: str) -> bool:
         """Whether the reply names every value, and no other fact's that is not part of one."""
         wrong = [v for v in self.others if not any(is_correct(value, v) for value in self.values)]
         return is_correct(reply, self.values) and not any(is_correct(reply, v) for v in wrong)
@@ -51,9 +55,9 @@ class NeedleItem:
     """
 
     key: str
-    turns: tuple
-    spans: list
-    values: list
+    turns: tuple[Turn, ...]
+    spans: list[tuple[int, int]]
+    values: list[tuple[int, int]]
     question: str
     expected: str
     length: int
@@ -94,7 +98,7 @@ class NeedleSpec:
     even: bool = False
     stem: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, allowed in (("task", TASKS), ("setting", SETTINGS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -103,9 +107,7 @@ class NeedleSpec:
         if self.setting == "two-turns" and self.task != "single":
             raise ValueError("[NeedleSpec] setting 'two-turns' goes with task 'single' only.")
         if self.stem and self.task == "multi-query":
-            raise ValueError(
-                "[NeedleSpec] 'stem' does not go with task 'multi-query': its answer has several stems."
-            )
+            raise ValueError("[NeedleSpec] 'stem' does not go with task 'multi-query': its answer has several stems.")
         single, n_facts = self.task == "single", self.distractors + 1
         several = self.setting != "two-turns" and single and 1 <= self.per_document <= n_facts
         if self.per_document != 1 and not several:
@@ -121,12 +123,12 @@ class NeedleSpec:
             )
 
     @property
-    def reads_first(self):
+    def reads_first(self) -> bool:
         """Whether a text is read before its questions, in a turn of its own."""
         return self.setting == "before-question" or self.per_document > 1
 
 
-def fields_of(spec):
+def fields_of(spec: Any) -> dict[str, Any]:
     """Return what a spec says; what it leaves as it always was stays out of the results' identity."""
     before = {"turns": 1, "even": False, "stem": False}
     return {k: v for k, v in asdict(spec).items() if k not in before or v != before[k]}
@@ -137,17 +139,17 @@ class _Question:
     """A question, its answer, values of other facts, the sentences that hold it, and how it begins."""
 
     text: str
-    values: tuple
-    others: tuple
-    held_by: tuple
+    values: tuple[str, ...]
+    others: tuple[str, ...]
+    held_by: tuple[int, ...]
     stem: str = ""
 
 
-def _case(rng, spec):
+def _case(rng: random.Random, spec: NeedleSpec) -> tuple[list[str], list[list[_Question]]]:
     """Return the sentences to hide, and the conversations about them: lists of questions."""
-    options = {"value": spec.value, "entities": "heldout", "phrasing": spec.phrasing}
+    options: dict[str, Any] = {"value": spec.value, "entities": "heldout", "phrasing": spec.phrasing}
 
-    def stem(asked):
+    def stem(asked: Fact | Task) -> str:
         return stem_of(asked) if spec.stem else ""
 
     if spec.task in ("single", "multi-key"):
@@ -161,7 +163,7 @@ def _case(rng, spec):
         ]
         talks = [questions[1::-1]] if two else _talks(questions, spec)
         return [f.sentence for f in facts], talks
-    others = ()
+    others: tuple[str, ...] = ()
     if spec.task == "key-value":
         task = make_key_value(rng, 20, value=spec.value, entities="heldout")
     elif spec.task == "multi-value":
@@ -177,14 +179,21 @@ def _case(rng, spec):
     return hidden, [[_Question(task.question, task.values, others, tuple(range(needed)), stem(task))]]
 
 
-def _talks(questions, spec):
+def _talks(questions: Sequence[_Question], spec: NeedleSpec) -> list[list[_Question]]:
     """Return conversations of `turns` questions, each of which ends with a question of its own."""
     n = len(questions)
     ahead = range(spec.turns - 1, -1, -1)
     return [[questions[(j + i) % n] for i in ahead] for j in range(spec.per_document)]
 
 
-def make_items(spec, haystack, tokenizer, lengths, depths, n):
+def make_items(
+    spec: NeedleSpec,
+    haystack: Haystack,
+    tokenizer: Any,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    n: int,
+) -> list[NeedleItem]:
     """Return the cases of a grid.
 
     Args:
@@ -199,7 +208,7 @@ def make_items(spec, haystack, tokenizer, lengths, depths, n):
     """
     around = frame(tokenizer)
 
-    def encode(text):
+    def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
 
     drafts = []
@@ -208,11 +217,11 @@ def make_items(spec, haystack, tokenizer, lengths, depths, n):
         rng = random.Random(f"{spec.seed}/{spec.value}/{spec.phrasing}/{key}")
         sentences, talks = _case(rng, spec)
         drafts.append(_Draft(key, rng, length, d, sentences, talks))
-    tokens = tokens_of([talk for draft in drafts for talk in draft.talks], spec.even, encode, around)
-    tokens = iter(tokens)
+    tokens = iter(tokens_of([talk for draft in drafts for talk in draft.talks], spec.even, encode, around))
     drafts = [draft._replace(tails=[next(tokens) for _ in draft.talks]) for draft in drafts]
     longest = max((len(tail[0]) for draft in drafts for tail in draft.tails), default=0)
-    head, items = encode(around.head), []
+    head = encode(around.head)
+    items: list[NeedleItem] = []
     for draft in drafts:
         reserved = longest if spec.reads_first else len(draft.tails[0][0])
         room = draft.length - len(head) - reserved
@@ -227,12 +236,24 @@ class _Draft(NamedTuple):
     rng: random.Random
     length: int
     d: int
-    sentences: list
-    talks: list
-    tails: list = ()
+    sentences: list[str]
+    talks: list[list[_Question]]
+    tails: Sequence[list[list[int]]] = ()
 
 
-def tokens_of(talks, even, encode, around):
+class _Asked(Protocol):
+    """A question, and how the reply to it begins."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def stem(self) -> str: ...
+
+
+def tokens_of(
+    talks: Sequence[Sequence[_Asked]], even: bool, encode: Callable[[str], list[int]], around: Frame
+) -> list[list[list[int]]]:
     """Return the tokens of each question, of what the chat format puts around it, and of its stem.
 
     That is a list a talk.
@@ -256,7 +277,15 @@ def tokens_of(talks, even, encode, around):
     return [list(tokens) for tokens in zip(*turns)]
 
 
-def _items(spec, draft, haystack, tokenizer, head, room, depths):
+def _items(
+    spec: NeedleSpec,
+    draft: _Draft,
+    haystack: Haystack,
+    tokenizer: Any,
+    head: list[int],
+    room: int,
+    depths: Sequence[float],
+) -> list[NeedleItem]:
     """Return the cases of one text: one, or `per_document`."""
     key, rng, length, d, sentences, talks, tails = draft
     # The facts that are asked for take turns at the depths; where the others stand is chance.
@@ -273,7 +302,7 @@ def _items(spec, draft, haystack, tokenizer, head, room, depths):
         else:
             turns = [Turn(document + tail[0], first.values, first.others)]
         turns += [Turn(ids, q.values, q.others) for q, ids in zip(talk[1:], tail[1:])]
-        spans = [tuple(p + len(head) for p in placed.spans[k]) for k in last.held_by]
+        spans = [(a + len(head), b + len(head)) for a, b in (placed.spans[k] for k in last.held_by)]
         values = [v for span in spans for v in locate(tokenizer, document, span, last.values)]
         name = key if spec.per_document == 1 else f"{key}/{j}"
         asked = (last.text, ", ".join(last.values), length, places[j])
@@ -281,7 +310,7 @@ def _items(spec, draft, haystack, tokenizer, head, room, depths):
     return items
 
 
-def locate(tokenizer, ids, span, values):
+def locate(tokenizer: Any, ids: Sequence[int], span: tuple[int, int], values: Iterable[str]) -> list[tuple[int, int]]:
     """Return the token spans, inside a sentence's, in which the values stand."""
     start, stop = span
     ends = [len(tokenizer.decode(ids[start : i + 1])) for i in range(start, stop)]

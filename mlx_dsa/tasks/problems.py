@@ -3,8 +3,17 @@
 People, things and combinations of numbers are split into train and held-out parts.
 """
 
+from __future__ import annotations
+
+import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+_T = TypeVar("_T")
+# A question, the worked steps, and the answer.
+_Worked = tuple[str, list[str], int]
 
 
 @dataclass(frozen=True)
@@ -38,13 +47,13 @@ make|makes|made""".split()
 LOSSES = "gives away|sells|loses|breaks|donates|uses".split("|")
 
 
-def _part(items, split):
+def _part(items: Sequence[str], split: str) -> list[str]:
     if split not in ("train", "heldout"):
         raise ValueError(f"[problems] 'split' must be 'train' or 'heldout' but got {split!r}.")
     return [x for i, x in enumerate(items) if (i % 5 == 4) == (split == "heldout")]
 
 
-def held_out_words():
+def held_out_words() -> list[str]:
     """Return the people and things that no training saw."""
     return [word for items in (PEOPLE, THINGS, HOLDERS, GOODS) for word in _part(items, "heldout")]
 
@@ -52,30 +61,34 @@ def held_out_words():
 class _Draw:
     """Names and numbers of one problem."""
 
-    def __init__(self, rng, split, names=None, things=None):
+    def __init__(
+        self,
+        rng: random.Random,
+        split: str,
+        names: Sequence[str] | None = None,
+        things: Sequence[str] | None = None,
+    ) -> None:
         self.rng = rng
-        own = names and rng.random() < 0.5
-        self.names = rng.sample(names if own else _part(PEOPLE, split), 3)
+        self.names = rng.sample(names if names and rng.random() < 0.5 else _part(PEOPLE, split), 3)
         self.things = rng.choice(things if things and rng.random() < 0.5 else _part(THINGS, split))
         self.holders = rng.choice(_part(HOLDERS, split))
         self.good = rng.choice(_part(GOODS, split))
 
-    def pick(self, *options):
+    def pick(self, *options: _T) -> _T:
         return self.rng.choice(options)
 
-    def number(self, low, high):
+    def number(self, low: int, high: int) -> int:
         return self.rng.randint(low, high)
 
 
-def _gain_loss(d):
+def _gain_loss(d: _Draw) -> _Worked:
     a, b = d.number(5, 60), d.number(3, 40)
     c = d.number(2, a + b - 1)
     name, t = d.names[0], d.things
     verb = d.rng.choice(ACTIONS).split("|")[1]
     loss = d.rng.choice(LOSSES)
     q = d.pick(
-        f"{name} has {a} {t}. {name} {verb} {b} more and then {loss} {c} of them. "
-        f"How many {t} does {name} have now?",
+        f"{name} has {a} {t}. {name} {verb} {b} more and then {loss} {c} of them. How many {t} does {name} have now?",
         f"In the morning {name} has {a} {t}. During the day {name} {verb} {b} more {t}, and in the evening "
         f"{name} {loss} {c}. How many {t} are left?",
         f"{name} starts with {a} {t}, {verb} {b} more, and {loss} {c}. How many {t} does {name} end up with?",
@@ -87,7 +100,7 @@ def _gain_loss(d):
     return q, steps, a + b - c
 
 
-def _groups(d):
+def _groups(d: _Draw) -> _Worked:
     n, each, extra = d.number(2, 9), d.number(3, 12), d.number(2, 30)
     name, t, h = d.names[0], d.things, d.holders
     q = d.pick(
@@ -105,7 +118,7 @@ def _groups(d):
     return q, steps, p + extra
 
 
-def _groups_less(d):
+def _groups_less(d: _Draw) -> _Worked:
     n, each = d.number(2, 9), d.number(3, 12)
     p = n * each
     less = d.number(1, p - 1)
@@ -122,7 +135,7 @@ def _groups_less(d):
     return q, steps, p - less
 
 
-def _half(d):
+def _half(d: _Draw) -> _Worked:
     half, name, other, t = d.number(3, 40), d.names[0], d.names[1], d.things
     whole = 2 * half
     q = d.pick(
@@ -138,7 +151,7 @@ def _half(d):
     return q, steps, whole + half
 
 
-def _times_as_many(d):
+def _times_as_many(d: _Draw) -> _Worked:
     k, a, (x, y, _), t = d.pick(2, 3, 4, 5), d.number(3, 20), d.names, d.things
     word = {2: "twice", 3: "three times", 4: "four times", 5: "five times"}[k]
     b = k * a
@@ -153,7 +166,7 @@ def _times_as_many(d):
     return q, steps, a + b
 
 
-def _difference(d):
+def _difference(d: _Draw) -> _Worked:
     a, more, (x, y, _), t = d.number(5, 50), d.number(2, 30), d.names, d.things
     q = d.pick(
         f"{x} has {a} {t}. {y} has {more} more {t} than {x}. How many {t} do {x} and {y} have together?",
@@ -167,7 +180,7 @@ def _difference(d):
     return q, steps, a + b
 
 
-def _shopping(d):
+def _shopping(d: _Draw) -> _Worked:
     n, price, name, g = d.number(2, 9), d.number(2, 12), d.names[0], d.good
     cost = n * price
     paid = cost + d.number(1, 40)
@@ -182,7 +195,7 @@ def _shopping(d):
     return q, steps, paid - cost
 
 
-def _wages(d):
+def _wages(d: _Draw) -> _Worked:
     rate, hours, bonus, name = d.number(5, 15), d.number(2, 9), d.number(5, 40), d.names[0]
     pay = rate * hours
     q = d.pick(
@@ -198,7 +211,7 @@ def _wages(d):
     return q, steps, pay + bonus
 
 
-def _share(d):
+def _share(d: _Draw) -> _Worked:
     n, each, name, t = d.number(2, 9), d.number(3, 12), d.names[0], d.things
     total = n * each
     kept = d.number(2, 20)
@@ -215,7 +228,7 @@ def _share(d):
     return q, steps, each
 
 
-def _week(d):
+def _week(d: _Draw) -> _Worked:
     per, days, pages, name = d.number(4, 20), d.number(2, 9), d.number(3, 40), d.names[0]
     read = per * days
     total = read + pages
@@ -231,7 +244,7 @@ def _week(d):
     return q, steps, pages
 
 
-def _three(d):
+def _three(d: _Draw) -> _Worked:
     a, b, c = d.number(4, 40), d.number(4, 40), d.number(4, 40)
     (x, y, z), t = d.names, d.things
     s = a + b
@@ -253,13 +266,19 @@ KINDS = {
 }  # fmt: skip
 
 
-def is_held_out(question):
+def is_held_out(question: str) -> bool:
     """Tell whether the numbers of a question are a combination that no training saw (one in five)."""
     numbers = [int(n) for n in re.findall(r"\d+", question)]
     return sum(n * k for n, k in zip(numbers, (1, 3, 9, 27))) * 7 % 11 % 5 == 4
 
 
-def make_problem(rng, split="train", kind=None, names=None, things=None):
+def make_problem(
+    rng: random.Random,
+    split: str = "train",
+    kind: str | None = None,
+    names: Sequence[str] | None = None,
+    things: Sequence[str] | None = None,
+) -> Problem:
     """Return a random Problem.
 
     Args:
@@ -276,9 +295,9 @@ def make_problem(rng, split="train", kind=None, names=None, things=None):
             return Problem(question, "\n".join([*steps, f"#### {value}"]), value, kind)
 
 
-def make_problems(rng, n, split="train"):
+def make_problems(rng: random.Random, n: int, split: str = "train") -> list[Problem]:
     """Return `n` different problems."""
-    found = {}
+    found: dict[str, Problem] = {}
     while len(found) < n:
         problem = make_problem(rng, split)
         found[problem.question] = problem

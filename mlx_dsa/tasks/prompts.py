@@ -1,7 +1,11 @@
 """What surrounds a document, a question and an answer in a model's own chat format."""
 
+from __future__ import annotations
+
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 _MARKS = ("\x02first\x02", "\x02second\x02", "\x02third\x02")
 
@@ -39,7 +43,7 @@ class Frame:
     again: str
 
 
-def frame(tokenizer):
+def frame(tokenizer: Any) -> Frame:
     """Read off a tokenizer's chat template what it puts around texts.
 
     Thinking is switched off where the template knows the switch. A tokenizer without a template
@@ -49,7 +53,7 @@ def frame(tokenizer):
         return Frame("", "\n\nAnswer:", "\n\n")
     first, second, third = _MARKS
 
-    def render(*turns):
+    def render(*turns: str) -> str:
         roles = ("user", "assistant", "user")
         messages = [{"role": r, "content": t} for r, t in zip(roles, turns)]
         return tokenizer.apply_chat_template(
@@ -61,13 +65,19 @@ def frame(tokenizer):
     return Frame(head, tail, again)
 
 
-def begun(tail, stem):
+def begun(tail: str, stem: str) -> str:
     """Return what leads to a reply that is begun: the chat format's tail, and how the reply begins."""
     blank = " " if stem and tail and not tail[-1].isspace() else ""
     return tail + blank + stem
 
 
-def evened(texts, encode, before="", after="", closings=CLOSINGS):
+def evened(
+    texts: Sequence[str],
+    encode: Callable[[str], list[int]],
+    before: str = "",
+    after: str | Sequence[str] = "",
+    closings: Sequence[str] = CLOSINGS,
+) -> list[list[int]]:
     """Return the tokens of questions made equally long by what a person may say after one.
 
     Caches hold rows of one length: equally long questions are answered as one batch.
@@ -83,7 +93,7 @@ def evened(texts, encode, before="", after="", closings=CLOSINGS):
         list: of token lists; as different as they were where no closings make them equal.
     """
     # How many tokens more -> what is said: the least of it.
-    said = {}
+    said: dict[int, str] = {}
     for n in range(len(closings) + 1):
         for some in itertools.combinations(closings, n):
             closing = "".join(f" {closing}" for closing in some)
@@ -92,11 +102,11 @@ def evened(texts, encode, before="", after="", closings=CLOSINGS):
     plain = [encode(before + text + after) for text, after in zip(texts, afters)]
     longest = max(map(len, plain), default=0)
     for length in range(longest, longest + max(said) + 1):
-        more = [said.get(length - len(ids)) for ids in plain]
-        if None in more:
+        more = [length - len(ids) for ids in plain]
+        if not said.keys() >= set(more):
             continue
         parts = zip(texts, more, afters)
-        found = [encode(before + text + closing + after) for text, closing, after in parts]
+        found = [encode(before + text + said[n] + after) for text, n, after in parts]
         if {len(ids) for ids in found} == {length}:
             return found
     return plain

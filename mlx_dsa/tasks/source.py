@@ -4,14 +4,18 @@ A quarter of the files is for evaluation: those whose path, relative to the libr
 strokes between its parts, has a CRC-32 that 4 divides. The recipes train on others alone.
 """
 
+from __future__ import annotations
+
 import ast
 import bisect
 import functools
 import re
 import sysconfig
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .facts import is_correct
 
@@ -51,12 +55,12 @@ class Function:
     """A function without a docstring: from its `def` in line `start`, its first two body lines."""
 
     name: str
-    body: tuple
+    body: tuple[str, ...]
     start: int
     stop: int
 
     @property
-    def pattern(self):
+    def pattern(self) -> str:
         """What must stand once in a window for the question to have one answer."""
         return rf"\bdef {self.name}\("
 
@@ -74,9 +78,12 @@ class Source:
             in the order of their lines.
     """
 
-    def __init__(self, files):
-        self.lines, self.files = [], []
-        self.gaps, self.definitions, self.functions = [], [], []
+    def __init__(self, files: Iterable[tuple[str, str]]) -> None:
+        self.lines: list[str] = []
+        self.files: list[int] = []
+        self.gaps: list[Gap] = []
+        self.definitions: list[Definition] = []
+        self.functions: list[Function] = []
         for path, text in files:
             try:
                 tree = ast.parse(text)
@@ -90,20 +97,20 @@ class Source:
             self._body(tree.body, "module")
             self.lines += [line.rstrip() for line in self._file]
             self.files.append(len(self.lines))
-        for found in (self.definitions, self.functions):
-            found.sort(key=lambda x: x.start)
+        self.definitions.sort(key=lambda x: x.start)
+        self.functions.sort(key=lambda x: x.start)
         self.gaps.sort(key=lambda gap: gap.line)
 
-    def within(self, name, start, stop):
+    def within(self, name: str, start: int, stop: int) -> list[Any]:
         """Return the gaps, definitions or functions that lie in lines `start` to `stop`."""
         found = getattr(self, name)
         key = (lambda x: x.line) if name == "gaps" else (lambda x: x.start)
         some = found[bisect.bisect_left(found, start, key=key) : bisect.bisect_left(found, stop, key=key)]
         return some if name == "gaps" else [x for x in some if x.stop <= stop]
 
-    def _body(self, body, scope):
+    def _body(self, body: Sequence[ast.stmt], scope: str) -> None:
         for before, node in zip(body, body[1:]):
-            last = at = before.end_lineno
+            last = at = _last(before)
             if last >= _begins(node) or before.col_offset != node.col_offset:
                 continue  # no lines of their own
             while not self._file[at].strip():
@@ -120,7 +127,7 @@ class Source:
             elif scope != "function" and isinstance(node, ast.Assign):
                 self._constant(node, scope)
 
-    def _constant(self, node, scope):
+    def _constant(self, node: ast.Assign, scope: str) -> None:
         target = node.targets[0]
         if len(node.targets) > 1 or not isinstance(target, ast.Name) or target.id.startswith("__"):
             return
@@ -128,26 +135,28 @@ class Source:
         if value:
             kind = "constant" if scope == "module" else "class attribute"
             pattern = rf"(?m)^ *{target.id} *="
-            self._define(f"the {kind} `{target.id}`", value, node.lineno, node.end_lineno, pattern)
+            self._define(f"the {kind} `{target.id}`", value, node.lineno, _last(node), pattern)
         elif isinstance(node.value, ast.Dict):
             for key, entry in zip(node.value.keys, node.value.values):
-                value = key and _value(key) and _value(entry)
-                if value:
+                value = _value(key) and _value(entry)
+                if key and value:
                     what = f"the entry {ast.unparse(key)} of `{target.id}`"
                     pattern = re.escape(ast.unparse(key))
-                    self._define(what, value, key.lineno, entry.end_lineno, pattern)
+                    self._define(what, value, key.lineno, _last(entry), pattern)
 
-    def _defaults(self, node):
+    def _defaults(self, node: ast.FunctionDef) -> None:
         given = node.args.posonlyargs + node.args.args
-        pairs = list(zip(given[len(given) - len(node.args.defaults) :], node.args.defaults))
+        pairs: list[tuple[ast.arg, ast.expr | None]] = list(
+            zip(given[len(given) - len(node.args.defaults) :], node.args.defaults)
+        )
         pairs += zip(node.args.kwonlyargs, node.args.kw_defaults)
         for argument, default in pairs:
-            value = default and _value(default)
-            if value:
+            value = _value(default)
+            if default and value:
                 what = f"the default of parameter `{argument.arg}` of function `{node.name}`"
-                self._define(what, value, node.lineno, default.end_lineno, rf"\bdef {node.name}\(")
+                self._define(what, value, node.lineno, _last(default), rf"\bdef {node.name}\(")
 
-    def _define(self, what, value, start, stop, pattern):
+    def _define(self, what: str, value: str, start: int, stop: int, pattern: str) -> None:
         if is_correct(what, value):
             return  # whoever repeats the question answers it
         if not is_correct("\n".join(self._file[start - 1 : stop]), value):
@@ -155,12 +164,12 @@ class Source:
         definition = Definition(what, value, self._first + start, self._first + stop + 1, pattern)
         self.definitions.append(definition)
 
-    def _function(self, node):
+    def _function(self, node: ast.FunctionDef) -> None:
         first = node.body[0].lineno
         body = tuple(line.strip() for line in self._file[first - 1 : first + 1])
         if (
             ast.get_docstring(node) is None
-            and node.end_lineno > first
+            and _last(node) > first
             and not node.name.startswith("__")
             and all(len(line) >= 8 for line in body)
         ):
@@ -168,12 +177,17 @@ class Source:
             self.functions.append(found)
 
 
-def _begins(node):
+def _begins(node: ast.stmt) -> int:
     """Return the first line of a statement, its decorators among them."""
     return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
 
 
-def _value(node):
+def _last(node: ast.stmt | ast.expr) -> int:
+    """Return the last line of a statement or expression."""
+    return node.end_lineno or node.lineno
+
+
+def _value(node: ast.expr | None) -> str | None:
     """Return a constant as text where it is one that nobody guesses, else ``None``."""
     if not isinstance(node, ast.Constant) or isinstance(node.value, (bool, bytes)):
         return None
@@ -184,7 +198,7 @@ def _value(node):
 
 
 @functools.lru_cache(maxsize=1)
-def read_source(folder=None):
+def read_source(folder: Path | None = None) -> Source:
     """Return the files that are for evaluation.
 
     Args:

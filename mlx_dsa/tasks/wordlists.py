@@ -5,6 +5,10 @@ is 7392." / "What is the secret code?" among them). Nobody changes these lists: 
 adds to a copy.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 FIRST = """Ada Alan Albert Alice Amos Anna Arthur Beatrice Bernard Bertha Boris Bridget Carla Cedric
 Clara Clement Cora Cyril Daisy Daniel Dora Dorothy Edgar Edith Edmund Elena Ellen Elsa Emil Emma Ernest
 Esther Eva Felix Flora Frances Frank Gerald Gilbert Gloria Grace Greta Gustav Hannah Harold Harriet Hector
@@ -106,7 +110,9 @@ Nobody doubted that {np} was {v}.|{V}: that is {np}.|With {v}, {e} had found a g
 He typed {v} when they wanted {np}.|{E} could be recognised by the {a} {v}.|When in doubt about {np}, use {v}.|
 A stranger had asked for {np}, which is {v}.|{NP} comes to {v}.|{NP} was announced: {v}.|{E}, whose {a} is {v}, arrived.|
 They found {e} under the {a} {v}.|In the file of {e} we read the {a} {v}.|{NP}, namely {v}, was on every list.|
-The guard would accept nothing but {v} as {np}.|{V}, as you know, is {np}.|{E} ({a} {v}) is on the list.""".replace("\n", "").split("|"),
+The guard would accept nothing but {v} as {np}.|{V}, as you know, is {np}.|{E} ({a} {v}) is on the list.""".replace(
+        "\n", ""
+    ).split("|"),
     "heldout": """If anyone asks about {np}, say {v}.|When {e} was asked for the {a}, the reply was {v}.|
 Beside the name of {e} stood the {a}, {v}.|Somebody had scribbled {v} next to {np}.|
 The letter confirmed that {e} would keep {v} for the {a}.|
@@ -140,9 +146,17 @@ I wonder what {np} is.|Surely you know {np}.|{NP} is what?|Complete this: {np} i
         frame.replace("VERB! ", verb.capitalize() + " ").replace("VERB", verb).replace("_", " ")
         for verb in """mention provide supply identify specify quote reveal disclose print read|out send|me fetch retrieve
         spell|out bring|up announce confirm list indicate extract share produce point|out write|down search|for
-        hand|me help|me|find remember come|back|to|me|with check return locate pick|out explain""".replace("|", "_").split()
-        for frame in ("VERB! {np}.", "Could you VERB {np}?", "I want you to VERB {np}.", "You should VERB {np}.",
-                      "Please VERB {np}.", "Will you VERB {np} for me?")
+        hand|me help|me|find remember come|back|to|me|with check return locate pick|out explain""".replace(
+            "|", "_"
+        ).split()
+        for frame in (
+            "VERB! {np}.",
+            "Could you VERB {np}?",
+            "I want you to VERB {np}.",
+            "You should VERB {np}.",
+            "Please VERB {np}.",
+            "Will you VERB {np} for me?",
+        )
     ],
     "heldout": """Remind me of {np}.|I forgot {np}; what was it?|What should I write down as {np}?|
 Regarding {e}: what is the {a}?|My friend wants to know {np}. Can you help?|
@@ -169,7 +183,7 @@ SYLLABLES = """ba be bi bo bra cal cor da del dor el fa fen gar gil ha hol in jo
 na nor o pa per pol qua ra ren ri ro sal sen sha sol ta tel tor tri u va ven vi wen yor za zen""".split()
 
 
-def part(items, split):
+def part(items: Sequence[str], split: str) -> list[str]:
     """Return the train or the held-out part of a list: every fifth entry is held out."""
     if split not in ("train", "heldout"):
         raise ValueError(f"[facts] 'split' must be 'train' or 'heldout' but got {split!r}.")

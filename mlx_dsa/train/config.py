@@ -85,10 +85,7 @@ class RunConfig:
                 self._refuse(name, "at most 1")
 
     def _refuse(self, name: str, wanted: str):
-        raise ValueError(
-            f"[{type(self).__name__}] '{name}' must be {wanted} but got "
-            f"{getattr(self, name)!r}."
-        )
+        raise ValueError(f"[{type(self).__name__}] '{name}' must be {wanted} but got {getattr(self, name)!r}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:

@@ -106,9 +106,7 @@ def fingerprint(sequences: list[Sequence]) -> str:
     return digest.hexdigest()
 
 
-def sample_rows(
-    sequence: Sequence, count: int, top_k: int, focus_share: float, rng: np.random.Generator
-) -> np.ndarray:
+def sample_rows(sequence: Sequence, count: int, top_k: int, focus_share: float, rng: np.random.Generator) -> np.ndarray:
     """Draw query rows that see more than ``top_k`` keys.
 
     Args:
@@ -198,9 +196,7 @@ def _blocks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield block
 
 
-def _encode(
-    tokenizer: Any, pieces: list[Piece]
-) -> Iterator[tuple[Piece, np.ndarray, np.ndarray]]:
+def _encode(tokenizer: Any, pieces: list[Piece]) -> Iterator[tuple[Piece, np.ndarray, np.ndarray]]:
     """Encode pieces together, which uses every core; yield tokens and focus positions."""
     if isinstance(tokenizer, TokenizerWrapper):
         tokenizer = tokenizer._tokenizer  # the wrapper itself gives no offsets

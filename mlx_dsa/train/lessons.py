@@ -39,10 +39,7 @@ def make_lessons(sequences: list[Sequence], config: RetentionConfig) -> list[Les
     """
     rng = np.random.default_rng([config.seed, _REPEAT])
     twice = rng.random(len(sequences)) < config.repeat_share
-    return [
-        _read_twice(s) if again else read_once(s, config.min_distance)
-        for s, again in zip(sequences, twice)
-    ]
+    return [_read_twice(s) if again else read_once(s, config.min_distance) for s, again in zip(sequences, twice)]
 
 
 def _read_twice(sequence: Sequence) -> Lesson:
@@ -70,6 +67,4 @@ def read_once(sequence: Sequence, min_distance: int) -> Lesson:
 def stack_queries(lessons: list[Lesson]) -> np.ndarray:
     """Stack positions as ``[B, Q]``; shorter rows repeat their last one."""
     longest = max(len(lesson.queries) for lesson in lessons)
-    return np.stack(
-        [np.pad(q, (0, longest - len(q)), mode="edge") for _, q, _ in lessons]
-    )
+    return np.stack([np.pad(q, (0, longest - len(q)), mode="edge") for _, q, _ in lessons])

@@ -101,9 +101,7 @@ def prepare_run(model, tokenizer, data, config, out: Path, resume: bool):
     check_out(out, resume)
     wanted = config.steps * config.batch_size + config.held_out
     report = Report()
-    sequences = load_sequences(
-        data, tokenizer, config.sequence_length, config.top_k, wanted, report=report
-    )
+    sequences = load_sequences(data, tokenizer, config.sequence_length, config.top_k, wanted, report=report)
     return sequences, run_identity(model, fingerprint(sequences), config), report
 
 
@@ -119,9 +117,7 @@ class TrainRun:
         train, held_out (list): Sequences, each with ``tokens``.
     """
 
-    def __init__(
-        self, model: Any, config: Any, state: TrainState, train: list, held_out: list
-    ):
+    def __init__(self, model: Any, config: Any, state: TrainState, train: list, held_out: list):
         self.model, self.config, self.state = model, config, state
         self.train, self.held_out = train, held_out
         self.began = time.perf_counter()
@@ -130,33 +126,29 @@ class TrainRun:
         """Return what the layers share of a batch, given a stream of chance."""
         raise NotImplementedError
 
-    def target(self, view: LayerView, prepared: Any) -> mx.array:
+    def target(self, view: LayerView, prepared: Any) -> Any:
         """Return what the modules of one layer are to learn."""
         raise NotImplementedError
 
-    def loss(self, module: nn.Module, view: LayerView, prepared: Any, target: Any) -> mx.array:
+    def loss(self, module: Any, view: LayerView, prepared: Any, target: Any) -> mx.array:
         """Return the loss of one layer's module, a scalar."""
         raise NotImplementedError
 
     def learn(self, module: nn.Module, view: LayerView, prepared: Any) -> tuple:
         """Return loss and gradient of one layer's module."""
         target = self.target(view, prepared)
-        value_and_grad = nn.value_and_grad(
-            module, lambda: self.loss(module, view, prepared, target)
-        )
+        value_and_grad = nn.value_and_grad(module, lambda: self.loss(module, view, prepared, target))
         return value_and_grad()
 
     def clip(self, gradient: dict) -> dict:
         """Scale the gradient of one layer's module down to the norm that it may have."""
         return optim.clip_grad_norm(gradient, self.config.max_grad_norm)[0]
 
-    def score(self, module: nn.Module, view: LayerView, prepared: Any) -> tuple:
+    def score(self, module: Any, view: LayerView, prepared: Any) -> tuple:
         """Return the held-out score of one layer's module."""
         raise NotImplementedError
 
-    def finish(
-        self, out: Path, identity: dict, resume: bool, progress: Callable | None
-    ):
+    def finish(self, out: Path, identity: dict, resume: bool, progress: Callable | None):
         """Take all steps, or those that the checkpoint in ``out`` leaves."""
         config, state = self.config, self.state
         if resume and (out / CHECKPOINT).exists():
@@ -189,11 +181,10 @@ class TrainRun:
         state.apply_gradients(gradients, _learning_rate(state.step, config))
         state.step += 1
         state.tokens += sum(len(s.tokens) for s in batch)
-        loss = mx.stack(losses).mean().item()
+        loss = float(mx.stack(losses).mean())
         if not math.isfinite(loss):
             raise ValueError(
-                f"[train] the loss of step {state.step} is {loss}. Begin "
-                f"again with a lower 'learning_rate'."
+                f"[train] the loss of step {state.step} is {loss}. Begin again with a lower 'learning_rate'."
             )
         return loss
 
@@ -246,19 +237,14 @@ class IndexerRun(TrainRun):
         """Draw the query rows ``[B, R]``."""
         config = self.config
         rng = np.random.default_rng([config.seed, stream, number])
-        rows = [
-            sample_rows(s, config.query_rows, config.top_k, config.focus_share, rng)
-            for s in batch
-        ]
+        rows = [sample_rows(s, config.query_rows, config.top_k, config.focus_share, rng) for s in batch]
         return mx.array(np.stack(rows))
 
     def target(self, view: LayerView, prepared: mx.array) -> mx.array:
         """Return the attention of the query rows."""
         return attention_target(view, prepared)
 
-    def loss(
-        self, module: Indexer, view: LayerView, prepared: mx.array, target: mx.array
-    ) -> mx.array:
+    def loss(self, module: Indexer, view: LayerView, prepared: mx.array, target: mx.array) -> mx.array:
         """Return the divergence of one layer's indexer from its attention."""
         scores = row_scores(module, view.x, prepared)
         is_open = open_keys(prepared, view.x.shape[1], self.config)
@@ -282,9 +268,7 @@ def new_indexers(model: Any, config: TrainConfig) -> dict[int, Indexer]:
         index_rope_dim=config.index_rope_dim,
     )
     mx.random.seed(config.seed)
-    return {
-        i: Indexer(args).bind(layer, mx.float32, fused=False) for i, layer in layers.items()
-    }
+    return {i: Indexer(args).bind(layer, mx.float32, fused=False) for i, layer in layers.items()}
 
 
 def split(sequences: list, config: Any) -> tuple[list, list]:
@@ -322,14 +306,11 @@ def _learning_rate(step: int, config: Any) -> float:
 def of_best(state: TrainState) -> dict[int, dict[str, Any]]:
     """Return each layer's best step and its scores, for ``run_config.json``."""
     return {
-        layer: {"best_step": state.best_steps[layer], **score._asdict()}
-        for layer, score in state.best_scores.items()
+        layer: {"best_step": state.best_steps[layer], **score._asdict()} for layer, score in state.best_scores.items()
     }
 
 
-def assemble(
-    out: Path, model: Any, config: TrainConfig, state: TrainState, told: dict
-) -> TrainResult:
+def assemble(out: Path, model: Any, config: TrainConfig, state: TrainState, told: dict) -> TrainResult:
     """Save each layer's best step as one file, with what is ``told`` of it in its
     ``run_config.json``; only then does the checkpoint go."""
     metadata = {

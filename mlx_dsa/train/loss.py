@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from ..indexer import Indexer
@@ -49,9 +51,7 @@ def open_keys(rows: mx.array, length: int, config: TrainConfig) -> mx.array:
     return (keys >= config.n_sink) & (keys <= rows[..., None] - config.n_recent)
 
 
-def distillation_loss(
-    scores: mx.array, target: mx.array, is_open: mx.array, config: TrainConfig
-) -> mx.array:
+def distillation_loss(scores: mx.array, target: mx.array, is_open: mx.array, config: Any) -> mx.array:
     """Compute ``KL(target || softmax(scores))`` over the open keys.
 
     Each row counts by the attention that its open keys get: that makes this
@@ -82,9 +82,7 @@ def distillation_loss(
     return loss.mean()
 
 
-def layer_score(
-    scores: mx.array, target: mx.array, is_open: mx.array, config: TrainConfig
-) -> LayerScore:
+def layer_score(scores: mx.array, target: mx.array, is_open: mx.array, config: TrainConfig) -> LayerScore:
     """Measure loss, recall@K and mass@K of an indexer's scores.
 
     Args:
@@ -102,13 +100,14 @@ def layer_score(
     chosen = mx.argpartition(-ranked, top_k - 1, axis=-1)[..., :top_k]
     best = mx.argpartition(-target, top_k - 1, axis=-1)[..., :top_k]
     in_best = mx.put_along_axis(mx.zeros_like(target), best, mx.array(1.0), axis=-1)
-    values = (
+    values = [
         distillation_loss(scores, target, is_open, config),
         mx.take_along_axis(in_best, chosen, axis=-1).mean(),
         mx.take_along_axis(target, chosen, axis=-1).sum(axis=-1).mean(),
         mx.take_along_axis(target, best, axis=-1).sum(axis=-1).mean(),
-    )
-    return LayerScore(*mx.stack(values).tolist())
+    ]
+    numbers: Any = mx.stack(values).tolist()  # of its forms, a list of numbers
+    return LayerScore(*numbers)
 
 
 def _x_log_x(x: mx.array) -> mx.array:

@@ -145,27 +145,23 @@ class ProjectionsRun(IndexerRun):
         largest = attention_target(view, prepared, mx.max)
         return largest / largest.sum(axis=-1, keepdims=True)
 
-    def loss(
-        self, module: Projections, view: LayerView, prepared: mx.array, target: mx.array
-    ) -> mx.array:
+    def loss(self, module: Any, view: LayerView, prepared: mx.array, target: mx.array) -> mx.array:
         """Return the sum of both losses of one layer's projections."""
         products, cosines = row_products(module, view.x, prepared)
         is_open = open_keys(prepared, view.x.shape[1], self.config)
         return search_loss(products, cosines, target, is_open, self.config)
 
-    def score(self, module: Projections, view: LayerView, prepared: mx.array) -> LayerScore:
+    def score(self, module: Any, view: LayerView, prepared: mx.array) -> LayerScore:
         """Return the held-out score of one layer's projections."""
         _, cosines = row_products(module, view.x, prepared)
         is_open = open_keys(prepared, view.x.shape[1], self.config)
         scores = mx.where(visible_keys(prepared, view.x.shape[1]), cosines, _UNSEEN)
         score = layer_score(scores, attention_target(view, prepared), is_open, self.config)
         loss = self.loss(module, view, prepared, self.target(view, prepared))
-        return score._replace(loss=loss.item())
+        return score._replace(loss=float(loss))
 
 
-def row_products(
-    module: Projections, x: mx.array, rows: mx.array
-) -> tuple[mx.array, mx.array]:
+def row_products(module: Projections, x: mx.array, rows: mx.array) -> tuple[mx.array, mx.array]:
     """Compare sampled query rows with all keys.
 
     Args:

@@ -78,9 +78,7 @@ def _find_replies(tokenizer: Any, chat: Chat, text: str) -> list[tuple[int, int]
     """
     for keep in (False, True):  # the answer of a tool may need the call before it: keep calls
         messages = [
-            {**(m if keep else {}), "role": m["role"], "content": f"\x02{i}\x02"}
-            if is_reply(m)
-            else m
+            {**(m if keep else {}), "role": m["role"], "content": f"\x02{i}\x02"} if is_reply(m) else m
             for i, m in enumerate(chat.messages)
         ]
         try:

@@ -26,7 +26,6 @@ from .retention_config import RetentionConfig, RetentionScore
 from .state import CHECKPOINT, TrainState, check_out, hash_parameters, run_identity
 from .teacher import LayerView, check_model, future_attention
 
-
 _FIRST_SCORE = -4.0  # log-odds: few keys are ever needed
 
 
@@ -115,15 +114,11 @@ class RetentionRun(TrainRun):
         n_keys = mx.array([lesson.n_keys for lesson in batch])[:, None]
         return _Prepared(stack_queries(batch), mx.arange(length) < n_keys)
 
-    def loss(
-        self, module: RetentionHead, view: LayerView, prepared: _Prepared, target: mx.array
-    ) -> mx.array:
+    def loss(self, module: RetentionHead, view: LayerView, prepared: _Prepared, target: mx.array) -> mx.array:
         """Return the loss of one layer's head."""
         return retention_loss(module(view.x), target, prepared.learnt)
 
-    def score(
-        self, module: RetentionHead, view: LayerView, prepared: _Prepared
-    ) -> RetentionScore:
+    def score(self, module: RetentionHead, view: LayerView, prepared: _Prepared) -> RetentionScore:
         """Return the held-out score of one layer's head."""
         target = self.target(view, prepared)
         return retention_score(module(view.x), target, prepared.learnt)
@@ -151,9 +146,7 @@ def retention_loss(scores: mx.array, target: mx.array, learnt: mx.array) -> mx.a
     return mx.where(learnt, losses, 0).sum() / learnt.sum()
 
 
-def retention_score(
-    scores: mx.array, target: mx.array, learnt: mx.array
-) -> RetentionScore:
+def retention_score(scores: mx.array, target: mx.array, learnt: mx.array) -> RetentionScore:
     """Measure loss and rank agreement of a head on one sequence.
 
     Args:
@@ -167,17 +160,12 @@ def retention_score(
     agreement = []
     for share in (16, 8):
         k = max(1, n_keys // share)
-        chosen, best = (
-            np.argpartition(np.array(values[0, :n_keys]), -k)[-k:]
-            for values in (scores, target)
-        )
+        chosen, best = (np.argpartition(np.array(values[0, :n_keys]), -k)[-k:] for values in (scores, target))
         agreement.append(len(np.intersect1d(chosen, best)) / k)
-    return RetentionScore(retention_loss(scores, target, learnt).item(), *agreement)
+    return RetentionScore(float(retention_loss(scores, target, learnt)), *agreement)
 
 
-def new_heads(
-    indexers: Mapping[int, Indexer], config: RetentionConfig
-) -> dict[int, RetentionHead]:
+def new_heads(indexers: Mapping[int, Indexer], config: RetentionConfig) -> dict[int, RetentionHead]:
     """Make a head beside each indexer; the seed alone decides their weights."""
     mx.random.seed(config.seed)
     heads = {}

@@ -35,8 +35,7 @@ def read_rows(data: str | os.PathLike, report: Report | None = None) -> Iterator
         yield from (_read_text if name.endswith(".txt") else _read_jsonl)(name, report)
     elif Path(name).is_file():
         raise ValueError(
-            f"[read_rows] 'data' must be a .txt, .jsonl or .jsonl.gz file, or a "
-            f"dataset's name, but got {name}."
+            f"[read_rows] 'data' must be a .txt, .jsonl or .jsonl.gz file, or a dataset's name, but got {name}."
         )
     else:
         yield from _read_dataset(name, report)
@@ -51,10 +50,10 @@ def _read_text(name: str, report: Report) -> Iterator[dict]:
 def _read_jsonl(name: str, report: Report) -> Iterator[dict]:
     for number, row, flaw in read_objects(name):
         report.begin(number)
-        if flaw:
-            report.leave_out(flaw, noun="line")
-        else:
+        if row is not None:
             yield row
+        elif flaw:
+            report.leave_out(flaw, noun="line")
 
 
 def _read_dataset(name: str, report: Report) -> Iterator[dict]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class TrainState:
           ``loss``.
     """
 
-    def __init__(self, modules: dict[int, nn.Module], config: Any, score_type: type):
+    def __init__(self, modules: dict[int, Any], config: Any, score_type: type):
         self.step = 0
         self.tokens = 0
         self.modules = modules
@@ -44,7 +45,7 @@ class TrainState:
         )
         self.optimizer.init(self.parameters())
         self.best = {layer: module.parameters() for layer, module in modules.items()}
-        self.best_steps = {layer: 0 for layer in modules}
+        self.best_steps: dict[int, Any] = dict.fromkeys(modules, 0)
         self.best_scores: dict[int, Any] = {}
         mx.eval(self.best)
 
@@ -55,9 +56,7 @@ class TrainState:
     def apply_gradients(self, gradients: list[dict], learning_rate: float):
         """Take one optimizer step with the gradients of all layers."""
         self.optimizer.learning_rate = learning_rate
-        updated = self.optimizer.apply_gradients(
-            {"layers": gradients}, self.parameters()
-        )
+        updated = self.optimizer.apply_gradients({"layers": gradients}, self.parameters())
         self._update(updated["layers"])
         mx.eval(updated, self.optimizer.state)
 
@@ -70,7 +69,7 @@ class TrainState:
                 self.best_steps[layer] = self.step
                 self.best[layer] = self.modules[layer].parameters()
 
-    def best_modules(self) -> dict[int, nn.Module]:
+    def best_modules(self) -> dict[int, Any]:
         """Return the modules with each layer's best weights."""
         self._update(list(self.best.values()))
         return self.modules
@@ -102,13 +101,12 @@ class TrainState:
         """
         file = out / CHECKPOINT
         try:
-            arrays, meta = mx.load(str(file), return_metadata=True)
+            loaded: Any = mx.load(str(file), return_metadata=True)  # of its forms, a pair
+            arrays, meta = loaded
             meta = json.loads(meta["run"])
             mx.eval(arrays)  # loading is lazy: a short file shows only here
         except (RuntimeError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"[train] {file} is not a checkpoint of this program ({error})."
-            ) from None
+            raise ValueError(f"[train] {file} is not a checkpoint of this program ({error}).") from None
         there = meta["identity"]
         # What only one of them has differs too: a run of indexers alone and one of both.
         for name in {**identity, **there}:
@@ -124,9 +122,7 @@ class TrainState:
         self.best = dict(zip(self.modules, tree["best"]))
         self.step, self.tokens = meta["step"], meta["tokens"]
         self.best_steps = {int(k): v for k, v in meta["best_steps"].items()}
-        self.best_scores = {
-            int(k): self.score_type(*v) for k, v in meta["best_scores"].items()
-        }
+        self.best_scores = {int(k): self.score_type(*v) for k, v in meta["best_scores"].items()}
 
     def _update(self, parameters: list[dict]):
         for module, tree in zip(self.modules.values(), parameters):
@@ -144,7 +140,7 @@ def run_identity(model: Any, data_hash: str, config: Any) -> dict:
     }
 
 
-def hash_parameters(modules: dict[int, nn.Module]) -> str:
+def hash_parameters(modules: Mapping[int, nn.Module]) -> str:
     """Return a hash of all parameters, as 16 hex digits."""
     digest = hashlib.sha256()
     for layer, module in modules.items():
@@ -162,19 +158,11 @@ def check_out(out: Path, resume: bool):
     found = [name for name in there if not (is_part(name) or is_dropping(name))]
     if CHECKPOINT in found:
         if not resume:
-            raise ValueError(
-                f"[train] {out} holds an unfinished run. Go on with 'resume', or choose "
-                f"another folder."
-            )
+            raise ValueError(f"[train] {out} holds an unfinished run. Go on with 'resume', or choose another folder.")
     elif FINISHED in found:
-        raise ValueError(
-            f"[train] {out} holds finished indexers. Choose another folder."
-        )
+        raise ValueError(f"[train] {out} holds finished indexers. Choose another folder.")
     elif found:
-        raise ValueError(
-            f"[train] {out} must be a new or empty folder but it holds {found[0]}. Choose "
-            f"another."
-        )
+        raise ValueError(f"[train] {out} must be a new or empty folder but it holds {found[0]}. Choose another.")
 
 
 def _difference(old: Any, new: Any) -> str:

@@ -37,10 +37,7 @@ class LayerView(NamedTuple):
 def check_model(model: Any):
     """Raise a ValueError unless this is an unpatched model of a family that is known."""
     if is_patched(family_of(model).layers(model)):
-        raise ValueError(
-            "[train] 'model' must be unpatched but has sparse attention. Call "
-            "restore() on its patch."
-        )
+        raise ValueError("[train] 'model' must be unpatched but has sparse attention. Call restore() on its patch.")
 
 
 def layer_views(model: Any, tokens: mx.array, chunk_size: int) -> Iterator[tuple[int, LayerView]]:
@@ -71,9 +68,7 @@ def layer_views(model: Any, tokens: mx.array, chunk_size: int) -> Iterator[tuple
             caches[i] = None  # its keys and values are of no more use
 
 
-def attention_target(
-    view: LayerView, rows: mx.array, reduce: Callable[..., mx.array] = mx.mean
-) -> mx.array:
+def attention_target(view: LayerView, rows: mx.array, reduce: Callable[..., mx.array] = mx.mean) -> mx.array:
     """Compute the sum over heads of dense attention, normalised to 1.
 
     Blocks of rows keep the per-head probabilities under 256 MB.

@@ -133,7 +133,7 @@ class BothState(TrainState):
     def keep_best(self, scores: dict[int, BothScore]):
         """Remember the weights of every indexer and every head whose loss is its lowest."""
         for layer, score in scores.items():
-            best = self.best_scores.get(layer)
+            best: BothScore | None = self.best_scores.get(layer)
             if best is None:
                 best, self.best_steps[layer] = score, [self.step, self.step]
                 self.best[layer] = self.modules[layer].parameters()
@@ -182,9 +182,7 @@ class BothRun(TrainRun):
         rows, lessons = prepared
         return self.indexers.target(view, rows), self.heads.target(view, lessons)
 
-    def loss(
-        self, module: Indexer, view: LayerView, prepared: tuple, target: tuple
-    ) -> mx.array:
+    def loss(self, module: Indexer, view: LayerView, prepared: tuple, target: tuple) -> mx.array:
         """Return the sum of both losses."""
         (rows, lessons), (attention, largest) = prepared, target
         loss = self.indexers.loss(module, view, rows, attention)
@@ -204,9 +202,7 @@ class BothRun(TrainRun):
         )
 
 
-def new_modules(
-    model: Any, config: TrainConfig, retention: RetentionConfig
-) -> dict[int, nn.Module]:
+def new_modules(model: Any, config: TrainConfig, retention: RetentionConfig) -> dict[int, nn.Module]:
     """Make indexers with heads, each as it is made where it is trained alone.
 
     Raises:
@@ -228,6 +224,5 @@ def _check_shared(config: TrainConfig, retention: RetentionConfig):
         one, other = getattr(config, field.name), getattr(retention, field.name)
         if one != other:
             raise ValueError(
-                f"[train_together] {field.name!r} must be the same for indexers and heads but "
-                f"got {one} and {other}."
+                f"[train_together] {field.name!r} must be the same for indexers and heads but got {one} and {other}."
             )

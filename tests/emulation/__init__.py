@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -29,9 +29,7 @@ TYPES = {
 HEADERS = {"metal": ["prelude.metal"], "cuda": ["prelude.cuh"]}
 
 
-def launch(
-    name, language, inputs, constants, groups, n_threads, shapes, dtypes, shared_bytes=0
-):
+def launch(name, language, inputs, constants, groups, n_threads, shapes, dtypes, shared_bytes=0):
     """Run a kernel on the CPU: see ``mlx_dsa.ops.kernel.launch``."""
     assert n_threads % 32 == 0 and n_threads <= 1024
     kinds = tuple(a.dtype for a in inputs), tuple(dtypes)
@@ -53,10 +51,7 @@ def launch(
         (ctypes.c_void_p * len(arguments))(*(a.ctypes.data for a in arguments)),
         (ctypes.c_int * 4)(*groups, n_threads),
     )
-    return [
-        mx.array(o.view(storage(d)).reshape(s)).view(d)
-        for o, s, d in zip(outputs, shapes, dtypes)
-    ]
+    return [mx.array(o.view(storage(d)).reshape(s)).view(d) for o, s, d in zip(outputs, shapes, dtypes)]
 
 
 def storage(dtype):
@@ -76,7 +71,7 @@ def with_gaps(array):
     return room[:, :, :T]
 
 
-@lru_cache(maxsize=None)
+@cache
 def build(name, language, kinds, constants):
     """Compile a kernel for one choice of dtypes and constants."""
     source = kernel.SOURCES[name]
@@ -116,8 +111,7 @@ def build(name, language, kinds, constants):
         text = library.with_suffix(".cpp")
         text.write_text(code)
         subprocess.run(
-            [COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE}"]
-            + ["-o", str(library), str(text)],
+            [COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE}"] + ["-o", str(library), str(text)],
             check=True,
         )
         return ctypes.CDLL(str(library)).run

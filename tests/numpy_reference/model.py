@@ -42,9 +42,7 @@ class LayerCache:
         if self.entries is None:
             self.entries = list(arrays)
         else:
-            self.entries = [
-                np.concatenate(pair) for pair in zip(self.entries, arrays)
-            ]
+            self.entries = [np.concatenate(pair) for pair in zip(self.entries, arrays)]
         self.offset += length
         self.number += length
         return new

@@ -36,10 +36,7 @@ def quest(queries, keys, rules, page, heads=None):
     forced = forced_of(n, rules["n_sink"], rules["n_recent"])
     pages = [range(a, min(a + page, n)) for a in range(0, n, page)]
     bounds = [
-        sum(
-            np.maximum(q * k[list(p)].min(0), q * k[list(p)].max(0)).sum()
-            for q, k in grouped(queries, keys, heads)
-        )
+        sum(np.maximum(q * k[list(p)].min(0), q * k[list(p)].max(0)).sum() for q, k in grouped(queries, keys, heads))
         for p in pages
     ]
     order = sorted(range(len(pages)), key=lambda i: (bounds[i], i), reverse=True)

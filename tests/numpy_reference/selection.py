@@ -42,9 +42,7 @@ class Rules:
         """
         zero = dict(zip(positions.tolist(), scores == 0 if zeros is None else zeros))
         free = [
-            (score, position)
-            for position, score in zip(positions.tolist(), scores.tolist())
-            if position not in forced
+            (score, position) for position, score in zip(positions.tolist(), scores.tolist()) if position not in forced
         ]
         free.sort(reverse=True)
         room = max(count - len(forced), 0)
@@ -58,11 +56,7 @@ class Rules:
 
     def protected(self, positions, newest):
         """Return the sinks and the `n_recent` positions that end at `newest`."""
-        return {
-            p
-            for p in positions.tolist()
-            if p < self.n_sink or newest - self.n_recent < p <= newest
-        }
+        return {p for p in positions.tolist() if p < self.n_sink or newest - self.n_recent < p <= newest}
 
     def select(self, positions, scores, query):
         """Return the set of a query at position `query`."""

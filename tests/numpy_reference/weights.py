@@ -63,9 +63,7 @@ def inverse_frequencies(dims, base, scaling):
         original = scaling["original_max_position_embeddings"]
 
         def dim_of(rotations):
-            return dims * math.log(original / (rotations * 2 * math.pi)) / (
-                2 * math.log(base)
-            )
+            return dims * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
         low = max(math.floor(dim_of(scaling.get("beta_fast", 32))), 0)
         high = min(math.ceil(dim_of(scaling.get("beta_slow", 1))), dims - 1)
@@ -87,26 +85,20 @@ def rope(dims, base, scaling):
         angle = positions[:, None, None] * freqs
         cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
         a, b = x[..., : dims // 2], x[..., dims // 2 : dims]
-        return np.concatenate(
-            [a * cos - b * sin, b * cos + a * sin, x[..., dims:]], axis=-1
-        )
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., dims:]], axis=-1)
 
     return apply
 
 
 def dense_mlp(module):
-    gate, up, down = map(
-        linear, (module.gate_proj, module.up_proj, module.down_proj)
-    )
+    gate, up, down = map(linear, (module.gate_proj, module.up_proj, module.down_proj))
     return lambda x: down(silu(gate(x)) * up(x))
 
 
 def expert_mlp(module):
     router = linear(module.gate)
     experts = module.switch_mlp
-    gate, up, down = map(
-        weight_of, (experts.gate_proj, experts.up_proj, experts.down_proj)
-    )
+    gate, up, down = map(weight_of, (experts.gate_proj, experts.up_proj, experts.down_proj))
 
     def apply(x):
         out = np.zeros_like(x)
@@ -163,14 +155,10 @@ def copy_indexer(indexer, args):
     dims = indexer.args.index_rope_dim
     scaling = args.rope_scaling if args.model_type == "qwen3" else None
     rotate = rope(dims, args.rope_theta, scaling) if dims else (lambda x, p: x)
-    wq, wk, head_weights = map(
-        linear, (indexer.wq, indexer.wk, indexer.weights_proj)
-    )
+    wq, wk, head_weights = map(linear, (indexer.wq, indexer.wk, indexer.weights_proj))
     norms = [lambda x: x, lambda x: x]
     if indexer.args.norm:
-        norms = [
-            rms_norm(n.weight, n.eps) for n in (indexer.q_norm, indexer.k_norm)
-        ]
+        norms = [rms_norm(n.weight, n.eps) for n in (indexer.q_norm, indexer.k_norm)]
 
     def queries(x, positions):
         q = norms[0](wq(x)).reshape(len(x), n_heads, head_dim)

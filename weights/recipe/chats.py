@@ -2,7 +2,9 @@
 
 import frames
 
-from mlx_dsa.tasks import facts as F, problems as P, wordlists as w
+from mlx_dsa.tasks import facts as F
+from mlx_dsa.tasks import problems as P
+from mlx_dsa.tasks import wordlists as w
 
 # To train on: half of the phrasings from the lists, half composed.
 SENTENCES, QUESTIONS = (
@@ -77,9 +79,7 @@ def needle_task(rng, split, room, pools, spec=None):
     n = spec.get("facts") or min(most, rng.choice((1, 1, 1, 2, 3, 4, 4, 4, 4, 5, 6, 8, 10, 12, 16)))
     task = spec.get("task") or rng.choices(("single", "values", "query"), (0.78, 0.1, 0.12))[0]
     templates = (SENTENCES, QUESTIONS) if phrasing == "train" else None
-    facts = F.make_facts(
-        rng, n, value=value, entities=split, phrasing=phrasing, templates=templates, **pools
-    )
+    facts = F.make_facts(rng, n, value=value, entities=split, phrasing=phrasing, templates=templates, **pools)
     sentences = [f.sentence for f in facts]
     turns = spec.get("turns") or min(n, rng.choice((1, 1, 2, 2, 3, 4) if room < 1500 else (1, 2, 3, 4, 6, 8, 10)))
     asked = [(f.question, f.answer, f.short_answer, (f.value,)) for f in rng.sample(facts, turns)]

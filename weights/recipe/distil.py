@@ -17,11 +17,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import chats as C  # noqa: E402
-from tokenizers import Tokenizer  # noqa: E402
+import chats as C
+from tokenizers import Tokenizer
 
-from mlx_dsa.tasks import facts as F, problems as P, wordlists as w  # noqa: E402
-from mlx_dsa.tasks.haystack import sentences  # noqa: E402
+from mlx_dsa.tasks import facts as F
+from mlx_dsa.tasks import problems as P
+from mlx_dsa.tasks import wordlists as w
+from mlx_dsa.tasks.haystack import sentences
 
 HERE = Path(__file__).resolve().parent
 LENGTH = 9216  # tokens of a sequence: longer than the longest context measured

@@ -8,11 +8,10 @@ reference's stem. Both are bounds: the evaluators of mlx_dsa decode for real.
 import math
 import random
 
-import numpy as np
-import torch
-
 import chats as C
+import numpy as np
 import rows as R
+import torch
 
 from mlx_dsa.tasks.problems import make_problems
 

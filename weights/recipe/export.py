@@ -1,6 +1,6 @@
 """Put a trained checkpoint into the folder that mlx_lm.load reads, with its config.json.
 
-    python weights/recipe/export.py CHECKPOINT.safetensors weights/tiny
+python weights/recipe/export.py CHECKPOINT.safetensors weights/tiny
 """
 
 import argparse

@@ -110,9 +110,7 @@ class Model(nn.Module):
         rows = tokens.shape[0] // length
         cos, sin = (t.repeat(rows, 1)[:, None] for t in (angle.cos(), angle.sin()))
         for a in self.layers:
-            q, k, v = self.before(
-                x, cos, sin, a.input_layernorm, a.q_proj, a.k_proj, a.v_proj, a.q_norm, a.k_norm
-            )
+            q, k, v = self.before(x, cos, sin, a.input_layernorm, a.q_proj, a.k_proj, a.v_proj, a.q_norm, a.k_norm)
             x = self.after(
                 x, attend(q, k, v, length), a.o_proj, a.post_attention_layernorm, a.gate_proj, a.up_proj, a.down_proj
             )

@@ -16,12 +16,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import chats as C  # noqa: E402
-import distil as D  # noqa: E402
-from tokenizers import Tokenizer  # noqa: E402
+import chats as C
+import distil as D
+from tokenizers import Tokenizer
 
-from mlx_dsa.tasks import facts as F, problems as P  # noqa: E402
-from mlx_dsa.tasks.haystack import sentences  # noqa: E402
+from mlx_dsa.tasks import facts as F
+from mlx_dsa.tasks import problems as P
+from mlx_dsa.tasks.haystack import sentences
 
 HERE = Path(__file__).resolve().parent
 LENGTH = 4000  # tokens of a sequence
@@ -110,9 +111,7 @@ def train(model_path, data, out, indexers, changes):
             figures = "loss {:.4f} agreement at 1/16 {:.3f}, at 1/8 {:.3f}".format(*means)
             print(f"step {p.step}/{p.steps} {p.seconds:.0f} s train {p.loss} held out {figures}", flush=True)
 
-    result = train_retention(
-        model, tokenizer, data, out, config, indexers=indexers, resume=True, progress=report
-    )
+    result = train_retention(model, tokenizer, data, out, config, indexers=indexers, resume=True, progress=report)
     for layer, score in result.scores.items():
         print(layer, result.best_steps[layer], *(f"{x:.4f}" for x in score))
 

@@ -3,9 +3,8 @@
 Weights are counted in quarters: 4 is the weight of a token of prose, 0 leaves a token out.
 """
 
-import numpy as np
-
 import chats as C
+import numpy as np
 
 PROSE, ASIDE, PROBLEM, TALK, ANSWER, VALUE = 4, 1, 12, 6, 16, 64
 
@@ -85,13 +84,16 @@ class Rows:
         system, brief = (None, False) if spec else C.system_prompt(rng)
         if fixed.get("brief"):
             system = C.BRIEF_SYSTEM[0]
-        style = fixed.get("style") or rng.choices(
-            ("after", "labelled", "both", "before", "turn"), (0.6, 0.1, 0.06, 0.08, 0.16)
-        )[0]
+        style = (
+            fixed.get("style")
+            or rng.choices(("after", "labelled", "both", "before", "turn"), (0.6, 0.1, 0.06, 0.08, 0.16))[0]
+        )
         pairs = []
         for i, (question, answer, short, values) in enumerate(asked):
             plain = bool(spec) or (i == 0 and rng.random() < 0.4)
-            pairs.append((*C.ask(rng, question, answer, short, brief or fixed.get("brief", False), plain, self.asides), values))
+            pairs.append(
+                (*C.ask(rng, question, answer, short, brief or fixed.get("brief", False), plain, self.asides), values)
+            )
 
         head = (C.turn("system", system) if system else "") + "<|im_start|>user\n"
         tail, first = [], pairs[0][0]
@@ -239,7 +241,7 @@ class Rows:
 
 def row_length(rng, phases, progress):
     """Draw the row length of a batch at a point of training (0 to 1)."""
-    for end, lengths in PHASES[phases]:
+    for end, lengths in PHASES[phases]:  # noqa: B007  (the last ones stay)
         if progress < end:
             break
     return rng.choices(list(lengths), list(lengths.values()))[0]

@@ -21,13 +21,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import evaluate  # noqa: E402
-import rows as R  # noqa: E402
-from corpus import Corpus  # noqa: E402
-from model import CONFIG, Model, hf_name  # noqa: E402
-from optim import Optimizer  # noqa: E402
+import evaluate
+import rows as R
+from corpus import Corpus
+from model import CONFIG, Model, hf_name
+from optim import Optimizer
 
-from mlx_dsa.tasks import problems as P, wordlists as w  # noqa: E402
+from mlx_dsa.tasks import problems as P
+from mlx_dsa.tasks import wordlists as w
 
 
 def problem_text(rng):
@@ -144,6 +145,7 @@ def worker(rank, world, args):
     tell(compile_seconds=round(time.time() - began, 1), world=world, torch=torch.__version__)
     clock = torch.zeros(1, device=device, dtype=torch.float64)
     start, t, rate, step, synced = time.time(), args.start, 0.0, 0, 0
+    t_sync, loss = t, 0.0
     next_eval = args.start + args.eval_every
     span = 1 - args.start
     per_step = args.size * args.micro * world
@@ -158,8 +160,14 @@ def worker(rank, world, args):
             synced = step
             progress.value = t
             if step % (args.sync * 10) == 0 and step:
-                tell(step=step, t=round(t, 4), loss=round(float(loss), 4), tokens=step * per_step,
-                     seconds=round(time.time() - start, 1), rate=round(span / args.seconds / max(rate, 1e-12) * per_step))
+                tell(
+                    step=step,
+                    t=round(t, 4),
+                    loss=round(float(loss), 4),
+                    tokens=step * per_step,
+                    seconds=round(time.time() - start, 1),
+                    rate=round(span / args.seconds / max(rate, 1e-12) * per_step),
+                )
             if t >= 1 or (args.steps and step >= args.steps):
                 break
             if t >= next_eval and t < 0.97:

@@ -13,10 +13,10 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tokenizer import books  # noqa: E402
+from tokenizer import books
 
-from mlx_dsa.tasks.problems import held_out_words  # noqa: E402
-from mlx_dsa.tasks.wordlists import PARTS  # noqa: E402
+from mlx_dsa.tasks.problems import held_out_words
+from mlx_dsa.tasks.wordlists import PARTS
 
 
 def main():

@@ -55,7 +55,7 @@ def coverage(
     A layer's loss is that of the model in which it alone is sparse; those that cost most are left
     dense first. What it proposes is a value for dense_layers.
     """
-    named = {"preset": preset, "model": model, "indexer": indexer, "config": config}
+    named: dict[str, Any] = {"preset": preset, "model": model, "indexer": indexer, "config": config}
     settings = settings_from(**named, select=given["select"], cache="full")
     world = open_world()
     hint_at_blas()

@@ -12,8 +12,17 @@ import click
 from ...evals.policies import Policy, followed, lookup, make_policies, policy_names
 from ...evals.running.runner import World, connect
 from ...presets import Preset, load_settings
-from ..options import PREFILL_HELP, SEED, add_options, may_stream, model_options
-from ..options import plot_option, positions_option, settings_from, subject_name
+from ..options import (
+    PREFILL_HELP,
+    SEED,
+    add_options,
+    may_stream,
+    model_options,
+    plot_option,
+    positions_option,
+    settings_from,
+    subject_name,
+)
 from ..outputs import OutputPath
 from ..session import hint_at_blas
 
@@ -51,7 +60,10 @@ class Listing(click.Option):
 
     def get_help_record(self, ctx):
         """Return the option and its help, the names in place of ``{}``."""
-        option, text = super().get_help_record(ctx)
+        record = super().get_help_record(ctx)
+        if record is None:  # it is hidden
+            return None
+        option, text = record
         return option, text.replace("{}", ", ".join(self.names()))
 
 

@@ -55,7 +55,8 @@ def command_of(evaluator: Evaluator) -> click.Command:
         budgets = {"top_k": top_k} if top_k and not evaluator.takes_policies else {}
         with progress_bar(run.given["world"]) as progress:
             result = evaluator.run(*subject, progress=progress, **budgets, **run.given)
-        show(result, world=run.given["world"], out=given["out"], plot=plot)
+        if result is not None:
+            show(result, world=run.given["world"], out=given["out"], plot=plot)
 
     text = (evaluator.run.__doc__ or "").strip().partition("\n\n")[0]
     add = eval_options(policies=evaluator.takes_policies)
@@ -72,9 +73,10 @@ def _option(name: str, parameter: Parameter, hint: Any) -> click.Option:
     kind = hint if hint is not None else type(default) if default is not None else str
     if kind is bool:
         return click.Option([flag], is_flag=True, default=bool(default))
-    shared = {"required": not given, "show_default": default is not None}
+    shared: dict[str, Any] = {"required": not given, "show_default": default is not None}
     if (get_origin(kind) or kind) in (list, tuple):
         numbers = (get_args(kind) or (type(default[0]) if default else int,))[0]
-        return click.Option([flag], type=Numbers(numbers), metavar="N,...", default=list(default or ()) or None, **shared)
+        several = list(default or ()) or None
+        return click.Option([flag], type=Numbers(numbers), metavar="N,...", default=several, **shared)
     scalar = next((k for k in (*get_args(kind), kind) if k in (int, float, str)), str)
     return click.Option([flag], type=scalar, default=default, **shared)

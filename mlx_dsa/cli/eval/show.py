@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ...evals.report.plots import plot as draw
-from ...evals.running.runner import World
 from ...evals.report.tables import caption, pairs_table, table
+from ...evals.running.runner import World
 from ..progress import counting_bar
 from .options import open_run
 

@@ -44,7 +44,7 @@ def suite_settings(
     """
     if preset is None and model is None:
         preset = plan.get("preset")
-    named = {"model": model, "indexer": indexer, "config": config}
+    named: dict[str, Any] = {"model": model, "indexer": indexer, "config": config}
     settings = settings_from(preset=preset, **named)
     if settings.indexer is None and preset is None:
         # A copy of the suite's model in a folder of one's own: its indexers fit it.

@@ -17,7 +17,7 @@ def check_board(spec, kinds):
     """
     columns = spec.get("accuracy") if isinstance(spec, dict) else None
     named = isinstance(columns, dict) and all(isinstance(spec.get(k), str) for k in ("name", "title"))
-    if not named:
+    if columns is None or not named:
         raise ValueError(
             f"[suite] each board must have a 'name', a 'title' and an object as 'accuracy' but got {spec!r}."
         )

@@ -63,7 +63,8 @@ def _check(left, right):
     if left.keys() != right.keys():
         only = sorted(left.keys() ^ right.keys())
         raise ValueError(
-            f"[compare] the results are about different items: {len(only)} stand in one of them only, such as {only[0]!r}."
+            f"[compare] the results are about different items: {len(only)} stand in one of them only, "
+            f"such as {only[0]!r}."
         )
     differ = [key for key in left if left[key]["hash"] != right[key]["hash"]]
     if differ:

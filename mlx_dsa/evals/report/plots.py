@@ -305,7 +305,8 @@ def plot_timing(result, plt):
     size = (10, 1.2 + 0.22 * len(rows))
     figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
     names = [r["policy"] for r in rows]
-    for axis, key, name in ((axes[0], "value", "ms a step, median"), (axes[1], "read_ms", "ms for 1,000 prompt tokens")):
+    drawn = ("value", "ms a step, median"), ("read_ms", "ms for 1,000 prompt tokens")
+    for axis, (key, name) in zip(axes, drawn):
         axis.barh(names, [r[key] for r in rows], color=_COLOURS[0])
         axis.set_xlabel(name)
         axis.tick_params(axis="y", labelsize=7)

@@ -224,7 +224,7 @@ def over_attention(result, method, k):
     mass = {(r["policy"], r["layer"]): r["mass_value"] for r in result["rows"] if r["top_k"] == k}
     layers = sorted({layer for _, layer in mass} - {None})
     over = {i: mass[method, i] / mass["attention", i] for i in layers}
-    worst = min(over, key=over.get)
+    worst = min(over, key=over.__getitem__)
     return f"{sum(over.values()) / len(over):.3f}", f"{over[worst]:.3f} (layer {worst})"
 
 

@@ -35,7 +35,7 @@ class World:
             return [value]
         data = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
         with mx.stream(mx.cpu):
-            sizes = mx.distributed.all_gather(mx.array([len(data)]), group=self.group).tolist()
+            sizes = np.array(mx.distributed.all_gather(mx.array([len(data)]), group=self.group)).tolist()
             padded = np.zeros(max(sizes), dtype=np.uint8)
             padded[: len(data)] = data
             rows = np.array(mx.distributed.all_gather(mx.array(padded)[None], group=self.group))

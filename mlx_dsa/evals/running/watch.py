@@ -1,6 +1,7 @@
 """Where a wrong answer was lost: in each layer, was the needle evicted, or not selected?"""
 
 from collections import Counter
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +21,7 @@ class Watch:
     def __init__(self, patch, values):
         self.layers = patch.layers if patch else {}
         self.values = [[p for a, b in spans for p in range(a, b)] for spans in values]
-        self.lost = [None] * len(values)
+        self.lost: list[Any] = [None] * len(values)
         width = max(map(len, self.values), default=0)
         padded = [row + [_NOWHERE] * (width - len(row)) for row in self.values]
         self._wanted = np.array(padded, dtype=np.int32)
@@ -54,7 +55,7 @@ class Watch:
     def finished(self, members, caches, rows):
         """Note what became of the values when the answers of some conversations are complete."""
         wanted, rows = mx.array(self._wanted[members]), mx.array(rows)
-        found = {}
+        found: dict[int, Any] = {}
         for number in self.layers:
             cache, hits = caches[number], self._hits.get(number)
             # A cache that evicts nothing holds them all.

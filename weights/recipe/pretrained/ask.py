@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import probe as P  # noqa: E402
-from teacher import Teacher  # noqa: E402
+import probe as P
+from teacher import Teacher
 
 
 def replies(teacher, text, question, kept, stop, most=32):

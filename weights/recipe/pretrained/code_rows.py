@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import kinds as K  # noqa: E402
-import values as V  # noqa: E402
+import kinds as K
+import values as V
 
 LONGEST = 120  # tokens of a function that is written out
 READ = ["Here is some code.", "Read these files.", "I will ask about this code.", "These are the sources.",
@@ -62,13 +62,19 @@ DEFAULT = ["What is the default value of {p} in {f}?", "Which default has the pa
            "If {p} is not given, what does {f} use?"]  # fmt: skip
 DOC = ["What does the docstring of {f} say first?", "Give the first line of {f}'s docstring.",
        "What is {f} for, as its docstring says?", "How is {f} documented? The first line, please."]  # fmt: skip
-RETURN = ["What does {f} return? Quote the statement.", "Which line does `return` in {f} have?",
-          "Quote the return statement of {f}."]
+RETURN = [
+    "What does {f} return? Quote the statement.",
+    "Which line does `return` in {f} have?",
+    "Quote the return statement of {f}.",
+]
 WRITE = ["Write the function {f} as it stands in the file.", "Show me {f}.", "Quote the code of {f}.",
          "Print the definition of {f}.",
          "Copy {f} from the file."]  # fmt: skip
-GO_ON = ["The code has this line:\n{x}\nWhich line comes next?", "What comes after this line?\n{x}",
-         "Continue after:\n{x}"]
+GO_ON = [
+    "The code has this line:\n{x}\nWhich line comes next?",
+    "What comes after this line?\n{x}",
+    "Continue after:\n{x}",
+]
 BASE = ["Which class does {f} inherit from?", "What are the bases of {f}?", "From what is {f} derived?"]
 
 

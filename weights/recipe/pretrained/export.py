@@ -1,6 +1,6 @@
 """Write what train.py made as the folder of a preset: indexers.safetensors and run_config.json.
 
-    python export.py RUN weights/qwen2.5-coder-0.5b --model-type qwen2 --heads log-asked
+python export.py RUN weights/qwen2.5-coder-0.5b --model-type qwen2 --heads log-asked
 """
 
 import argparse
@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 
 from mlx_dsa import Indexer, IndexerArgs, save_indexers  # before MLX, for OpenBLAS
+
+# isort: split
 import mlx.core as mx
 
 

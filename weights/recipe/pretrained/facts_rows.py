@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import chats as C  # noqa: E402
-import questions as Q  # noqa: E402
-import values as V  # noqa: E402
-import wordings as W  # noqa: E402
+import chats as C
+import questions as Q
+import values as V
+import wordings as W
 
-from mlx_dsa.tasks import facts as F, wordlists as w  # noqa: E402
+from mlx_dsa.tasks import facts as F
+from mlx_dsa.tasks import wordlists as w
 
 
 class Fact(NamedTuple):

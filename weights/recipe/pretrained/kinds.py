@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import chats as C  # noqa: E402
-import facts_rows as R  # noqa: E402
-import values as V  # noqa: E402
+import chats as C
+import facts_rows as R
+import values as V
 
-from mlx_dsa.tasks import facts as F, problems as P  # noqa: E402
+from mlx_dsa.tasks import facts as F
+from mlx_dsa.tasks import problems as P
 
 TURN = 7  # tokens of the template around a message, at most
 READ = C.READ + ["This is the document.", "Take a look at this.", "Have a look at the pages below.",
@@ -147,7 +148,7 @@ QUOTE = ["Quote the sentence with the words \"{x}\".", "Which sentence has the w
          "Give the whole sentence in which \"{x}\" stands.", "Find the sentence that contains \"{x}\".",
          "Where does it say \"{x}\"? Quote it."]  # fmt: skip
 GAP = ["Fill the gap as in the text: {x}", "Which word is missing here? {x}", "One word was left out of this: {x}"]
-SAYS = ["Who says \"{x}\"?", "Which person says \"{x}\"?", "Whose words are these: \"{x}\"?", "Who said \"{x}\"?"]
+SAYS = ['Who says "{x}"?', 'Which person says "{x}"?', 'Whose words are these: "{x}"?', 'Who said "{x}"?']
 _SPOKEN = re.compile(r"\"([^\"\n]{15,120}?)[,!?]\" said ([A-Z][a-z]{2,12})(?=[.,;])")
 
 

@@ -7,13 +7,16 @@ The seed differs from that of eval/real.json, so that what is chosen by these is
 
 import argparse
 import json
+from pathlib import Path
 
 import mlx_dsa  # noqa: F401  before MLX, for OpenBLAS
+
+# isort: split
+from mlx_lm.utils import load_tokenizer
+
 from mlx_dsa.tasks.documents import load_documents
 from mlx_dsa.tasks.haystack import Haystack
 from mlx_dsa.tasks.needle_items import NeedleSpec, make_items
-from mlx_lm.utils import load_tokenizer
-from pathlib import Path
 
 
 def write(model, out, length, phrasing, value, limit, seed):
@@ -24,9 +27,7 @@ def write(model, out, length, phrasing, value, limit, seed):
     texts = {}
     for item in make_items(spec, prose, tokenizer, [length], [0.1, 0.3, 0.5, 0.7, 0.9], limit):
         text, question = (turn.ids for turn in item.turns)
-        texts.setdefault(tuple(text), []).append(
-            {"ids": question, "values": item.turns[1].values, "spans": item.spans}
-        )
+        texts.setdefault(tuple(text), []).append({"ids": question, "values": item.turns[1].values, "spans": item.spans})
     found = [{"ids": list(text), "questions": questions} for text, questions in texts.items()]
     stop = sorted(tokenizer.eos_token_ids)
     Path(out).write_text(json.dumps({"stop": stop, "length": length, "phrasing": phrasing, "texts": found}))

@@ -14,12 +14,12 @@ from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-import numpy as np  # noqa: E402
+import numpy as np
 
-from mlx_dsa.train.data import Sequence  # noqa: E402
-from mlx_dsa.train.lessons import read_once  # noqa: E402
-from mlx_dsa.train.rendering import render_row  # noqa: E402
-from mlx_dsa.train.sources import read_rows  # noqa: E402
+from mlx_dsa.train.data import Sequence
+from mlx_dsa.train.lessons import read_once
+from mlx_dsa.train.rendering import render_row
+from mlx_dsa.train.sources import read_rows
 
 MIN_DISTANCE = 32  # queries at most so many tokens after a key do not count for it
 QUESTION = 32  # tokens before a reply that count, if the turn is longer than a question is

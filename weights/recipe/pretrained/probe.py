@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import train as R  # noqa: E402
-from teacher import Teacher  # noqa: E402
+import train as R
+from teacher import Teacher
 
 N_SINK, N_RECENT, RADIUS = 4, 64, 4
 

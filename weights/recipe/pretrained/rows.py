@@ -20,9 +20,9 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a process encodes for itself
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import code_rows  # noqa: E402
-import kinds as K  # noqa: E402
-import texts as T  # noqa: E402
+import code_rows
+import kinds as K
+import texts as T
 
 # Shares of the tokens.
 SHARES = {"facts": 0.40, "code": 0.16, "sentences": 0.14, "twice": 0.12, "plain": 0.10, "lists": 0.08}

@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import heads as H  # noqa: E402
-import targets as T  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from teacher import Teacher  # noqa: E402
-from torch import nn  # noqa: E402
+import heads as H
+import targets as T
+from safetensors.torch import save_file
+from teacher import Teacher
+from torch import nn
 
 MIN_DISTANCE, N_SINK, N_RECENT, FEWEST = 32, 4, 32, 256
 # Kinds of heads: what is learnt of the largest attention, and whose attention counts.

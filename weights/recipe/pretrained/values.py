@@ -1,6 +1,8 @@
 """Values of many kinds, and what may be said to have them."""
 
-from mlx_dsa.tasks import facts as F, problems as P, wordlists as w
+from mlx_dsa.tasks import facts as F
+from mlx_dsa.tasks import problems as P
+from mlx_dsa.tasks import wordlists as w
 
 HELD = {item.lower() for items in w.PARTS["heldout"].values() for item in items} | {
     word.lower() for word in P.held_out_words()
