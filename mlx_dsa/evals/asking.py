@@ -228,8 +228,7 @@ def _row(policy, length, depth, cell):
     if wrong:
         row["verdicts"] = dict(Counter(r["verdict"] for r in wrong))
         row["lost_by_layer"] = {
-            state: dict(sorted(Counter(n for r in wrong for n in r["lost"][state]).items()))
-            for state in STATES
+            state: dict(sorted(Counter(n for r in wrong for n in r["lost"][state]).items())) for state in STATES
         }
     return row
 

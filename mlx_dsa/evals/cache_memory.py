@@ -16,9 +16,7 @@ from .subject import check_lengths, describe, policies_config
 _STEPS = 8
 
 
-def memory(
-    subject, policies, *, lengths, haystack=None, name=None, out=None, world=None, progress=None
-):
+def memory(subject, policies, *, lengths, haystack=None, name=None, out=None, world=None, progress=None):
     """Read contexts, write a few tokens, and note what it took.
 
     Args:
@@ -52,9 +50,7 @@ def memory(
     def summarise(records):
         return records, _pairs(records), []
 
-    return evaluate(
-        "memory", config, units, work, summarise, out=out, world=world, progress=progress
-    )
+    return evaluate("memory", config, units, work, summarise, out=out, world=world, progress=progress)
 
 
 def computed_bytes(subject, policy, length, itemsize):

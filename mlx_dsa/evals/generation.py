@@ -70,10 +70,7 @@ def take_rows(caches, rows):
             continue
         # What ours hold can be read without a word on whether a prompt goes on.
         name = "contents" if isinstance(c, SparseKVCache) else "state"
-        held = [
-            a[_rows_of(c, rows, a)] if isinstance(a, mx.array) and a.ndim > 1 else a
-            for a in getattr(c, name)
-        ]
+        held = [a[_rows_of(c, rows, a)] if isinstance(a, mx.array) and a.ndim > 1 else a for a in getattr(c, name)]
         mx.eval(held)
         setattr(c, name, held)
     return taken
@@ -222,9 +219,7 @@ def converse(
                 elif finished:
                     finished(ready, now, rows)
 
-            replies = answer(
-                model, logits, part, max_tokens=max_tokens, stop_ids=stop_ids, finished=ended
-            )
+            replies = answer(model, logits, part, max_tokens=max_tokens, stop_ids=stop_ids, finished=ended)
             for member, reply in zip(group, replies):
                 heard[member].replies.append(reply)
     return heard

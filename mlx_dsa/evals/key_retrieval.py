@@ -91,10 +91,7 @@ def retrieval(
             f"--top-k or longer --lengths."
         )
     # Sinks and recent keys never take more than three quarters of a small K.
-    forced = {
-        k: (min(subject.config.n_sink, k // 4), min(subject.config.n_recent, k // 2))
-        for k in usable
-    }
+    forced = {k: (min(subject.config.n_sink, k // 4), min(subject.config.n_recent, k // 2)) for k in usable}
     windows = windows_of(load_documents(data), subject.tokenizer, length, length, limit)
     config = {
         **describe(subject, name),
@@ -117,9 +114,7 @@ def retrieval(
     def summarise(records):
         return _rows(records, seed), _pairs(records, seed), records
 
-    return evaluate(
-        "retrieval", config, units, work, summarise, out=out, world=world, progress=progress
-    )
+    return evaluate("retrieval", config, units, work, summarise, out=out, world=world, progress=progress)
 
 
 def _has_what_it_reads(name, kinds):
@@ -145,9 +140,7 @@ class _Recorder(nn.Module):
         output = self.attention(x, mask, cache)
         if self.indexer is not None:
             keys = self.indexer.project_keys(x, offset)
-            self.index_keys = (
-                keys if self.index_keys is None else mx.concatenate([self.index_keys, keys], axis=2)
-            )
+            self.index_keys = keys if self.index_keys is None else mx.concatenate([self.index_keys, keys], axis=2)
             mx.eval(self.index_keys)
         keys, values = (entries[:, :, : cache.offset] for entries in cache.state[:2])
         for name, held in self.caches.items():
@@ -163,9 +156,7 @@ class _Recorder(nn.Module):
         rows = mx.array(here - offset)
         positions = mx.array(here)
         queries = self.layer.project(x, offset).queries
-        logits, probabilities = true_attention(
-            queries[0][:, rows], keys[0], positions, self.layer.scale
-        )
+        logits, probabilities = true_attention(queries[0][:, rows], keys[0], positions, self.layer.scale)
         scores = mx.zeros((len(here), keys.shape[2]))
         if self.indexer is not None:
             index_queries, weights = self.indexer.project_queries(x, offset)
@@ -300,10 +291,7 @@ def _pairs(records, seed):
     if "index" not in methods:
         return pairs
     for k in sorted({r["top_k"] for r in records}):
-        by = {
-            m: _texts([r for r in records if (r["top_k"], r["policy"]) == (k, m)], "recall")
-            for m in methods
-        }
+        by = {m: _texts([r for r in records if (r["top_k"], r["policy"]) == (k, m)], "recall") for m in methods}
         for method in methods[1:]:
             differences = [a - b for (a, _), (b, _) in zip(by["index"], by[method])]
             mean, low, high = bootstrap(differences, [n for _, n in by[method]], seed=seed)

@@ -174,13 +174,8 @@ def propose(pairs, within):
 def coverage_tables(result):
     """Return the tables of layers and of the curve, each as a header and rows."""
     header = ["layer", "mass@K", "over the attention's own", "perplexity over dense, it alone sparse [95%]"]
-    layers = [
-        [str(r["layer"]), f"{100 * r['mass']:.1f}%", f"{r['mass_over']:.3f}", _ratio(r)]
-        for r in result["rows"]
-    ]
-    curve = [
-        [str(p["n_dense"]), " ".join(map(str, p["dense_layers"])) or "-", _ratio(p)] for p in result["pairs"]
-    ]
+    layers = [[str(r["layer"]), f"{100 * r['mass']:.1f}%", f"{r['mass_over']:.3f}", _ratio(r)] for r in result["rows"]]
+    curve = [[str(p["n_dense"]), " ".join(map(str, p["dense_layers"])) or "-", _ratio(p)] for p in result["pairs"]]
     return (header, layers), (["dense layers", "which", "perplexity over dense [95%]"], curve)
 
 

@@ -60,9 +60,7 @@ def needle(
         dict: the result; see docs/evaluation.md.
     """
     check_lengths("needle", subject, lengths, policies=policies, written=max_tokens)
-    spec = NeedleSpec(
-        task, setting, value, phrasing, distractors, per_document, seed, turns, even, stem
-    )
+    spec = NeedleSpec(task, setting, value, phrasing, distractors, per_document, seed, turns, even, stem)
     prose = read_haystack(haystack, subject.tokenizer, numbers, seed)
     items = make_items(spec, prose, subject.tokenizer, lengths, depths, limit)
     about = {

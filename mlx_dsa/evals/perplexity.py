@@ -83,9 +83,7 @@ def ppl(
         raise ValueError(f"[ppl] 'path' must be prefill or decode but got {path!r}.")
     stride = stride or length
     if not 0 < stride <= length:
-        raise ValueError(
-            f"[ppl] 'stride' must be between 1 and length = {length} but got {stride}."
-        )
+        raise ValueError(f"[ppl] 'stride' must be between 1 and length = {length} but got {stride}.")
     if context is not None and (path != "decode" or not 0 < context <= length):
         raise ValueError(
             f"[ppl] 'context' goes with path decode and is between 1 and length = {length} but got {context}."
@@ -124,10 +122,7 @@ def ppl(
         **({} if beside_dense else {"beside_dense": False}),
         **({} if context is None else {"context": context}),
     }
-    units = [
-        Unit(f"windows {i}", windows[i : i + batch_size])
-        for i in range(0, len(windows), batch_size)
-    ]
+    units = [Unit(f"windows {i}", windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)]
     hidden = _prefill_states if path == "prefill" else _decode_states
 
     def work(batch):
@@ -328,6 +323,4 @@ def _buckets(records):
     return found
 
 
-register(
-    Evaluator("ppl", ppl, ppl_table, plot_ppl, pairs=ppl_pairs, difference=nll_difference, cell=ppl_cell)
-)
+register(Evaluator("ppl", ppl, ppl_table, plot_ppl, pairs=ppl_pairs, difference=nll_difference, cell=ppl_cell))

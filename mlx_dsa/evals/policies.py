@@ -207,10 +207,7 @@ class Policy:
         if self.config is None:
             yield None
             return
-        indexers = {
-            layer: _INDEXERS[self.scorer](indexer, layer, marks)
-            for layer, indexer in subject.indexers.items()
-        }
+        indexers = {layer: _INDEXERS[self.scorer](indexer, layer, marks) for layer, indexer in subject.indexers.items()}
         rule = KVzip() if self.reads_again else None
         with patch_sparse_generate(subject.model, indexers, evict_rule=rule, **vars(self.config)) as patch:
             yield patch
@@ -265,9 +262,7 @@ def lookup(name):
         return _NAMED[name]
     kind = "evict" if rule == name else "select"
     if rule.partition(":")[0] not in rule_names(kind):
-        raise ValueError(
-            f"[make_policy] 'policy' must be one of {', '.join(policy_names())} but got {name!r}."
-        )
+        raise ValueError(f"[make_policy] 'policy' must be one of {', '.join(policy_names())} but got {name!r}.")
     make_rule(kind, rule)
     fixed = {} if kind == "evict" else _NAMED["exact"][1]
     return "index", {kind: rule, **fixed}

@@ -42,9 +42,7 @@ class DenseReading:
             mx.eval(self._inputs[i])
             heard.clear()
         # mlx-lm's state differs by version.
-        self._entries = {
-            i: (caches[i].keys[..., :n, :], caches[i].values[..., :n, :]) for i in layers
-        }
+        self._entries = {i: (caches[i].keys[..., :n, :], caches[i].values[..., :n, :]) for i in layers}
         self._states = {i: c for i, c in enumerate(caches) if i not in layers}
         mx.eval(self._inputs, self._entries)
         self.seconds = perf_counter() - began

@@ -38,8 +38,7 @@ def describe(subject: Preset, name=None):
 def _fingerprint_of(parameters):
     """Return a hash of the beginnings of all arrays: what was trained further has another."""
     beginnings = {
-        name: array.reshape(-1)[:64].astype(mx.float32).tolist()
-        for name, array in sorted(tree_flatten(parameters))
+        name: array.reshape(-1)[:64].astype(mx.float32).tolist() for name, array in sorted(tree_flatten(parameters))
     }
     return fingerprint(beginnings)
 

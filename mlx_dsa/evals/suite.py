@@ -55,17 +55,14 @@ def read_suite(path):
     for run in suite["runs"]:
         _check(run, names)
     if suite.get("dtype", "float32") not in DTYPES:
-        raise ValueError(
-            f"[suite] 'dtype' must be one of {', '.join(DTYPES)} but got {suite['dtype']!r}."
-        )
+        raise ValueError(f"[suite] 'dtype' must be one of {', '.join(DTYPES)} but got {suite['dtype']!r}.")
     for picture in suite.get("pictures", []):
         _require("picture", picture, name=str, runs=list)
         for run in select_runs(suite, picture["runs"]):
             if not evaluator_of(run["kind"]).asks:
                 asking = " or ".join(kind for kind in evaluator_kinds() if evaluator_of(kind).asks)
                 raise ValueError(
-                    f"[suite] picture '{picture['name']}' must be of {asking} but run "
-                    f"'{run['name']}' is {run['kind']}."
+                    f"[suite] picture '{picture['name']}' must be of {asking} but run '{run['name']}' is {run['kind']}."
                 )
     for shown in suite.get("tables", []):
         _require("table", shown, title=str, columns=list, rows=dict)
@@ -96,9 +93,7 @@ def select_runs(suite, names):
     runs = {run["name"]: run for run in suite["runs"]}
     unknown = [name for name in names if name not in runs]
     if unknown:
-        raise ValueError(
-            f"[suite] there is no run {unknown[0]!r}: the runs are {', '.join(runs)}."
-        )
+        raise ValueError(f"[suite] there is no run {unknown[0]!r}: the runs are {', '.join(runs)}.")
     return [run for name, run in runs.items() if name in names]
 
 
@@ -132,9 +127,7 @@ def _check_values(name, options, defaults):
             raise ValueError(f"[suite] run '{name}': {key!r} has a wrong value: {value!r}.")
 
 
-def run_suite(
-    subject, suite, folder, *, only=(), quick=False, name=None, world=None, progress=None
-):
+def run_suite(subject, suite, folder, *, only=(), quick=False, name=None, world=None, progress=None):
     """Make every run of a suite that is not made yet, and write the report.
 
     Args:

@@ -84,9 +84,7 @@ def gsm8k(
     problems, pool = _load(data, examples, limit, seed)
     n_shots = many_shot or shots
     if n_shots > len(pool):
-        raise ValueError(
-            f"[gsm8k] {n_shots} worked examples are wanted but there are {len(pool)}. Give --examples."
-        )
+        raise ValueError(f"[gsm8k] {n_shots} worked examples are wanted but there are {len(pool)}. Give --examples.")
     shown = random.Random(seed).sample(pool, n_shots)
     build = _chat if prompt == "chat" else _plain
     items = [(p, build(subject.tokenizer, shown, p.question)) for p in problems]
@@ -118,9 +116,7 @@ def gsm8k(
     def summarise(records):
         return _rows(records, policies), _pairs(records, policies, compare), records
 
-    return evaluate(
-        "gsm8k", config, units, work, summarise, out=out, world=world, progress=progress
-    )
+    return evaluate("gsm8k", config, units, work, summarise, out=out, world=world, progress=progress)
 
 
 def load_problems(source):
@@ -155,11 +151,7 @@ def _load(data, examples, limit, seed):
         made = make_problems(random.Random(f"{seed}/heldout"), limit, "heldout")
         problems = [Problem(f"{i} {p.template}", p.question, p.answer) for i, p in enumerate(made)]
         # Examples have other names, things and numbers than the problems.
-        others = (
-            make_problems(random.Random(f"{seed}/examples"), 600, "train")
-            if examples is None
-            else []
-        )
+        others = make_problems(random.Random(f"{seed}/examples"), 600, "train") if examples is None else []
         pool = [Problem(f"example {i}", p.question, p.answer) for i, p in enumerate(others)]
     else:
         everything = load_problems(data)

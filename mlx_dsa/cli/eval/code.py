@@ -21,9 +21,7 @@ from .show import run_and_show
     metavar="N,...",
     help="Tokens of the code with its question.  [default: 2048,4096]",
 )
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Texts for each length and depth.  [default: 4]"
-)
+@click.option("--limit", type=click.IntRange(min=1), help="Texts for each length and depth.  [default: 4]")
 @click.option(
     "--task",
     type=click.Choice(TASKS),

@@ -25,7 +25,5 @@ def compare(first: str, second: str):
             difference = f"{pair['difference']:+.4f}"
             known = pair["low"] is not None
             sure = f"[{pair['low']:+.4f}, {pair['high']:+.4f}]" if known else "one text"
-        rows.append(
-            [pair["policy"], pair["against"], pair["metric"], f"{pair['n']:,}", difference, sure]
-        )
+        rows.append([pair["policy"], pair["against"], pair["metric"], f"{pair['n']:,}", difference, sure])
     print_table(header, rows)

@@ -26,9 +26,7 @@ from .show import run_and_show
     type=click.IntRange(min=1),
     help="Depths of the fact, evenly from start to end.  [default: 5]",
 )
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Texts for each length and depth.  [default: 4]"
-)
+@click.option("--limit", type=click.IntRange(min=1), help="Texts for each length and depth.  [default: 4]")
 @click.option(
     "--task",
     type=click.Choice(TASKS),
@@ -95,14 +93,10 @@ from .show import run_and_show
     metavar="FILE|NAME",
     help="The prose.  [default: bundled books]",
 )
-@click.option(
-    "--numbers", is_flag=True, help="Half of the haystack is word problems, full of digits."
-)
+@click.option("--numbers", is_flag=True, help="Half of the haystack is word problems, full of digits.")
 @max_tokens_option(48)
 @eval_options()
-def needle(
-    lengths: list[int] | None, depths: int | None, limit: int | None, quick: bool, **given: Any
-):
+def needle(lengths: list[int] | None, depths: int | None, limit: int | None, quick: bool, **given: Any):
     """Hide facts in prose and ask for them, by length and depth."""
     depths = depths or (2 if quick else 5)
     run_and_show(

@@ -218,9 +218,7 @@ def open_run(
     """
     for option, value in (("cache", cache), ("prefill", prefill), ("positions", positions)):
         if value is not None and not any(followed(name, option) for name in policies):
-            raise click.UsageError(
-                f"--{option} has no effect on {', '.join(policies)}. Leave it out."
-            )
+            raise click.UsageError(f"--{option} has no effect on {', '.join(policies)}. Leave it out.")
     settings = settings_from(
         preset=preset,
         model=model,
@@ -239,8 +237,7 @@ def open_run(
     chosen = make_policies(policies, start, budgets)
     if stream_chunk is not None and not any(p.config and may_stream(p.config, settings) for p in chosen):
         raise click.UsageError(
-            f"--stream-chunk has no effect on {', '.join(policies)}. Leave it out, or use "
-            f"policy stream."
+            f"--stream-chunk has no effect on {', '.join(policies)}. Leave it out, or use policy stream."
         )
     world = open_world()
     hint_at_blas()

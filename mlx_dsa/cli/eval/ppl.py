@@ -57,9 +57,7 @@ from .show import run_and_show
     help="A .txt or .jsonl file, wikitext2, c4, or a hub data set.  [default: bundled books]",
 )
 @click.option("--documents", type=click.IntRange(min=1), help="Read no more texts than that.")
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Windows in all, spread evenly.  [default: 16]"
-)
+@click.option("--limit", type=click.IntRange(min=1), help="Windows in all, spread evenly.  [default: 16]")
 @eval_options()
 def ppl(
     length: int | None,

@@ -22,9 +22,7 @@ def progress_bar(world: World) -> AbstractContextManager[Callable[[int, int, str
     return counting_bar(Console(stderr=True, quiet=world.rank > 0))
 
 
-def run_and_show(
-    evaluator: Callable[..., dict[str, Any]], *, plot: str | None, **given: Any
-):
+def run_and_show(evaluator: Callable[..., dict[str, Any]], *, plot: str | None, **given: Any):
     """Run an evaluator that compares policies, and show its result.
 
     Args:

@@ -54,9 +54,7 @@ def suite_settings(
 
 def folder_options(command: Callable) -> Callable:
     """Add the options of what makes the runs of a suite into a folder."""
-    quick = click.option(
-        "--quick", is_flag=True, help="A few items of each run, to see that it works."
-    )
+    quick = click.option("--quick", is_flag=True, help="A few items of each run, to see that it works.")
     out = click.option(
         "--out",
         metavar="DIR",
@@ -114,8 +112,6 @@ def suite(
     hint_at_blas()
     subject = load_settings(settings)
     with progress_bar(world) as progress:
-        run_suite(
-            subject, plan, folder, only=only, quick=quick, name=called, world=world, progress=progress
-        )
+        run_suite(subject, plan, folder, only=only, quick=quick, name=called, world=world, progress=progress)
     if world.rank == 0:
         click.echo(f"Wrote {folder if only or share else folder / 'report.md'}")

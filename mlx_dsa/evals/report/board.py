@@ -26,8 +26,7 @@ def check_board(spec, kinds):
     for run, kind in wanted:
         if kinds.get(run) != kind:
             raise ValueError(
-                f"[suite] board '{spec['name']}' wants a run of kind {kind} but {run!r} is "
-                f"{kinds.get(run, 'none')}."
+                f"[suite] board '{spec['name']}' wants a run of kind {kind} but {run!r} is {kinds.get(run, 'none')}."
             )
 
 

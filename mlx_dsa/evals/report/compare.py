@@ -21,9 +21,7 @@ def compare(first, second):
     """
     kind = first["kind"]
     if second["kind"] != kind:
-        raise ValueError(
-            f"[compare] the results are of different kinds: {kind} and {second['kind']}."
-        )
+        raise ValueError(f"[compare] the results are of different kinds: {kind} and {second['kind']}.")
     evaluator = evaluator_of(kind)
     if not (evaluator.metrics or evaluator.difference):
         raise ValueError(f"[compare] results of kind {kind} have no items to pair.")
@@ -41,17 +39,13 @@ def compare(first, second):
 
 
 def _policies(first, second):
-    names = [
-        list(dict.fromkeys(r["policy"] for r in result["items"])) for result in (first, second)
-    ]
+    names = [list(dict.fromkeys(r["policy"] for r in result["items"])) for result in (first, second)]
     shared = [name for name in names[0] if name in names[1]]
     if shared:
         return [(name, name) for name in shared]
     if len(names[0]) == len(names[1]) == 1:
         return [(names[0][0], names[1][0])]
-    raise ValueError(
-        f"[compare] the results share no policy: {', '.join(names[0])} against {', '.join(names[1])}."
-    )
+    raise ValueError(f"[compare] the results share no policy: {', '.join(names[0])} against {', '.join(names[1])}.")
 
 
 def _items(result, policy):

@@ -216,9 +216,7 @@ def _lines(axis, series, logarithmic=True, spread=0.0):
             [_NONE if low is None else max(0.0, v - low) for _, v, low, _ in points],
             [_NONE if high is None else max(0.0, high - v) for _, v, _, high in points],
         ]
-        axis.errorbar(
-            x, y, yerr=errors, marker=marker, markersize=4, capsize=3, color=colour, label=label
-        )
+        axis.errorbar(x, y, yerr=errors, marker=marker, markersize=4, capsize=3, color=colour, label=label)
     ticks = sorted({p[0] for points in series.values() for p in points})
     if logarithmic:
         axis.set_xscale("log", base=2)
@@ -273,9 +271,7 @@ def plot_retrieval(result, plt):
         axis.set_xlabel("K, keys a query")
         axis.set_ylabel(f"{name}, mean over heads and layers, 95%")
     _legend(axes[-1])
-    figure.suptitle(
-        f"Selections against the true attention, {result['config']['length']:,} tokens", fontsize=10
-    )
+    figure.suptitle(f"Selections against the true attention, {result['config']['length']:,} tokens", fontsize=10)
     return figure
 
 
@@ -334,4 +330,3 @@ def plot_gsm8k(result, plt):
     title = f"Word problems ({problems_name(result)}), n = {result['rows'][0]['n']}"
     axis.set_title(textwrap.fill(title, 36), fontsize=10)
     return figure
-

@@ -87,10 +87,7 @@ def paired_proportions(first, second):
             f"[paired_proportions] the lists must be of one length but got {len(first)} and {len(second)}."
         )
     pairs = list(zip(map(bool, first), map(bool, second)))
-    counts = {
-        pair: pairs.count(pair)
-        for pair in ((True, True), (True, False), (False, True), (False, False))
-    }
+    counts = {pair: pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))}
     b, c, n = counts[True, False], counts[False, True], len(pairs)
     return {
         "n": n,
@@ -128,9 +125,7 @@ def bootstrap(numerators, denominators=None, *, confidence=0.95, resamples=10_00
         both ends: how much items differ is not known.
     """
     top = np.asarray(numerators, dtype=np.float64)
-    bottom = (
-        np.ones_like(top) if denominators is None else np.asarray(denominators, dtype=np.float64)
-    )
+    bottom = np.ones_like(top) if denominators is None else np.asarray(denominators, dtype=np.float64)
     if len(top) == 0 or len(top) != len(bottom):
         raise ValueError(
             f"[bootstrap] needs as many numerators as denominators, at least one, but got {len(top)} and {len(bottom)}."

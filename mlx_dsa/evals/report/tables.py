@@ -277,9 +277,7 @@ def proportions(columns):
                 str(pair["only_first"]),
                 str(pair["only_second"]),
                 f"{pair['p']:.3g}",
-                "-"
-                if pair["smallest_difference"] is None
-                else f"{100 * pair['smallest_difference']:.1f} points",
+                "-" if pair["smallest_difference"] is None else f"{100 * pair['smallest_difference']:.1f} points",
                 "-"
                 if pair["retained"] is None
                 else percent(pair["retained"], pair["retained_low"], pair["retained_high"]),
@@ -323,9 +321,7 @@ def retrieval_pairs(pairs):
 
 def memory_pairs(pairs):
     header = ["policy", "against", "context", "cache"]
-    return header, [
-        [p["policy"], p["against"], f"{p['length']:,}", f"{p['ratio']:.3f} times"] for p in pairs
-    ]
+    return header, [[p["policy"], p["against"], f"{p['length']:,}", f"{p['ratio']:.3f} times"] for p in pairs]
 
 
 def timing_table(result):
@@ -335,4 +331,3 @@ def timing_table(result):
          "-" if r["entry_bytes"] is None else f"{r['entry_bytes']:,.0f}"]
         for r in result["rows"]
     ]  # fmt: skip
-

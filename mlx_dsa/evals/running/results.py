@@ -84,13 +84,7 @@ def read_result(path):
         raise ValueError(f"[results] '{path}' is not there.") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"[results] '{path}' cannot be read as JSON: {error}.") from None
-    missing = [
-        k
-        for k in ("kind", "config", "rows", "items")
-        if not isinstance(result, dict) or k not in result
-    ]
+    missing = [k for k in ("kind", "config", "rows", "items") if not isinstance(result, dict) or k not in result]
     if missing:
-        raise ValueError(
-            f"[results] '{path}' is not a result of mlx-dsa eval: it has no {', '.join(missing)}."
-        )
+        raise ValueError(f"[results] '{path}' is not a result of mlx-dsa eval: it has no {', '.join(missing)}.")
     return result

@@ -156,9 +156,7 @@ def evaluate(kind, config, units, work, summarise, *, out=None, world=None, prog
         return finished
     if isinstance(world, Share):
         units = world.part(units)
-    records, seconds = run_units(
-        units, work, config=config, out=out, world=world, progress=progress
-    )
+    records, seconds = run_units(units, work, config=config, out=out, world=world, progress=progress)
     if isinstance(world, Share):
         return None
     rows, pairs, items = summarise(records)

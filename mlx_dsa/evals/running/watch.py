@@ -74,8 +74,7 @@ class Watch:
         for i, member in enumerate(members):
             n = len(self.values[member])
             self.lost[member] = {
-                number: _state(*(None if x is None else x[i, :n] for x in pair))
-                for number, pair in found.items()
+                number: _state(*(None if x is None else x[i, :n] for x in pair)) for number, pair in found.items()
             }
 
 
