@@ -158,6 +158,15 @@ class SparsePatch:
         if all(caches[i].prompt.ended for i in self.layers):
             self.prune(caches)
 
+    def misses_cold(self, caches: Sequence[Any]) -> bool:
+        """Return whether a prompt would not be shown what is cold: a stream recalls nothing
+        before a prompt's last token. Inside :meth:`decoding` each token has it recalled.
+
+        Args:
+            caches (Sequence): One cache a layer, of this patch.
+        """
+        return self.config.prefill == "stream" and any(caches[i].recalls and caches[i].split for i in self.layers)
+
     @contextmanager
     def reading(self, caches: Sequence[Any]) -> Iterator[None]:
         """Say that the calls inside are one prompt, however it is cut.

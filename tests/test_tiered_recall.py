@@ -18,6 +18,7 @@ from mlx_dsa import SparseConfig, load_preset, patch_sparse_generate, save_cache
 from mlx_dsa.cache import TieredKVCache
 from mlx_dsa.cache.cold_file import ColdFile
 from mlx_dsa.cache.reader import Reader
+from mlx_dsa.cli.conversation import Conversation
 from mlx_dsa.evals import make_policies, needle
 from mlx_dsa.evals.generation import take_rows
 
@@ -268,3 +269,51 @@ def test_commands_take_it(folder, tmp_path):
     few = ["--lengths", 200, "--depths", 1, "--limit", 1, "--top-k", 100]
     told = run("eval", "needle", *few, "--policies", "tiered", *STREAM[2:], "--compare", "tiered@100")
     assert told.exit_code == 0 and "tiered@100" in told.output, told.output
+
+
+# A chat.
+
+
+def chat_about(document, *questions, stops=()):
+    """Return the bundled model's last answer about a document that is cold, and the chat.
+
+    Its first questions are stopped as soon as they can be, where `stops` says so.
+    """
+    preset = load_preset("tiny")
+    rules = dict(cache="tiered", cold_bits=16, prefill="stream", stream_chunk=128, top_k=128, n_recent=32)
+    with patch_sparse_generate(preset.model, preset.indexers, **{**vars(preset.config), **rules, "evict": "window"}):
+        chat = Conversation(preset.model, preset.tokenizer, max_tokens=24)
+        chat.read(document)
+        for question, stop in zip(questions, [*stops, *[False] * len(questions)]):
+            chat.stopped = lambda stop=stop: stop
+            answer = "".join(chat.ask(question))
+        return answer, chat
+
+
+@pytest.fixture(scope="module")
+def letter():
+    prose = "The road was long and the evening was cold, and nobody spoke for a while. " * 12
+    return f"{prose}The access code of the lighthouse is 482913. {prose * 3}"
+
+
+def test_each_token_of_a_question_has_what_is_cold(letter, monkeypatch):
+    question = "What is the access code of the lighthouse?"
+    answer, chat = chat_about(letter, question)
+    asked = next(c for c in chat.cache if isinstance(c, TieredKVCache)).n_selections
+    assert "482913" in answer and chat.report.prompt_tokens > 8
+    monkeypatch.setattr(Conversation, "_recalling", lambda self, prompt: prompt)
+    _, plain = chat_about(letter, question)
+    without = next(c for c in plain.cache if isinstance(c, TieredKVCache)).n_selections
+    steps = chat.report.tokens - plain.report.tokens
+    assert asked - without - steps == chat.report.prompt_tokens - 1  # its last token recalls either way
+    assert chat.report.prompt_tokens == plain.report.prompt_tokens and chat.report.seen - steps == plain.report.seen
+
+
+def test_a_question_that_is_stopped_is_read_on_with_the_next(letter):
+    first = "Now that you have read it, and before I ask of anything else, tell me this:"
+    question = "What is the access code of the lighthouse?"
+    cut = chat_about(letter, first, stops=[True])[1]
+    assert cut.report.unread > 0 and not cut.report.tokens
+    answer, chat = chat_about(letter, first, question, stops=[True])
+    assert "482913" in answer and not chat.report.unread
+    assert chat.report.prompt_tokens > cut.report.unread

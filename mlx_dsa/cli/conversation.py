@@ -14,11 +14,16 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..chunks import chunk_size
+from ..patch import patch_of
 from ..reach import reach_of
 from ..unfinished import UnfinishedReading
 from .documents import check_text
 from .stats import Report, measure
 from .template import ChatTemplate
+
+
+# Tokens of a question for which what is cold is brought back one by one, and how many at once.
+_QUESTION, _PIECE = 512, 16
 
 
 class _PrefillStopped(Exception):
@@ -203,7 +208,7 @@ class Conversation:
             for response in stream_generate(
                 self.model,
                 self.tokenizer,
-                prompt,
+                self._recalling(prompt),
                 max_tokens=max_tokens,
                 sampler=self.sampler,
                 prompt_cache=self.cache,
@@ -223,7 +228,31 @@ class Conversation:
         cut = None
         if reason == "length":
             cut = "positions" if max_tokens < self.max_tokens else "max_tokens"
-        self.report = measure(self.cache, response, first, cut, len(self._unread))
+        report = measure(self.cache, response, first, cut, len(self._unread))
+        n_read = len(prompt) - len(self._unread)
+        if response and n_read != report.prompt_tokens:
+            report = report._replace(prompt_tokens=n_read, prompt_tps=n_read / first)
+        self.report = report
+
+    def _recalling(self, prompt: list[int]) -> list[int]:
+        """Read a short prompt with what is cold brought back for each of its tokens; return
+        what is left to read: its last token, or all where nothing is cold.
+
+        A document is longer, and reads what is at hand.
+        """
+        patch = patch_of(self.model)
+        if patch is None or len(prompt) > _QUESTION or not patch.misses_cold(self.cache):
+            return prompt
+        before_last = len(prompt) - 1
+        with patch.decoding(self.cache):
+            for start in range(0, before_last, _PIECE):
+                if start and self.stopped():
+                    self._unread = prompt[start:]
+                    raise _PrefillStopped
+                piece = prompt[start : min(start + _PIECE, before_last)]
+                mx.eval(self.model(mx.array([piece]), cache=self.cache))
+                self.progress(start + len(piece), len(prompt))
+        return prompt[before_last:]
 
     def _turn(self, message: str) -> list[int]:
         if not self.started and self._has_document:
