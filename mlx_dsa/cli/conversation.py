@@ -21,7 +21,6 @@ from .documents import check_text
 from .stats import Report, measure
 from .template import ChatTemplate
 
-
 # Tokens of a question for which what is cold is brought back one by one, and how many at once.
 _QUESTION, _PIECE = 512, 16
 
@@ -230,7 +229,7 @@ class Conversation:
             cut = "positions" if max_tokens < self.max_tokens else "max_tokens"
         report = measure(self.cache, response, first, cut, len(self._unread))
         n_read = len(prompt) - len(self._unread)
-        if response and n_read != report.prompt_tokens:
+        if response and first and n_read != report.prompt_tokens:
             report = report._replace(prompt_tokens=n_read, prompt_tps=n_read / first)
         self.report = report
 
