@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import click
 
@@ -23,7 +24,7 @@ from .tune import tune
 
 @click.group(cls=Boundary, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mlx-dsa")
-def main():
+def main() -> None:
     """Long contexts for Qwen and Llama models, from a KV cache of fixed size.
 
     A small trained network a layer selects the keys that matter to each query.
@@ -33,7 +34,7 @@ def main():
     warnings.showwarning = _show_warning
 
 
-def _show_warning(message, *_args, **_options):
+def _show_warning(message: Warning | str, *_args: Any, **_options: Any) -> None:
     context = click.get_current_context(silent=True)
     text = in_options(str(message), context.command) if context else message
     click.echo(f"Note: {text}", err=True)

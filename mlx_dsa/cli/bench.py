@@ -87,7 +87,7 @@ def bench(
     out: str | None,
     plot: str | None,
     **given: Any,
-):
+) -> None:
     """Time dense mlx-lm and sparse attention on the same prompts, in turns.
 
     Both read prompts of random tokens and then decode. Without --out the last line
@@ -130,7 +130,7 @@ def bench(
         click.echo(json.dumps(result))
 
 
-def _refuse(kind: str, **given: Any):
+def _refuse(kind: str, **given: Any) -> None:
     """Raise a UsageError if an option has no effect with ``--kind``."""
     for name, value in given.items():
         if value:
@@ -147,7 +147,7 @@ def _journal(out: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
 
-        def write(line: dict[str, Any]):
+        def write(line: dict[str, Any]) -> None:
             file.write(json.dumps(line) + "\n")
             file.flush()
 
@@ -171,7 +171,7 @@ def _end_to_end(
     rows, passes = [], []
     with counting_bar(console) as progress:
 
-        def report(line: dict[str, Any]):
+        def report(line: dict[str, Any]) -> None:
             write(line)
             passes.append(line)
             decode = sum(line["decode_ms"]) / len(line["decode_ms"])
@@ -202,7 +202,7 @@ def _ops(subject: Subject, contexts: list[int], repeats: int, chunk: int, write:
     shape, config = _ops_shape(subject), subject.config
     console = Console(stderr=True)
 
-    def report(row: dict[str, Any]):
+    def report(row: dict[str, Any]) -> None:
         write(row)
         console.print(f"{row['context']:,} keys measured", highlight=False)
         for name, reason in row.get("failed", {}).items():

@@ -19,7 +19,7 @@ from .subject import Subject
 _KNOWN = ("preset", "model", "config", "model_shape", "bits")
 
 
-def check_options(given: dict[str, Any]):
+def check_options(given: dict[str, Any]) -> None:
     """Raise a UsageError if an option would have no effect on training."""
     for name, value in given.items():
         if value is not None and name not in _KNOWN:

@@ -79,7 +79,7 @@ def chat(
     temp: float,
     seed: int | None,
     **given: Any,
-):
+) -> None:
     """Chat with a model, about a document if you like.
 
     Without --prompt, questions are read from the terminal, or from standard input,
@@ -137,11 +137,11 @@ class _Talk(NamedTuple):
     document: str | None
     dense: bool
 
-    def ask(self, question: str):
+    def ask(self, question: str) -> None:
         """Show the answer to a question, and what it took."""
         self._show(self._start(question))
 
-    def go_on(self, lines: PipedLines | TypedLines):
+    def go_on(self, lines: PipedLines | TypedLines) -> None:
         """Ask what is typed or piped in, until there is no more."""
         at_terminal = isinstance(lines, TypedLines)
         if at_terminal:
@@ -166,7 +166,7 @@ class _Talk(NamedTuple):
             if self.interrupt() and not at_terminal:
                 sys.exit(130)
 
-    def _obey(self, line: str):
+    def _obey(self, line: str) -> None:
         if line.lower() == "/help":
             click.echo(_HELP, err=True)
         elif line.lower() == "/reset":
@@ -187,7 +187,7 @@ class _Talk(NamedTuple):
             question = user_message(self.document, question)
         return self.conversation.ask(question)
 
-    def _show(self, pieces: Iterator[str]):
+    def _show(self, pieces: Iterator[str]) -> None:
         with self.interrupt:
             with reading_bar() as self.conversation.progress:
                 for piece in pieces:
@@ -202,6 +202,6 @@ class _Talk(NamedTuple):
                     err=True,
                 )
 
-    def _refuse(self, error: ValueError):
+    def _refuse(self, error: ValueError) -> None:
         stays = " What was said stays; /reset forgets it." if self.conversation.started else ""
         click.echo(f"Error: {one_line(error)}{stays}", err=True)

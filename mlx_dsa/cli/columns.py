@@ -19,7 +19,7 @@ class Column:
     status: str = "waiting"
     report: Report | None = None
 
-    def read(self, done: int, total: int):
+    def read(self, done: int, total: int) -> None:
         """Note how much of the prompt has been read."""
         self.status = f"reading, {done:,} of {total:,} tokens" if done < total else ""
 

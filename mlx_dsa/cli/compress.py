@@ -70,7 +70,7 @@ def compress(
     save_every: float | None,
     system: str | None,
     **given: Any,
-):
+) -> None:
     """Read a document, prune it before any question, and save the cache.
 
     The document is a FILE, or several, or the text files in a folder and in the
@@ -194,7 +194,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         yield ReadingLines(_LINES)
 
 
-def _tell_interrupt():
+def _tell_interrupt() -> None:
     click.echo("\nStopping after this chunk; Ctrl-C again stops at once.", err=True)
 
 
@@ -220,7 +220,7 @@ def _write_report(
     session: Session,
     caches: list[Any],
     figures: Report,
-):
+) -> None:
     share = share_of(_kept(session.sparse, caches), figures.seen)
     body = document.text.strip()
     start, sections = text.rfind(body), document.sections

@@ -73,7 +73,7 @@ class Conversation:
         self.report: Report | None = None
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget everything that was said; a document to begin from stays."""
         self.cache = self.begin() if self.begin else make_prompt_cache(self.model)
         self._has_document = self.begin is not None
@@ -112,7 +112,7 @@ class Conversation:
         if left is not None:
             self.cache, _, done = left
 
-        def on_chunk(read: int, total: int):
+        def on_chunk(read: int, total: int) -> None:
             self.progress(done + read, done + total)
             if part is None or not 0 < read < total:
                 return
@@ -135,7 +135,7 @@ class Conversation:
         self._has_document = True
         return text
 
-    def check(self, message: str):
+    def check(self, message: str) -> None:
         """Refuse a message as :meth:`ask` would now, without asking it.
 
         Args:
@@ -196,7 +196,7 @@ class Conversation:
         max_tokens = reach_of(self.model).room(self.cache, len(prompt), self.max_tokens)
         start, first, response = time.perf_counter(), None, None
 
-        def on_chunk(done: int, total: int):
+        def on_chunk(done: int, total: int) -> None:
             self.progress(done, total)
             # Between two chunks every layer has seen the same tokens.
             if done < total and self.stopped():
@@ -266,7 +266,7 @@ class Conversation:
         return tokens
 
 
-def check_prompt(text: str):
+def check_prompt(text: str) -> None:
     """Refuse a prompt without any text, or with what is no text."""
     if not text.strip():
         raise ValueError("The prompt must not be empty.")

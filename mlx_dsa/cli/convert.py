@@ -22,7 +22,7 @@ from .outputs import check_output
     help="How SOURCE stores its matrices, where that is asked for.",
 )
 @click.option("--force", is_flag=True, help="Replace the files in OUT if they exist.")
-def convert(source: str, out: str, transposed: bool | None, force: bool):
+def convert(source: str, out: str, transposed: bool | None, force: bool) -> None:
     """Convert trained search projections, for --select projections.
 
     SOURCE is a PyTorch checkpoint (.pt, .pth or .bin, in zip format) or a GGUF file. Nothing

@@ -64,7 +64,7 @@ class Prompt(NamedTuple):
 @click.option("--file", metavar="FILE", help="A text to put before each question.")
 @model_options
 @sparse_options
-def demo(prompt: str | None, interactive: bool, file: str | None, **given: Any):
+def demo(prompt: str | None, interactive: bool, file: str | None, **given: Any) -> None:
     """Answer prompts dense and sparse, side by side.
 
     Each prompt starts anew. Without options: three prompts on the bundled model,
@@ -137,7 +137,7 @@ def _excerpt(document: str | None, question: str | None) -> str:
     return f"{' '.join(words[:12])} ... [{len(words):,} words] {question}"
 
 
-def _compare(preset: Preset, caches: tuple[str, ...], prompt: Prompt, console: Console):
+def _compare(preset: Preset, caches: tuple[str, ...], prompt: Prompt, console: Console) -> None:
     """Answer a prompt dense, then sparse, and show the answers as they come."""
     if prompt.title:
         console.print(f"\n[bold]{prompt.title}[/bold]")
@@ -153,7 +153,7 @@ def _compare(preset: Preset, caches: tuple[str, ...], prompt: Prompt, console: C
     dense, *sparse = table = [Column("dense"), *(Column(_NAMES[c]) for c in caches)]
     with Live(console=console, refresh_per_second=8) as live:
 
-        def show():
+        def show() -> None:
             live.update(columns(table))
 
         _answer(preset, prompt, dense, show)
@@ -165,8 +165,8 @@ def _compare(preset: Preset, caches: tuple[str, ...], prompt: Prompt, console: C
         console.print()
 
 
-def _answer(preset: Preset, prompt: Prompt, column: Column, show: Callable[[], None]):
-    def progress(done: int, total: int):
+def _answer(preset: Preset, prompt: Prompt, column: Column, show: Callable[[], None]) -> None:
+    def progress(done: int, total: int) -> None:
         column.read(done, total)
         show()
 

@@ -118,7 +118,7 @@ def read_document(paths: Sequence[str], but: Iterable[str | os.PathLike] = ()) -
     return _joined(names, texts.values(), skipped)
 
 
-def tell_skipped(document: Document):
+def tell_skipped(document: Document) -> None:
     """Tell on standard error what is left out of a document, and why."""
     for reason in document.skipped[:_SHOWN]:
         click.echo(f"Left out: {reason}", err=True)
@@ -145,11 +145,11 @@ def _files_in(folder: str, skipped: list[str]) -> Iterator[str]:
     """Return the files of a folder in order; add what is hidden or special to ``skipped``."""
     found = []
 
-    def note(path: str, why: str):
+    def note(path: str, why: str) -> None:
         if not is_dropping(os.path.basename(path)):
             skipped.append(f"{path} {why}.")
 
-    def fail(error: OSError):
+    def fail(error: OSError) -> None:
         skipped.append(f"{error.filename} cannot be read: {error.strerror}.")
 
     for place, folders, files in os.walk(folder, onerror=fail):
@@ -211,7 +211,7 @@ def decode(data: bytes, name: str) -> str:
     return text
 
 
-def check_text(text: str, name: str):
+def check_text(text: str, name: str) -> None:
     """Refuse what Python takes for text, but no tokenizer can: halves of characters.
 
     They come from bytes that are not UTF-8, in an option or typed at a terminal.

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 # A closed terminal or a shutdown sends both, which must not stop the cleaning up. A signal
@@ -23,7 +24,7 @@ def orderly_end() -> Iterator[None]:
     """
     received: list[tuple[int, float]] = []
 
-    def end(number, frame):
+    def end(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not received or now - received[-1][1] > _GRACE:
             received.append((number, now))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
@@ -19,12 +20,12 @@ class Boundary(click.Group):
     after Ctrl-C, 128 + its number after another signal.
     """
 
-    def invoke(self, ctx: click.Context):
+    def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         with orderly_end():
             return self._invoke(ctx)
 
-    def _invoke(self, ctx: click.Context):
+    def _invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except BrokenPipeError:

@@ -50,7 +50,7 @@ def generate(
     temp: float,
     seed: int | None,
     **given: Any,
-):
+) -> None:
     """Answer one prompt, or continue a text with --raw.
 
     The prompt is --prompt, a file, or standard input. The answer goes to

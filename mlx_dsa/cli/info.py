@@ -34,7 +34,7 @@ _STREAMS = "not needed: prefill auto is stream (positions compact, retention hea
 @model_options
 @sparse_options
 @dense_option
-def info(dense: bool, cache_file: str | None, **given: Any):
+def info(dense: bool, cache_file: str | None, **given: Any) -> None:
     """Tell what a command would load and how it would run it.
 
     Nothing is fetched, and the model is not loaded.

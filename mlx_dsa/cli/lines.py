@@ -35,7 +35,7 @@ _LONGEST_KEPT = 10_000  # characters of a line in the history's file
 class PipedLines:
     """The lines of standard input, where it is no terminal."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._number = 0
 
     def read(self) -> str:
@@ -83,7 +83,7 @@ class TypedLines:
         """
         return self._session.prompt()
 
-    def _insert(self, event: KeyPressEvent):
+    def _insert(self, event: KeyPressEvent) -> None:
         text = event.data.replace("\r\n", "\n").replace("\r", "\n")
         if is_dumb_terminal():  # there only the last character is shown
             self._session.output.write(text[:-1])
@@ -154,7 +154,7 @@ def _join_text(keys: list[KeyPress]) -> Iterator[KeyPress]:
 class _LineHistory(FileHistory):
     """A file that may become full or go away: what was typed counts, not this."""
 
-    def store_string(self, string: str):
+    def store_string(self, string: str) -> None:
         if len(string) <= _LONGEST_KEPT:
             with suppress(OSError):
                 super().store_string(string)
@@ -170,7 +170,7 @@ def _open_history(file: Path) -> History:
     return _LineHistory(file)
 
 
-def _drop_what_was_cut(terminal: int):
+def _drop_what_was_cut(terminal: int) -> None:
     """Drop what was typed before anything read it, if the terminal had no room for all."""
     waiting = int.from_bytes(ioctl(terminal, termios.FIONREAD, bytes(4)), sys.byteorder)
     if waiting >= (1024 if sys.platform == "darwin" else 4095):
@@ -182,9 +182,9 @@ def _drop_what_was_cut(terminal: int):
         )
 
 
-def _accept(event: KeyPressEvent):
+def _accept(event: KeyPressEvent) -> None:
     event.current_buffer.validate_and_handle()
 
 
-def _new_line(event: KeyPressEvent):
+def _new_line(event: KeyPressEvent) -> None:
     event.current_buffer.insert_text("\n")

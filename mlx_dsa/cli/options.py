@@ -21,7 +21,7 @@ _LEAST_TEMP = 1e-3  # log-probabilities over less than that leave the range of f
 class FiniteRange(click.FloatRange):
     """A range of numbers without inf and nan."""
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return a number."""
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
@@ -37,11 +37,11 @@ class RuleName(click.ParamType):
     def __init__(self, kind: str):
         self.kind = kind
 
-    def get_metavar(self, param, ctx=None):
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         """List the rules that there are."""
         return f"[{'|'.join(rule_names(self.kind))}]"
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the text of a rule that can be made."""
         try:
             make_rule(self.kind, value)

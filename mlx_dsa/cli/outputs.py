@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -20,13 +21,13 @@ class OutputPath(click.ParamType):
         self.folder = folder
         self.name = "folder" if folder else "file"
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path as it was given."""
         check_output(value, folder=self.folder)
         return value
 
 
-def check_output(path: str | os.PathLike, *, folder: bool = False):
+def check_output(path: str | os.PathLike, *, folder: bool = False) -> None:
     """Refuse a path that nothing can be written to; folders on the way are yet to be made.
 
     Args:

@@ -33,7 +33,7 @@ def reading_bar(label: str = "Reading") -> Iterator[Callable[[int, int], None]]:
     )
     task = bar.add_task(label)
 
-    def update(done: int, total: int):
+    def update(done: int, total: int) -> None:
         if done >= total:
             bar.stop()
         elif bar.console.is_terminal:
@@ -60,7 +60,7 @@ class ReadingLines:
         self._begin: tuple[float, int] | None = None  # when, and what was read by then
         self._told = 0.0
 
-    def __call__(self, done: int, total: int):
+    def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if self._begin is None:
             self._begin, self._told = (now, done), now

@@ -58,7 +58,7 @@ def open_session(settings: Settings, *, dense: bool, temp: float, seed: int) -> 
         yield Session(model, tokenizer, sampler, patch)
 
 
-def hint_at_blas():
+def hint_at_blas() -> None:
     """Tell a user on the CPU of a Linux machine what would make it fast."""
     slow = sys.platform.startswith("linux") and not blas.preload()
     if slow and on_cpu():

@@ -99,7 +99,7 @@ def write_page(
     sections: Sequence[tuple[str, int]],
     title: str,
     facts: Mapping[str, str],
-):
+) -> None:
     """Write the page, as a whole or not at all.
 
     Args:
@@ -138,7 +138,14 @@ def tenths(text: str) -> list[tuple[str, int]]:
     return sections
 
 
-def _page(text, places, share, sections, title, facts) -> Iterator[str]:
+def _page(
+    text: str,
+    places: Sequence[tuple[int, int]],
+    share: Share,
+    sections: Sequence[tuple[str, int]],
+    title: str,
+    facts: Mapping[str, str],
+) -> Iterator[str]:
     shades = min(share.n_layers, _SHADES)
     levels = -(-share.counts * shades // share.n_layers)
     firsts = np.array([start for start, _ in places], np.int64)
@@ -220,7 +227,7 @@ def _picture(found: re.Match) -> str:
     return "\u2421" if found[0] == "\x7f" else chr(0x2400 + ord(found[0]))
 
 
-def _runs(text, places, levels) -> Iterator[tuple[int, int, int]]:
+def _runs(text: str, places: Sequence[tuple[int, int]], levels: np.ndarray) -> Iterator[tuple[int, int, int]]:
     """Yield stretches of one shade: first character, level, character after the last."""
     end = 0
     for level, pieces in groupby(_pieces(places, levels, len(text)), lambda piece: piece[0]):
@@ -229,7 +236,7 @@ def _runs(text, places, levels) -> Iterator[tuple[int, int, int]]:
         yield start, level, end
 
 
-def _pieces(places, levels, length: int) -> Iterator[tuple[int, int]]:
+def _pieces(places: Sequence[tuple[int, int]], levels: np.ndarray, length: int) -> Iterator[tuple[int, int]]:
     """Yield a level and where it ends for what is shown as a whole: a token, or all that a
     character is made of, which then has their mean. White space that is no token's goes
     with the one after it."""

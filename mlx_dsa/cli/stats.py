@@ -152,7 +152,7 @@ def _parts(report: Report, dense: bool) -> list[str]:
     return [*parts, speed, f"first token {report.first:.2f} s"]
 
 
-def show_report(report: Report, *, dense: bool):
+def show_report(report: Report, *, dense: bool) -> None:
     """Tell on standard error what an answer took, and what cut it."""
     width = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
     if report.cut is not None:

@@ -106,7 +106,7 @@ def _named(given: dict[str, Any]) -> Subject:
     name = subject_name(settings, given["preset"], given["model"], given["config"])
     check_backend(settings.config.backend)
 
-    def load():
+    def load() -> tuple[nn.Module, Mapping[int, Indexer]]:
         preset = load_settings(settings)
         return preset.model, preset.indexers
 

@@ -32,7 +32,7 @@ class ChatTemplate:
         self._begin = [{"role": "system", "content": system}] if system else []
         self._think = think
 
-    def check(self):
+    def check(self) -> None:
         """Refuse a model that can't chat, or not in the way that was asked for.
 
         Raises:

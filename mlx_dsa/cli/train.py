@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ PROJECTIONS_HELP = {
 }
 
 
-def _training_options(command):
+def _training_options(command: Callable) -> Callable:
     kinds = (ProjectionsConfig, TrainConfig, RetentionConfig)
     options = {field.name: field for kind in kinds for field in fields(kind)}
     help_ = {**HELP, **{k: f"Heads: {v}" for k, v in RETENTION_HELP.items()}}
@@ -125,7 +126,7 @@ def train(
     indexer: str | None,
     config: str | None,
     **given: Any,
-):
+) -> None:
     """Train indexers, or search projections, for a model, which itself is not changed.
 
     With --both, train beside them the heads that say which entries of the cache later
@@ -173,13 +174,13 @@ def train(
         click.echo(line)
 
 
-def _check_resume(out: Path):
+def _check_resume(out: Path) -> None:
     """Refuse to begin anew where a run was to go on."""
     if not any((out / name).exists() for name in (CHECKPOINT, FINISHED)):
         raise click.UsageError(f"there is no run in {out} to go on with. Leave --resume out to begin one.")
 
 
-def _report(result: TrainResult):
+def _report(result: TrainResult) -> None:
     best = ", ".join(f"{layer}: {_step(step)}" for layer, step in result.best_steps.items())
     click.echo(f"Best step of each layer: {best}")
     click.echo(f"Best steps together: {describe(result.scores)}")

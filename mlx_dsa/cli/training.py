@@ -22,7 +22,7 @@ class Display:
     second Ctrl-C ends it at once.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._bar = Progress(
             TextColumn("Training"),
             BarColumn(),
@@ -37,7 +37,7 @@ class Display:
         self._interrupt = Interrupt(self._say_that_it_stops)
         self._first: TrainProgress | None = None
 
-    def __call__(self, now: TrainProgress):
+    def __call__(self, now: TrainProgress) -> None:
         if self._first is None:
             self._first = now
             self._interrupt.__enter__()
@@ -54,7 +54,7 @@ class Display:
             self._bar.start()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self._interrupt.__exit__()
         if self._bar.console.is_terminal:
             self._bar.stop()
@@ -65,7 +65,7 @@ class Display:
         tokens, seconds = now.tokens - first.tokens, now.seconds - first.seconds
         return f", {tokens / seconds:,.0f} tokens/s" if tokens and seconds > 0 else ""
 
-    def _say_that_it_stops(self):
+    def _say_that_it_stops(self) -> None:
         self._bar.console.print("Stopping after this step. Ctrl-C again stops at once.")
 
 

@@ -33,7 +33,7 @@ from .subject import chunk_option, open_subject, subject_options
 )
 @click.option("--all", "everything", is_flag=True, help="With --reset: forget all that was measured.")
 @subject_options
-def tune(chunk: int, seconds: float, reset: bool, everything: bool, **given: Any):
+def tune(chunk: int, seconds: float, reset: bool, everything: bool, **given: Any) -> None:
     """Measure from which length on sparse attention is faster than dense, and store it.
 
     --prefill auto then follows it for the same model shape, settings, device and
@@ -71,7 +71,7 @@ def tune(chunk: int, seconds: float, reset: bool, everything: bool, **given: Any
         click.echo("Nothing is stored: give --seconds more.")
 
 
-def _reset(everything: bool, given: dict[str, Any]):
+def _reset(everything: bool, given: dict[str, Any]) -> None:
     if everything:
         named = [name for name, value in given.items() if value is not None]
         if named:
@@ -85,7 +85,7 @@ def _reset(everything: bool, given: dict[str, Any]):
     click.echo(f"{what} forgotten ({crossover_file()})." if found else "Nothing was stored.")
 
 
-def _print_rows(rows: list[dict[str, float]]):
+def _print_rows(rows: list[dict[str, float]]) -> None:
     names = [name for name in rows[0] if name != "keys"]
     cells = [[f"{row['keys']:,}", *(f"{row[name]:.3f}" for name in names)] for row in rows]
     titles = (name.replace("_", " ") for name in names)

@@ -1,24 +1,49 @@
 """Questions about long texts under several policies, one dense reading of a text serving them all."""
 
+from __future__ import annotations
+
+import os
 import statistics
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..patch import SparsePatch
+from ..presets import Preset
 from ..rules import kvzip
+from ..tasks.needle_items import NeedleItem
 from ..tasks.prompts import frame
-from .generation import converse
-from .policies import pairings
+from .evaluator import Progress, Result, Row
+from .generation import Heard, converse
+from .policies import Policy, pairings
 from .reading import DenseReading
 from .report.stats import paired_proportions, wilson
-from .running.runner import Unit, evaluate
+from .running.runner import Summary, Unit, World, evaluate
 from .running.watch import STATES, Watch, verdict
 from .subject import check_lengths, describe, fingerprint, policies_config
 
 
-def ask(kind, subject, policies, items, about, *, max_tokens, batch_size, compare, name, out, world, progress):
+def ask(
+    kind: str,
+    subject: Preset,
+    policies: Sequence[Policy],
+    items: Sequence[NeedleItem],
+    about: dict[str, Any],
+    *,
+    max_tokens: int,
+    batch_size: int,
+    compare: str | Sequence[str],
+    name: str | None,
+    out: str | os.PathLike | None,
+    world: World | None,
+    progress: Progress | None,
+) -> Result | None:
     """Hold the conversations of some items under every policy, on the very same items.
 
     Args:
@@ -67,18 +92,18 @@ def ask(kind, subject, policies, items, about, *, max_tokens, batch_size, compar
     ]
     readings = _Readings(subject.model, policies)
 
-    def work(payload):
+    def work(payload: tuple[Policy, list[NeedleItem]]) -> list[Row]:
         return _run(subject, payload[0], payload[1], max_tokens, readings)
 
-    def summarise(records):
+    def summarise(records: list[Row]) -> Summary:
         return _rows(records, policies), _pairs(records, policies, compare), records
 
     return evaluate(kind, config, units, work, summarise, out=out, world=world, progress=progress)
 
 
-def _batches(items, size):
+def _batches(items: Iterable[NeedleItem], size: int) -> Iterator[list[NeedleItem]]:
     """Group cases whose first turns are equally long, those of one text together."""
-    groups = {}
+    groups: dict[tuple[int, int], dict[tuple[int, ...], list[NeedleItem]]] = {}
     for item in items:
         first = item.turns[0].ids
         texts = groups.setdefault((item.length, len(first)), {})
@@ -95,16 +120,17 @@ class _Readings:
     Only texts that no question is part of are read so, and only where it serves two policies.
     """
 
-    def __init__(self, model, policies):
+    def __init__(self, model: nn.Module, policies: Sequence[Policy]) -> None:
         self._model = model
         self._pays = sum(map(self._dense, policies)) > 1 or any(p.reads_again for p in policies)
-        self._of = self._reading = None
+        self._of: list[tuple[int, ...]] | None = None
+        self._reading: DenseReading | None = None
 
     @staticmethod
-    def _dense(policy):
+    def _dense(policy: Policy) -> bool:
         return policy.config is None or policy.config.prefill == "dense"
 
-    def read(self, policy, batch):
+    def read(self, policy: Policy, batch: list[NeedleItem]) -> DenseReading | None:
         """Return the reading that a policy can start from, or ``None``; the model is unpatched."""
         first = batch[0].turns[0]
         if first.values or not (self._pays and self._dense(policy)):
@@ -118,15 +144,16 @@ class _Readings:
         return self._reading
 
 
-def _run(subject, policy, batch, max_tokens, readings):
+def _run(subject: Preset, policy: Policy, batch: list[NeedleItem], max_tokens: int, readings: _Readings) -> list[Row]:
     tokenizer = subject.tokenizer
     reading = readings.read(policy, batch)
     conversations = [[(turn.ids, bool(turn.values)) for turn in item.turns] for item in batch]
     mx.clear_cache()
     mx.reset_peak_memory()
     with policy.apply(subject, _token_marks(policy, batch, tokenizer), reads_again=True) as patch:
-        taken = reading and (reading.caches(subject.model, patch), reading.seconds)
+        taken = (reading.caches(subject.model, patch), reading.seconds) if reading else None
         if policy.reads_again:
+            assert patch and reading and taken  # it is sparse, and reads densely
             taken = _again(subject.model, patch, reading.ids, tokenizer, *taken)
         watch = Watch(patch, [item.values for item in batch])
         heard = converse(
@@ -144,7 +171,9 @@ def _run(subject, policy, batch, max_tokens, readings):
     return [_record(policy, *of, tokenizer, peak) for of in zip(batch, heard, watch.lost)]
 
 
-def _again(model, patch, ids, tokenizer, caches, seconds):
+def _again(
+    model: nn.Module, patch: SparsePatch, ids: mx.array, tokenizer: TokenizerWrapper, caches: list[Any], seconds: float
+) -> tuple[list[Any], float]:
     """Read texts that caches hold a second time; return what `converse` takes: them, and the seconds of both."""
     began = perf_counter()
     texts = kvzip.ASK_FIRST, kvzip.ASK_LATER, frame(tokenizer).tail
@@ -153,7 +182,14 @@ def _again(model, patch, ids, tokenizer, caches, seconds):
     return caches, seconds + perf_counter() - began
 
 
-def _record(policy, item, heard, lost, tokenizer, peak):
+def _record(
+    policy: Policy,
+    item: NeedleItem,
+    heard: Heard,
+    lost: dict[int, str] | None,
+    tokenizer: TokenizerWrapper,
+    peak: float | None,
+) -> Row:
     asked = [turn for turn in item.turns if turn.values]
     replies = [tokenizer.decode(reply.ids).strip() for reply in heard.replies]
     correct = [turn.correct(reply) for turn, reply in zip(asked, replies)]
@@ -177,11 +213,11 @@ def _record(policy, item, heard, lost, tokenizer, peak):
     return record
 
 
-def _token_marks(policy, batch, tokenizer):
+def _token_marks(policy: Policy, batch: list[NeedleItem], tokenizer: TokenizerWrapper) -> mx.array | None:
     """Return the marks that a policy wants of the first turns' tokens, a row for each text."""
     if policy.wants_marks is None:
         return None
-    rows = {}
+    rows: dict[tuple[int, ...], np.ndarray] = {}
     for item in batch:
         ids = item.turns[0].ids
         row = rows.setdefault(tuple(ids), np.zeros(len(ids), dtype=np.float32))
@@ -195,7 +231,7 @@ def _token_marks(policy, batch, tokenizer):
     return mx.array(np.stack(list(rows.values())))
 
 
-def _rows(records, policies):
+def _rows(records: list[Row], policies: Sequence[Policy]) -> list[Row]:
     rows = []
     for policy in policies:
         of_policy = [r for r in records if r["policy"] == policy.label]
@@ -207,7 +243,7 @@ def _rows(records, policies):
     return rows
 
 
-def _row(policy, length, depth, cell):
+def _row(policy: Policy, length: int, depth: float | None, cell: list[Row]) -> Row:
     correct = sum(r["correct"] for r in cell)
     low, high = wilson(correct, len(cell))
     row = {
@@ -233,8 +269,8 @@ def _row(policy, length, depth, cell):
     return row
 
 
-def _pairs(records, policies, compare):
-    outcomes = {}
+def _pairs(records: list[Row], policies: Sequence[Policy], compare: str | Sequence[str]) -> list[Row]:
+    outcomes: dict[tuple[str, int], list[bool]] = {}
     for r in records:
         outcomes.setdefault((r["policy"], r["length"]), []).append(r["correct"])
     return [

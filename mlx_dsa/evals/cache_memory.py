@@ -1,22 +1,39 @@
 """What the cache takes, and the whole program, by the length of the context."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..families import family_of
+from ..presets import Preset
 from ..rules import make_rule
 from ..tasks.documents import load_documents, windows_of
-from .evaluator import Evaluator, register
+from .evaluator import Evaluator, Progress, Result, Row, register
 from .generation import read
+from .policies import Policy
 from .report.plots import plot_memory
 from .report.tables import memory_pairs, memory_table
-from .running.runner import Unit, evaluate
+from .running.runner import Summary, Unit, World, evaluate
 from .subject import check_lengths, describe, policies_config
 
 _STEPS = 8
 
 
-def memory(subject, policies, *, lengths, haystack=None, name=None, out=None, world=None, progress=None):
+def memory(
+    subject: Preset,
+    policies: Sequence[Policy],
+    *,
+    lengths: Sequence[int],
+    haystack: str | None = None,
+    name: str | None = None,
+    out: str | os.PathLike | None = None,
+    world: World | None = None,
+    progress: Progress | None = None,
+) -> Result | None:
     """Read contexts, write a few tokens, and note what it took.
 
     Args:
@@ -43,17 +60,17 @@ def memory(subject, policies, *, lengths, haystack=None, name=None, out=None, wo
     }
     units = [Unit(f"{p.label}/{length}", (p, length)) for p in policies for length in lengths]
 
-    def work(payload):
+    def work(payload: tuple[Policy, int]) -> list[Row]:
         policy, length = payload
         return [_measure(subject, policy, ids[:length])]
 
-    def summarise(records):
+    def summarise(records: list[Row]) -> Summary:
         return records, _pairs(records), []
 
     return evaluate("memory", config, units, work, summarise, out=out, world=world, progress=progress)
 
 
-def computed_bytes(subject, policy, length, itemsize):
+def computed_bytes(subject: Preset, policy: Policy, length: int, itemsize: int) -> int | None:
     """Return the bytes of a cache's entries after `length` tokens, by arithmetic.
 
     A layer without attention counts for nothing. A dense layer keeps every key and value. A sparse
@@ -69,10 +86,10 @@ def computed_bytes(subject, policy, length, itemsize):
         return None
     for i, layer in family_of(subject.model).layers(subject.model).items():
         entry = 2 * layer.n_kv_heads * layer.head_dim * itemsize
-        indexer = subject.indexers.get(i)
         if config is None or i not in subject.indexers or i in config.dense_layers:
             total += length * entry
             continue
+        indexer = subject.indexers[i]
         selecting = make_rule("select", config.select).bind(layer, indexer)
         sparse = entry + selecting.entry_width() * itemsize
         if config.cache == "full":
@@ -87,7 +104,7 @@ def computed_bytes(subject, policy, length, itemsize):
     return total
 
 
-def _measure(subject, policy, ids):
+def _measure(subject: Preset, policy: Policy, ids: list[int]) -> Row:
     model = subject.model
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -115,7 +132,7 @@ def _measure(subject, policy, ids):
         }
 
 
-def _pairs(records):
+def _pairs(records: list[Row]) -> list[Row]:
     dense = {r["length"]: r["value"] for r in records if r["policy"] == "dense"}
     return [
         {

@@ -1,38 +1,45 @@
 """Long Python source: are constants found, definitions looked up, functions written as they stand?"""
 
-import platform
+from __future__ import annotations
 
+import os
+import platform
+from collections.abc import Sequence
+
+from ..presets import Preset
 from ..tasks.code_items import CodeSpec, make_code_items
 from ..tasks.needle_items import fields_of
 from ..tasks.source import read_source
 from .asking import ask
-from .evaluator import Evaluator, register
+from .evaluator import Evaluator, Progress, Result, register
 from .needles import ASKING
+from .policies import Policy
+from .running.runner import World
 from .subject import check_lengths, fingerprint
 
 
 def code(
-    subject,
-    policies,
+    subject: Preset,
+    policies: Sequence[Policy],
     *,
-    lengths,
-    depths=(0.1, 0.3, 0.5, 0.7, 0.9),
-    limit=4,
-    task="constants",
-    setting="before-question",
-    value="mixed",
-    phrasing="train",
-    per_document=4,
-    max_tokens=48,
-    batch_size=1,
-    seed=0,
-    stem=False,
-    compare="dense",
-    name=None,
-    out=None,
-    world=None,
-    progress=None,
-):
+    lengths: Sequence[int],
+    depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    limit: int = 4,
+    task: str = "constants",
+    setting: str = "before-question",
+    value: str = "mixed",
+    phrasing: str = "train",
+    per_document: int = 4,
+    max_tokens: int = 48,
+    batch_size: int = 1,
+    seed: int = 0,
+    stem: bool = False,
+    compare: str | Sequence[str] = "dense",
+    name: str | None = None,
+    out: str | os.PathLike | None = None,
+    world: World | None = None,
+    progress: Progress | None = None,
+) -> Result | None:
     """Ask about files of Python's standard library, under every policy on the very same cases.
 
     Args:

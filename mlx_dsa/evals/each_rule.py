@@ -1,15 +1,20 @@
 """Policies that stand for every rule there is: "evict:*" and "select:*"."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from ..rules import EvictRule, make_rule, rule_names
 
+Spec = str | dict[str, Any]  # of a policy
 SELECT = "select:"  # and the name of a rule of selecting: a policy that evicts nothing
 EVERY = {"evict:*": "evict", "select:*": "select"}
 
 
-def rules_alone(kind):
+def rules_alone(kind: str) -> tuple[str, ...]:
     """Return the names of the rules of a kind that need no options."""
 
-    def is_made(name):
+    def is_made(name: str) -> bool:
         try:
             return bool(make_rule(kind, name))
         except TypeError:  # an option that has no default
@@ -18,7 +23,7 @@ def rules_alone(kind):
     return tuple(name for name in rule_names(kind) if is_made(name))
 
 
-def each_rule(spec):
+def each_rule(spec: Spec) -> list[Spec]:
     """Return one spec for each rule where a spec's policy stands for every one, else the spec alone.
 
     A rule of forgetting gets select "window", which keeps nothing beside keys and values, unless it
@@ -41,7 +46,7 @@ def each_rule(spec):
     return [{"policy": name, **_selecting_nothing(name), **fields} for name in names]
 
 
-def _selecting_nothing(name):
+def _selecting_nothing(name: str) -> dict[str, str]:
     if name in ("window", "random"):  # these policies name what selects
         return {}
     rule = make_rule("evict", name)

@@ -16,7 +16,9 @@ from inspect import Parameter, signature
 from typing import Any
 
 Result = dict[str, Any]
+Row = dict[str, Any]  # of a result: a row, a pair or an item
 Table = tuple[list[str], list[list[str]]]
+Progress = Callable[[int, int, str], None]  # units done, units in all, what is at hand
 
 # What every evaluator is given, and no option of its own.
 _GIVEN = ("subject", "policies", "name", "out", "world", "progress", "running")
@@ -53,10 +55,10 @@ class Evaluator:
     run: Callable[..., Result | None]
     table: Callable[[Result], Table]
     plot: Callable[[Result, Any], Any]
-    pairs: Callable[[list[dict]], Table] | None = None
+    pairs: Callable[[list[Row]], Table] | None = None
     note: Callable[[Result], str | None] | None = None
     metrics: tuple[str, ...] = ()
-    difference: Callable[[dict, dict], dict] | None = None
+    difference: Callable[[dict[str, Row], dict[str, Row]], Row] | None = None
     cell: Callable[[Result, Any], str] | None = None
     asks: bool = False
     takes_policies: bool = True
@@ -80,7 +82,7 @@ def register(evaluator: Evaluator) -> Evaluator:
     return evaluator
 
 
-def forget(kind: str):
+def forget(kind: str) -> None:
     """Take an evaluator out of the registry again."""
     del _EVALUATORS[kind]
 
@@ -103,7 +105,7 @@ def evaluator_of(kind: str) -> Evaluator:
 
 
 @functools.cache
-def _load_plugins():
+def _load_plugins() -> None:
     for plugin in entry_points(group=_PLUGINS):
         try:
             plugin.load()

@@ -1,11 +1,13 @@
 """How much of the true attention a selection of keys covers."""
 
+from __future__ import annotations
+
 import mlx.core as mx
 
 from ..selection import select_topk
 
 
-def true_attention(queries, keys, positions, scale):
+def true_attention(queries: mx.array, keys: mx.array, positions: mx.array, scale: float) -> tuple[mx.array, mx.array]:
     """Return attention logits, masked causally, and their softmax.
 
     Args:
@@ -25,13 +27,13 @@ def true_attention(queries, keys, positions, scale):
     return logits, mx.softmax(logits, axis=-1)
 
 
-def top_mask(scores, k):
+def top_mask(scores: mx.array, k: int) -> mx.array:
     """Return which entries are among the `k` largest of their row, as a mask of the same shape."""
     best = mx.argpartition(scores, kth=scores.shape[-1] - k, axis=-1)[..., -k:]
     return mx.put_along_axis(mx.zeros(scores.shape, mx.bool_), best, mx.array(True), axis=-1)
 
 
-def selection_mask(scores, k, positions, n_sink=0, n_recent=0):
+def selection_mask(scores: mx.array, k: int, positions: mx.array, n_sink: int = 0, n_recent: int = 0) -> mx.array:
     """Return the keys that a query selects, as the runtime would, as a mask `[R, T]`.
 
     Args:
@@ -44,14 +46,14 @@ def selection_mask(scores, k, positions, n_sink=0, n_recent=0):
     return slots_mask(slots, scores.shape[1])
 
 
-def slots_mask(slots, width):
+def slots_mask(slots: mx.array, width: int) -> mx.array:
     """Return slots `[R, K]`, -1 where there is none, as a mask `[R, width]`."""
     mask = mx.zeros((slots.shape[0], width + 1), mx.bool_)
     at = mx.where(slots < 0, width, slots)
     return mx.put_along_axis(mask, at, mx.array(True), axis=-1)[:, :width]
 
 
-def coverage(selected, logits, probabilities, k):
+def coverage(selected: mx.array, logits: mx.array, probabilities: mx.array, k: int) -> tuple[mx.array, mx.array]:
     """Return recall@K and mass@K of a selection, for each head and query.
 
     Args:

@@ -5,11 +5,16 @@ equally long, so this feeds them as one batch, in the same order of calls: chunk
 token alone, then one token at a time.
 """
 
+from __future__ import annotations
+
 import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
@@ -17,8 +22,10 @@ from ..cache import SparseKVCache
 from ..chunks import chunk_size
 from ..patch import patch_of
 
+Talk = Sequence[tuple[list[int], bool]]  # turns: tokens to feed, and whether the model is to answer
 
-def spans(n):
+
+def spans(n: int) -> list[tuple[int, int]]:
     """Return the (start, stop) of chunks of `n` tokens, none of which is a single token.
 
     A single one would be a step of decode, and end the prompt.
@@ -29,7 +36,7 @@ def spans(n):
     return list(zip(edges, edges[1:]))
 
 
-def read(model, ids, caches):
+def read(model: nn.Module, ids: mx.array, caches: list[Any]) -> mx.array:
     """Feed tokens, the last one alone, and return the logits after it `[B, V]`.
 
     A budget is pruned then, as the first token of an answer would do.
@@ -50,7 +57,7 @@ def read(model, ids, caches):
     return logits
 
 
-def _feed(model, ids, chunks, caches):
+def _feed(model: nn.Module, ids: mx.array, chunks: Iterable[tuple[int, int]], caches: list[Any]) -> None:
     # As mlx-lm: a cache's state is read after a chunk, which says that the prompt goes on, and
     # never after its last token or in decode.
     for start, stop in chunks:
@@ -58,7 +65,7 @@ def _feed(model, ids, chunks, caches):
         mx.eval([c.state for c in caches])
 
 
-def take_rows(caches, rows):
+def take_rows(caches: list[Any], rows: list[int]) -> list[Any]:
     """Return caches that hold some rows of a batch; those given don't notice."""
     rows = mx.array(rows)
     # mlx-lm's from_state differs by version.
@@ -76,7 +83,7 @@ def take_rows(caches, rows):
     return taken
 
 
-def _rows_of(cache, rows, array):
+def _rows_of(cache: Any, rows: mx.array, array: mx.array) -> mx.array:
     """Return the rows of an array that texts have: their own, or one for each of their key heads."""
     n = getattr(cache, "rows_a_text", 1)
     if n == 1 or array.shape[0] != cache.keys.shape[0]:
@@ -88,11 +95,19 @@ def _rows_of(cache, rows, array):
 class Reply:
     """What a row said: its tokens, and whether it came to an end by itself."""
 
-    ids: list
+    ids: list[int]
     ended: bool
 
 
-def answer(model, logits, caches, *, max_tokens, stop_ids, finished=None):
+def answer(
+    model: nn.Module,
+    logits: mx.array,
+    caches: list[Any],
+    *,
+    max_tokens: int,
+    stop_ids: set[int],
+    finished: Callable[[list[int], list[Any]], None] | None = None,
+) -> list[Reply]:
     """Write greedily until every row has ended.
 
     Args:
@@ -139,21 +154,21 @@ class Heard:
         read_s (float): seconds that reading the first turn took, over the rows of its batch.
     """
 
-    replies: list
+    replies: list[Reply]
     read_s: float = 0.0
 
 
 def converse(
-    model,
-    conversations,
+    model: nn.Module,
+    conversations: Sequence[Talk],
     *,
-    max_tokens,
-    stop_ids,
-    begin=None,
-    finished=None,
-    taken=None,
-    opening=False,
-):
+    max_tokens: int,
+    stop_ids: set[int],
+    begin: Callable[[list[int]], None] | None = None,
+    finished: Callable[[list[int], list[Any], list[int]], None] | None = None,
+    taken: tuple[list[Any], float] | None = None,
+    opening: bool = False,
+) -> list[Heard]:
     """Hold several conversations whose first turns are equally long.
 
     Conversations with the very same first turn that is not asked, such as several questions about
@@ -197,7 +212,7 @@ def converse(
         waiting.append((rows, [unique.index(first) for first in firsts], caches, 1))
     while waiting:
         members, rows, caches, turn = waiting.pop()
-        groups = {}
+        groups: dict[int, list[tuple[int, int]]] = {}
         for member, row in zip(members, rows):
             groups.setdefault(len(conversations[member][turn][0]), []).append((member, row))
         for pairs in groups.values():
@@ -212,7 +227,7 @@ def converse(
                 for m in group:
                     heard[m].read_s = (perf_counter() - start) / len(group)
 
-            def ended(rows, now, group=group, turn=turn):
+            def ended(rows: list[int], now: list[Any], group: list[int] = group, turn: int = turn) -> None:
                 ready = [group[r] for r in rows]
                 if turn + 1 < len(conversations[0]):
                     waiting.append((ready, list(range(len(rows))), take_rows(now, rows), turn + 1))

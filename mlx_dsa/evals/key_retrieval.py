@@ -5,6 +5,10 @@ share of it a selection of K keys covers: the indexer's, three others of the sam
 other rules.
 """
 
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -15,41 +19,43 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..cache import FullKVCache
 from ..checkpoint_file import LIGHTNING
 from ..chunks import chunk_size
-from ..families import family_of
+from ..families import Layer, family_of
 from ..ops import index_scores
+from ..presets import Preset
 from ..registry import rule_class
 from ..rules import Probe, kind_of, make_rule
 from ..tasks.documents import load_documents, windows_of
 from .each_rule import SELECT, rules_alone
-from .evaluator import Evaluator, register
+from .evaluator import Evaluator, Progress, Result, Row, register
 from .fidelity import coverage, selection_mask, slots_mask, true_attention
 from .report.overview import mass_cell
 from .report.plots import plot_retrieval
 from .report.stats import bootstrap
 from .report.tables import retrieval_pairs, retrieval_table
-from .running.runner import Unit, evaluate
+from .running.runner import Summary, Unit, World, evaluate
 from .subject import check_lengths, describe, fingerprint
 from .wrapping import wrapping
 
 METHODS = ("index", "random", "window", "attention")
 _NO_INDEXER = METHODS[1:]
+_Forced = dict[int, tuple[int, int]]  # K -> sinks and recent keys
 
 
 def retrieval(
-    subject,
+    subject: Preset,
     *,
-    top_k,
-    length=4096,
-    queries=64,
-    select=(),
-    data=None,
-    limit=4,
-    seed=0,
-    name=None,
-    out=None,
-    world=None,
-    progress=None,
-):
+    top_k: Sequence[int],
+    length: int = 4096,
+    queries: int = 64,
+    select: Sequence[str] = (),
+    data: str | None = None,
+    limit: int | None = 4,
+    seed: int = 0,
+    name: str | None = None,
+    out: str | os.PathLike | None = None,
+    world: World | None = None,
+    progress: Progress | None = None,
+) -> Result | None:
     """Compare selections with the true attention, by layer and K.
 
     Args:
@@ -108,16 +114,16 @@ def retrieval(
     positions = np.unique(np.linspace(usable[0] - 1, length - 1, queries).astype(int))
     units = [Unit(f"window {i}", window) for i, window in enumerate(windows)]
 
-    def work(window):
+    def work(window: dict[str, Any]) -> list[Row]:
         return _measure(subject, window, positions, forced, rules, seed)
 
-    def summarise(records):
+    def summarise(records: list[Row]) -> Summary:
         return _rows(records, seed), _pairs(records, seed), records
 
     return evaluate("retrieval", config, units, work, summarise, out=out, world=world, progress=progress)
 
 
-def _has_what_it_reads(name, kinds):
+def _has_what_it_reads(name: str, kinds: set[str]) -> bool:
     rule = rule_class("select", name)
     return not rule.wants_indexer or rule.reads in kinds
 
@@ -125,7 +131,9 @@ def _has_what_it_reads(name, kinds):
 class _Recorder(nn.Module):
     """A dense attention layer that measures selections at some positions as it goes."""
 
-    def __init__(self, layer, indexer, positions, forced, rules, seed):
+    def __init__(
+        self, layer: Layer, indexer: Any, positions: np.ndarray, forced: _Forced, rules: Sequence[str], seed: int
+    ) -> None:
         super().__init__()
         self.attention, self.indexer, self.layer = layer.module, _lightning(indexer), layer
         self.positions, self.forced, self.seed = positions, forced, seed
@@ -133,9 +141,9 @@ class _Recorder(nn.Module):
         self.rules = {name: make_rule("select", name).bind(layer, indexer) for name in rules}
         self.caches = {name: FullKVCache() for name in rules}
         self.index_keys: Any = None
-        self.found = []
+        self.found: list[tuple[int, str, mx.array, mx.array]] = []
 
-    def __call__(self, x, mask=None, cache=None):
+    def __call__(self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None) -> mx.array:
         offset = cache.offset
         output = self.attention(x, mask, cache)
         if self.indexer is not None:
@@ -152,7 +160,7 @@ class _Recorder(nn.Module):
             self._measure(x, offset, here, keys)
         return output
 
-    def _measure(self, x, offset, here, keys):
+    def _measure(self, x: mx.array, offset: int, here: np.ndarray, keys: mx.array) -> None:
         rows = mx.array(here - offset)
         positions = mx.array(here)
         queries = self.layer.project(x, offset).queries
@@ -192,16 +200,18 @@ class _Recorder(nn.Module):
         mx.eval(self.found)  # all at once: each wait for a GPU costs
 
 
-def _methods(indexer):
+def _methods(indexer: Any) -> tuple[str, ...]:
     return METHODS if _lightning(indexer) is not None else _NO_INDEXER
 
 
-def _lightning(indexer):
+def _lightning(indexer: Any) -> Any:
     """Return an indexer if it is a lightning indexer, else ``None``."""
     return indexer if kind_of(indexer) == LIGHTNING else None
 
 
-def _measure(subject, window, positions, forced, rules, seed):
+def _measure(
+    subject: Preset, window: dict[str, Any], positions: np.ndarray, forced: _Forced, rules: Sequence[str], seed: int
+) -> list[Row]:
     model = subject.model
     ids = mx.array([window["ids"]])
     family = family_of(model)
@@ -237,12 +247,12 @@ def _measure(subject, window, positions, forced, rules, seed):
     return records
 
 
-def _found(records):
+def _found(records: list[Row]) -> list[str]:
     """Return the selections of a result in order."""
     return list(dict.fromkeys(r["policy"] for r in records))
 
 
-def _rows(records, seed):
+def _rows(records: list[Row], seed: int) -> list[Row]:
     rows = []
     layers = sorted({r["layer"] for r in records})
     for k in sorted({r["top_k"] for r in records}):
@@ -261,12 +271,12 @@ def _rows(records, seed):
     return rows
 
 
-def _row(records, seed):
+def _row(records: list[Row], seed: int) -> Row:
     """Return mean recall and mass with the worst head; `value` is the recall."""
     row = {"n": sum(r["n"] for r in records if r["layer"] == records[0]["layer"])}
     for metric in ("recall", "mass"):
         mean, low, high = bootstrap(*zip(*_texts(records, metric)), seed=seed)
-        heads = {}
+        heads: dict[tuple[int, int], list[tuple[float, int]]] = {}
         for r in records:
             for head, total in enumerate(r[metric]):
                 heads.setdefault((r["layer"], head), []).append((total, r["n"]))
@@ -276,18 +286,19 @@ def _row(records, seed):
     return row
 
 
-def _texts(records, metric):
+def _texts(records: list[Row], metric: str) -> list[tuple[float, int]]:
     """Add up over the heads, layers and queries of each text."""
-    totals = {}
+    totals: dict[str, tuple[float, int]] = {}
     for r in records:
         before = totals.get(r["item"], (0.0, 0))
         totals[r["item"]] = (before[0] + sum(r[metric]), before[1] + r["n"] * len(r[metric]))
     return list(totals.values())
 
 
-def _pairs(records, seed):
+def _pairs(records: list[Row], seed: int) -> list[Row]:
     """Compare the indexer's recall with the other selections', text by text."""
-    pairs, methods = [], _found(records)
+    pairs: list[Row] = []
+    methods = _found(records)
     if "index" not in methods:
         return pairs
     for k in sorted({r["top_k"] for r in records}):

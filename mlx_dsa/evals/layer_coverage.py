@@ -1,40 +1,51 @@
 """Which layers bear being sparse: each layer's mass@K, its loss when it alone is, and what leaving the
 worst ones dense is worth."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 from ..config import SparseConfig
 from ..machine import device, versions
 from ..pictures import save_picture
+from ..presets import Preset
 from .each_rule import SELECT
+from .evaluator import Progress, Result, Row, Table
 from .key_retrieval import retrieval
 from .perplexity import ppl
 from .policies import Policy
 from .running.results import read_result, write_result
+from .running.runner import World
 from .subject import describe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _PARTS = ("mass", "alone", "curve")
 
 
 def coverage(
-    subject,
+    subject: Preset,
     *,
-    top_k=256,
-    select="lightning",
-    length=2048,
-    limit=4,
-    queries=64,
-    within=1.0,
-    data=None,
-    batch_size=1,
-    seed=0,
-    name=None,
-    out=None,
-    world=None,
-    progress=None,
-):
+    top_k: int = 256,
+    select: str = "lightning",
+    length: int = 2048,
+    limit: int | None = 4,
+    queries: int = 64,
+    within: float = 1.0,
+    data: str | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    name: str | None = None,
+    out: str | os.PathLike | None = None,
+    world: World | None = None,
+    progress: Progress | None = None,
+) -> Result:
     """Measure each layer's selection, and the perplexity by which layers are left dense.
 
     Nothing is evicted and every query selects its own keys (cache "full", prefill "exact"). The curve
@@ -98,19 +109,19 @@ def coverage(
     start = perf_counter()
     files = {part: out and Path(out).with_suffix(f".{part}.json") for part in _PARTS}
 
-    def given(part):
+    def given(part: str) -> dict[str, Any]:
         told = progress and (lambda done, total, key: progress(done, total, f"{part}: {key}"))
         return {**texts, "name": name, "out": files[part], "world": world, "progress": told}
 
-    def measured(part, kept):
+    def measured(part: str, kept: Mapping[str, Sequence[int]]) -> Result:
         """Return the pairs with dense of policies that leave some layers dense."""
         always = tuple(before.dense_layers)
         policies = [Policy(label, replace(base, dense_layers=always + tuple(d))) for label, d in kept.items()]
-        return ppl(subject, policies, batch_size=batch_size, **given(part))
+        return _whole(ppl(subject, policies, batch_size=batch_size, **given(part)))
 
     extra = () if select == SparseConfig.select else (select,)
     chosen = subject._replace(config=base)
-    mass = retrieval(chosen, top_k=[top_k], queries=queries, select=extra, **given("mass"))
+    mass = _whole(retrieval(chosen, top_k=[top_k], queries=queries, select=extra, **given("mass")))
     alone = measured("alone", {f"layer {i}": [j for j in layers if j != i] for i in layers})
     rows = _layer_rows(mass, alone, SELECT + select if extra else "index", layers)
     order = [r["layer"] for r in sorted(rows, key=lambda r: (-r["ratio"], r["layer"]))]
@@ -133,7 +144,12 @@ def coverage(
     return result
 
 
-def _layer_rows(mass, alone, method, layers):
+def _whole(result: Result | None) -> Result:
+    assert result is not None  # only a Share has a part
+    return result
+
+
+def _layer_rows(mass: Result, alone: Result, method: str, layers: list[int]) -> list[Row]:
     masses = {(r["policy"], r["layer"]): r["mass_value"] for r in mass["rows"]}
     pairs = {p["policy"]: p for p in alone["pairs"] if p["against"] == "dense"}
     return [
@@ -147,7 +163,7 @@ def _layer_rows(mass, alone, method, layers):
     ]
 
 
-def _curve_rows(curve, order):
+def _curve_rows(curve: Result, order: list[int]) -> list[Row]:
     pairs = {p["policy"]: p for p in curve["pairs"] if p["against"] == "dense"}
     found = [
         {
@@ -161,7 +177,7 @@ def _curve_rows(curve, order):
     return [*found, {"n_dense": len(order), "dense_layers": sorted(order), **whole}]
 
 
-def propose(pairs, within):
+def propose(pairs: list[Row], within: float) -> list[int]:
     """Return the fewest dense layers of a curve that keep perplexity within some percent of dense.
 
     Args:
@@ -171,7 +187,7 @@ def propose(pairs, within):
     return next(p["dense_layers"] for p in pairs if 100 * (p["ratio"] - 1) <= within)
 
 
-def coverage_tables(result):
+def coverage_tables(result: Result) -> tuple[Table, Table]:
     """Return the tables of layers and of the curve, each as a header and rows."""
     header = ["layer", "mass@K", "over the attention's own", "perplexity over dense, it alone sparse [95%]"]
     layers = [[str(r["layer"]), f"{100 * r['mass']:.1f}%", f"{r['mass_over']:.3f}", _ratio(r)] for r in result["rows"]]
@@ -179,12 +195,12 @@ def coverage_tables(result):
     return (header, layers), (["dense layers", "which", "perplexity over dense [95%]"], curve)
 
 
-def _ratio(row):
+def _ratio(row: Row) -> str:
     ends = [row[k] for k in ("ratio_low", "ratio_high")]
     return f"{row['ratio']:.4f}" + (" [one text]" if None in ends else " [{:.4f}, {:.4f}]".format(*ends))
 
 
-def plot_coverage(result, path):
+def plot_coverage(result: Result, path: str | os.PathLike) -> None:
     """Draw mass and loss by layer, and the curve, as a PNG.
 
     Args:
@@ -197,7 +213,7 @@ def plot_coverage(result, path):
     save_picture(lambda plt: _figure(result, plt), path)
 
 
-def _figure(result, plt):
+def _figure(result: Result, plt: Any) -> Figure:
     rows, pairs = result["rows"], result["pairs"]
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     layers = [r["layer"] for r in rows]

@@ -1,6 +1,10 @@
 """The leaderboard: every rule of forgetting and of selecting over a suite, as tables and pictures."""
 
+from __future__ import annotations
+
 import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +15,16 @@ from ..config import SparseConfig
 from ..families import family_of
 from ..files import write_text
 from ..pictures import check_pictures
+from ..presets import Preset
 from ..registry import rule_class
 from ..rules import rule_names
-from .each_rule import EVERY, rules_alone
+from .each_rule import EVERY, Spec, rules_alone
+from .evaluator import Progress, Result
 from .generation import read
 from .policies import make_policies
 from .report.board import board_markdown
 from .running.results import read_result
+from .running.runner import World
 from .suite import draw_boards, report, run_suite, select_runs
 
 # A rule is tried on a text of so many tokens.
@@ -26,8 +33,18 @@ _SMALL: dict[str, Any] = {"top_k": 96, "n_recent": 16}
 
 
 def leaderboard(
-    subject, suite, folder, *, rules=(), only=(), quick=False, name=None, world=None, progress=None, note=print
-):
+    subject: Preset,
+    suite: dict[str, Any],
+    folder: str | os.PathLike,
+    *,
+    rules: Sequence[str] = (),
+    only: Sequence[str] = (),
+    quick: bool = False,
+    name: str | None = None,
+    world: World | None = None,
+    progress: Progress | None = None,
+    note: Callable[[str], None] = print,
+) -> tuple[dict[str, Result], dict[str, Exception]]:
     """Make the runs of a suite for every rule that works, and write what came of it.
 
     A rule that fails on a short text is left out. A run that fails does not keep the others from being
@@ -59,9 +76,10 @@ def leaderboard(
     for rule, why in left_out.items():
         note(f"Left out: {rule}: {why}")
     wanted = select_runs(suite, only) if only else suite["runs"]
-    results, failed = {}, {}
+    results: dict[str, Result] = {}
+    failed: dict[str, Exception] = {}
     for run in (run["name"] for run in wanted):
-        given = {"quick": quick, "name": name, "world": world, "progress": progress}
+        given: dict[str, Any] = {"quick": quick, "name": name, "world": world, "progress": progress}
         try:
             results.update(run_suite(subject, suite, folder, only=[run], **given))
         except Exception as error:  # the other runs don't need this one
@@ -81,7 +99,13 @@ def leaderboard(
     return results, failed
 
 
-def page(suite, results, left_out=(), failed=(), quick=False):
+def page(
+    suite: dict[str, Any],
+    results: dict[str, Result],
+    left_out: Mapping[str, str] | tuple[()] = (),
+    failed: Mapping[str, Exception] | tuple[()] = (),
+    quick: bool = False,
+) -> str:
     """Return the leaderboard in Markdown: of each board a table for each K.
 
     Args:
@@ -104,7 +128,9 @@ def page(suite, results, left_out=(), failed=(), quick=False):
     return "\n".join(lines)
 
 
-def for_rules(suite, subject, rules=()):
+def for_rules(
+    suite: dict[str, Any], subject: Preset, rules: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Return a suite with the rules that work in place of "every rule", and why others don't.
 
     Args:
@@ -119,7 +145,8 @@ def for_rules(suite, subject, rules=()):
     if unknown:
         there = dict.fromkeys(n for kind in EVERY.values() for n in rule_names(kind))
         raise ValueError(f"[leaderboard] there is no rule {unknown[0]!r}: the rules are {', '.join(there)}.")
-    use, left_out = {}, {}
+    use: dict[str, list[str]] = {}
+    left_out: dict[str, str] = {}
     for kind in EVERY.values():
         use[kind] = []
         for rule in rules_alone(kind):
@@ -140,7 +167,7 @@ def for_rules(suite, subject, rules=()):
     return suite, left_out
 
 
-def _with(spec, use):
+def _with(spec: Spec, use: dict[str, list[str]]) -> list[Spec]:
     """Return a policy's spec with the rules in it that it stands for; nothing if there is none."""
     fields = {"policy": spec} if isinstance(spec, str) else spec
     kind = EVERY.get(str(fields.get("policy")))
@@ -149,7 +176,7 @@ def _with(spec, use):
     return [{**fields, "rules": use[kind]}] if use[kind] else []
 
 
-def _trouble(subject, kind, rule):
+def _trouble(subject: Preset, kind: str, rule: str) -> str | None:
     """Return what is the matter with a rule on a short text, or ``None``."""
     cls = rule_class(kind, rule)
     indexers = subject.indexers.values()

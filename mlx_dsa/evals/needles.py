@@ -1,42 +1,51 @@
 """Needles in a haystack: is a fact in a long text still found, by length and depth?"""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ..presets import Preset
 from ..tasks.haystack import read_haystack
 from ..tasks.needle_items import NeedleSpec, fields_of, make_items
 from .asking import ask
-from .evaluator import Evaluator, register
+from .evaluator import Evaluator, Progress, Result, register
+from .policies import Policy
 from .report.overview import answers_cell
 from .report.plots import plot_needle
 from .report.tables import begun_note, needle_table, proportions
+from .running.runner import World
 from .subject import check_lengths
 
 
 def needle(
-    subject,
-    policies,
+    subject: Preset,
+    policies: Sequence[Policy],
     *,
-    lengths,
-    depths=(0.0, 0.25, 0.5, 0.75, 1.0),
-    limit=4,
-    task="single",
-    setting="in-prompt",
-    value="digits",
-    phrasing="train",
-    distractors=3,
-    per_document=1,
-    turns=1,
-    even=False,
-    stem=False,
-    haystack=None,
-    numbers=False,
-    max_tokens=48,
-    batch_size=1,
-    seed=0,
-    compare="dense",
-    name=None,
-    out=None,
-    world=None,
-    progress=None,
-):
+    lengths: Sequence[int],
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    limit: int = 4,
+    task: str = "single",
+    setting: str = "in-prompt",
+    value: str = "digits",
+    phrasing: str = "train",
+    distractors: int = 3,
+    per_document: int = 1,
+    turns: int = 1,
+    even: bool = False,
+    stem: bool = False,
+    haystack: str | None = None,
+    numbers: bool = False,
+    max_tokens: int = 48,
+    batch_size: int = 1,
+    seed: int = 0,
+    compare: str | Sequence[str] = "dense",
+    name: str | None = None,
+    out: str | os.PathLike | None = None,
+    world: World | None = None,
+    progress: Progress | None = None,
+) -> Result | None:
     """Ask for facts that are hidden in prose, under every policy on the very same cases.
 
     Args:
@@ -87,7 +96,7 @@ def needle(
     )
 
 
-ASKING = {
+ASKING: dict[str, Any] = {
     "table": needle_table,
     "plot": plot_needle,
     "pairs": proportions(["length"]),

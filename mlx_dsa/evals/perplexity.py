@@ -5,53 +5,62 @@ as a prompt, which prunes the cache, and then feeds the following text token by 
 in which a budget cache evicts.
 """
 
+from __future__ import annotations
+
 import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..chunks import chunk_size
 from ..families import family_of
+from ..presets import Preset
 from ..tasks.documents import load_documents, windows_of
-from .evaluator import Evaluator, register
+from .evaluator import Evaluator, Progress, Result, Row, register
 from .generation import read
-from .policies import DENSE, pairings
+from .policies import DENSE, Policy, pairings
 from .report.compare import nll_difference
 from .report.overview import ppl_cell
 from .report.plots import plot_ppl
 from .report.stats import bootstrap
 from .report.tables import ppl_pairs, ppl_table
-from .running.runner import Unit, evaluate
+from .running.runner import Summary, Unit, World, evaluate
 from .subject import check_lengths, describe, fingerprint, policies_config
 
 PATHS = ("prefill", "decode")
 # Positions whose logits of two policies are compared at once: bounds memory for large vocabularies.
 _BLOCK = 256
+_Window = dict[str, Any]  # of windows_of
+_States = Callable[[nn.Module, mx.array, int], mx.array]
 
 
 def ppl(
-    subject,
-    policies,
+    subject: Preset,
+    policies: Sequence[Policy],
     *,
-    length=4096,
-    stride=None,
-    path="prefill",
-    decode_tokens=256,
-    buckets=4,
-    data=None,
-    documents=None,
-    limit=None,
-    batch_size=1,
-    seed=0,
-    compare="dense",
-    beside_dense=True,
-    context=None,
-    name=None,
-    out=None,
-    world=None,
-    progress=None,
-):
+    length: int = 4096,
+    stride: int | None = None,
+    path: str = "prefill",
+    decode_tokens: int = 256,
+    buckets: int = 4,
+    data: str | None = None,
+    documents: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    compare: str | Sequence[str] = "dense",
+    beside_dense: bool = True,
+    context: int | None = None,
+    name: str | None = None,
+    out: str | os.PathLike | None = None,
+    world: World | None = None,
+    progress: Progress | None = None,
+) -> Result | None:
     """Measure how much worse a text is predicted when attention is sparse.
 
     Args:
@@ -125,17 +134,17 @@ def ppl(
     units = [Unit(f"windows {i}", windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)]
     hidden = _prefill_states if path == "prefill" else _decode_states
 
-    def work(batch):
+    def work(batch: list[_Window]) -> list[Row]:
         return _score(subject, sparse, batch, hidden, length, first, buckets, beside_dense)
 
-    def summarise(records):
+    def summarise(records: list[Row]) -> Summary:
         rows, pairs = _tables(records, sparse, seed, beside_dense)
         return rows, pairs + _between(records, sparse, compare, seed), records
 
     return evaluate("ppl", config, units, work, summarise, out=out, world=world, progress=progress)
 
 
-def _prefill_states(model, ids, length):
+def _prefill_states(model: nn.Module, ids: mx.array, length: int) -> mx.array:
     """Return the hidden states `[B, L - 1, dim]` of all tokens but the last, read in chunks."""
     caches = make_prompt_cache(model)
     states = []
@@ -148,7 +157,7 @@ def _prefill_states(model, ids, length):
     return mx.concatenate(states, axis=1)
 
 
-def _decode_states(model, ids, length):
+def _decode_states(model: nn.Module, ids: mx.array, length: int) -> mx.array:
     """Return the hidden states of the tokens from `length` on but the last, fed one by one."""
     caches = make_prompt_cache(model)
     read(model, ids[:, :length], caches)
@@ -159,7 +168,16 @@ def _decode_states(model, ids, length):
     return mx.concatenate(states, axis=1)
 
 
-def _score(subject, policies, batch, hidden, length, first, buckets, beside_dense):
+def _score(
+    subject: Preset,
+    policies: list[Policy],
+    batch: list[_Window],
+    hidden: _States,
+    length: int,
+    first: int,
+    buckets: int,
+    beside_dense: bool,
+) -> list[Row]:
     """Return the records of a batch of windows: one a window and policy."""
     model = subject.model
     ids = mx.array([w["ids"] for w in batch])
@@ -174,7 +192,7 @@ def _score(subject, policies, batch, hidden, length, first, buckets, beside_dens
         begin = ids.shape[1] - 1 - states.shape[1]
         # Position p sees p + 1 keys: more than top_k of them, or nothing was dropped. The decode
         # path drops from the prompt's end on.
-        low = max(first - 1, policy.top_k)
+        low = max(first - 1, policy.top_k or 0)
         skip = min(max(0, low - begin), states.shape[1] - 1)  # what doesn't count
         begin += skip
         states = states[:, skip:]
@@ -184,7 +202,7 @@ def _score(subject, policies, batch, hidden, length, first, buckets, beside_dens
     return records
 
 
-def _compare(model, read_by, targets):
+def _compare(model: nn.Module, read_by: list[mx.array], targets: mx.array) -> np.ndarray:
     """Return, for each row, an array `[4, L]`: NLL dense and sparse, KL, same top token; `[1, L]`,
     the NLL, where there are no states of the dense model."""
     parts = []
@@ -204,7 +222,7 @@ def _compare(model, read_by, targets):
     return np.array(mx.concatenate(parts, axis=2), dtype=np.float64)
 
 
-def _record(policy, window, scored, begin, low, buckets):
+def _record(policy: Policy, window: _Window, scored: np.ndarray, begin: int, low: int, buckets: int) -> Row:
     positions = np.arange(begin, begin + scored.shape[1])
     counts = positions >= low
     record = {
@@ -224,19 +242,20 @@ def _record(policy, window, scored, begin, low, buckets):
     return record
 
 
-def _sums(scored):
+def _sums(scored: np.ndarray) -> dict[str, float]:
     names = ("nll",) if len(scored) == 1 else ("dense_nll", "nll", "kl", "same_top")
     return dict(zip(names, (float(x) for x in scored.sum(axis=1))))
 
 
-def _tables(records, policies, seed, beside_dense):
-    rows, pairs = [], []
+def _tables(records: list[Row], policies: list[Policy], seed: int, beside_dense: bool) -> tuple[list[Row], list[Row]]:
+    rows: list[Row] = []
+    pairs: list[Row] = []
     for policy in policies:
         mine = [r for r in records if r["policy"] == policy.label]
         if not sum(r["n"] for r in mine):
             rows.append({"policy": policy.label, "top_k": policy.top_k, "n": 0, "value": None})
             continue
-        row = {"policy": policy.label, "top_k": policy.top_k, **_row(mine, "nll", seed)}
+        row: Row = {"policy": policy.label, "top_k": policy.top_k, **_row(mine, "nll", seed)}
         if not beside_dense:
             rows.append({**row, "buckets": _buckets(mine)})
             continue
@@ -250,7 +269,7 @@ def _tables(records, policies, seed, beside_dense):
     return rows, pairs
 
 
-def _between(records, policies, compare, seed):
+def _between(records: list[Row], policies: list[Policy], compare: str | Sequence[str], seed: int) -> list[Row]:
     """Return the comparisons of policies with each other, where they score the same tokens."""
     pairs = []
     for policy, against in pairings(policies, compare):
@@ -261,7 +280,7 @@ def _between(records, policies, compare, seed):
     return pairs
 
 
-def _row(records, key, seed):
+def _row(records: list[Row], key: str, seed: int) -> Row:
     totals, unit = _totals(records, lambda r: (r[key], r["n"]))
     mean, low, high = bootstrap(*zip(*totals), seed=seed)
     return {
@@ -273,7 +292,7 @@ def _row(records, key, seed):
     }
 
 
-def _pair(records, seed):
+def _pair(records: list[Row], seed: int) -> Row:
     """Return the paired difference in NLL a token, and the ratio of perplexities that it is."""
     totals, unit = _totals(records, lambda r: (r["nll"] - r["dense_nll"], r["n"]))
     mean, low, high = bootstrap(*zip(*totals), seed=seed)
@@ -289,18 +308,18 @@ def _pair(records, seed):
     }
 
 
-def _exp(end):
+def _exp(end: float | None) -> float | None:
     """Return an end of an interval as a perplexity; ``None`` where there is no interval."""
     return None if end is None else math.exp(end)
 
 
-def _totals(records, terms):
+def _totals(records: list[Row], terms: Callable[[Row], tuple[float, int]]) -> tuple[list[tuple[float, int]], str]:
     """Add up over each document, or over each window where there are fewer than 8 documents.
 
     An interval over 2 books would say nothing. Returns the sums, and what they are over.
     """
     many = len({r["document"] for r in records}) >= 8
-    totals = {}
+    totals: dict[str, tuple[float, int]] = {}
     for record in records:
         top, bottom = terms(record)
         key = record["document"] if many else record["item"]
@@ -309,7 +328,7 @@ def _totals(records, terms):
     return list(totals.values()), "documents" if many else "windows"
 
 
-def _buckets(records):
+def _buckets(records: list[Row]) -> list[Row]:
     found = []
     for same in zip(*(r["buckets"] for r in records)):
         n = sum(b["n"] for b in same)

@@ -5,6 +5,9 @@ is no rule: another indexer stands in place of the trained one, and whether a to
 token's index key, which the cache keeps, moves and drops with the entry.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,9 +16,12 @@ import mlx.core as mx
 
 from ..config import SparseConfig, override
 from ..crossovers import resolve_auto
-from ..patch import patch_sparse_generate
+from ..families import Layer
+from ..indexer import Indexer
+from ..patch import SparsePatch, patch_sparse_generate
+from ..presets import Preset
 from ..rules import KVzip, make_rule, rule_names
-from .each_rule import SELECT, each_rule
+from .each_rule import SELECT, Spec, each_rule
 
 # Far above any index score, and small enough to leave scores their order.
 _FORCE = 1e4
@@ -26,29 +32,29 @@ class MarkedIndexer:
 
     has_retention = False
 
-    def __init__(self, layer, marks):
+    def __init__(self, layer: int, marks: mx.array) -> None:
         self.marks = marks
 
-    def bind(self, layer):
+    def bind(self, layer: Layer) -> MarkedIndexer:
         """Need nothing of the model."""
         return self
 
-    def token_scores(self, batch, length, offset):
+    def token_scores(self, batch: int, length: int, offset: int) -> mx.array:
         """Return what each token is worth `[batch, length]`, positive."""
         marks = _marks(self.marks, batch, length, offset)
         positions = mx.arange(offset, offset + length, dtype=mx.float32)
         return positions + 1 + marks * 2.0**20
 
-    def project_keys(self, x, offset=0):
+    def project_keys(self, x: mx.array, offset: int = 0) -> mx.array:
         """Return index keys `[B, 1, L, 1]` that hold the token's worth."""
         return self.token_scores(x.shape[0], x.shape[1], offset)[:, None, :, None]
 
-    def project_queries(self, x, offset=0):
+    def project_queries(self, x: mx.array, offset: int = 0) -> tuple[mx.array, mx.array]:
         """Return queries `[B, 1, L, 1]` and weights `[B, L, 1]` of one."""
         B, L, _ = x.shape
         return mx.ones((B, 1, L, 1)), mx.ones((B, L, 1))
 
-    def project(self, x, offset=0):
+    def project(self, x: mx.array, offset: int = 0) -> tuple[mx.array, mx.array, mx.array]:
         """Return index keys, queries and weights."""
         return self.project_keys(x, offset), *self.project_queries(x, offset)
 
@@ -64,20 +70,20 @@ class ForcedIndexer:
 
     has_retention = False
 
-    def __init__(self, indexer, marks, sign):
+    def __init__(self, indexer: Indexer, marks: mx.array, sign: int) -> None:
         self.indexer, self.marks, self.sign = indexer, marks, sign
 
-    def bind(self, layer):
+    def bind(self, layer: Layer) -> ForcedIndexer:
         """Bind the trained indexer."""
         return ForcedIndexer(self.indexer.bind(layer), self.marks, self.sign)
 
-    def project_keys(self, x, offset=0):
+    def project_keys(self, x: mx.array, offset: int = 0) -> mx.array:
         """Return the index keys with the token's mark as one more dimension."""
         keys = self.indexer.project_keys(x, offset)
         marks = _marks(self.marks, x.shape[0], x.shape[1], offset)[:, None, :, None]
         return mx.concatenate([keys, marks.astype(keys.dtype)], axis=-1)
 
-    def project_queries(self, x, offset=0):
+    def project_queries(self, x: mx.array, offset: int = 0) -> tuple[mx.array, mx.array]:
         """Return the queries with one more head, which reads the mark alone."""
         queries, weights = self.indexer.project_queries(x, offset)
         B, n_heads, L, head_dim = queries.shape
@@ -87,12 +93,12 @@ class ForcedIndexer:
         force = mx.full((B, L, 1), self.sign * _FORCE, weights.dtype)
         return mx.concatenate([blind, reader], axis=1), mx.concatenate([weights, force], axis=-1)
 
-    def project(self, x, offset=0):
+    def project(self, x: mx.array, offset: int = 0) -> tuple[mx.array, mx.array, mx.array]:
         """Return index keys, queries and weights."""
         return self.project_keys(x, offset), *self.project_queries(x, offset)
 
 
-def _marks(marks, batch, length, offset):
+def _marks(marks: mx.array, batch: int, length: int, offset: int) -> mx.array:
     """Return the marks of some tokens `[batch, length]`; what follows the marks is not marked."""
     if offset >= marks.shape[1]:
         return mx.zeros((batch, length))
@@ -152,16 +158,16 @@ class Policy:
     scorer: str = "index"
 
     @property
-    def top_k(self):
+    def top_k(self) -> int | None:
         """Keys that a query attends to, or ``None`` where it is all."""
-        return self.config and self.config.top_k
+        return self.config.top_k if self.config else None
 
     @property
-    def streams(self):
+    def streams(self) -> bool:
         """Whether texts are cut to the budget while they are read."""
         return self.config is not None and self.config.prefill == "stream"
 
-    def resolved(self, indexers):
+    def resolved(self, indexers: Mapping[int, Any]) -> Policy:
         """Return the policy with the prefill that "auto" takes with these indexers.
 
         Args:
@@ -173,17 +179,19 @@ class Policy:
         return replace(self, config=resolve_auto(self.config, indexers))
 
     @property
-    def wants_marks(self):
+    def wants_marks(self) -> str | None:
         """What the marks given to `apply` must mark: "needle", "digits" or nothing."""
         return {"kept": "needle", "evicted": "needle", "digits": "digits"}.get(self.scorer)
 
     @property
-    def reads_again(self):
+    def reads_again(self) -> bool:
         """Whether texts must be read a second time before they are cut: see `rules.kvzip`."""
         return self.scorer == "kvzip"
 
     @contextmanager
-    def apply(self, subject, marks=None, reads_again=False):
+    def apply(
+        self, subject: Preset, marks: mx.array | None = None, reads_again: bool = False
+    ) -> Iterator[SparsePatch | None]:
         """Run a model under this policy until the context ends.
 
         Args:
@@ -216,7 +224,7 @@ class Policy:
 DENSE = Policy("dense")
 
 
-def make_policy(spec, config):
+def make_policy(spec: Spec, config: SparseConfig) -> Policy:
     """Return the policy that a name or a dict describes.
 
     Args:
@@ -230,7 +238,7 @@ def make_policy(spec, config):
     fields = {"policy": spec} if isinstance(spec, str) else dict(spec)
     name, label = fields.pop("policy", "sparse"), fields.pop("label", None)
     named = lookup(name)
-    if name == "dense":
+    if named is None:
         if fields:
             raise ValueError(f"[make_policy] policy 'dense' takes no {', '.join(fields)}.")
         return DENSE
@@ -251,7 +259,7 @@ def make_policy(spec, config):
     return Policy(label or f"{_called(name, fields)}@{merged.top_k}", merged, scorer)
 
 
-def lookup(name):
+def lookup(name: str) -> tuple[str, dict[str, Any]] | None:
     """Return what scores the tokens of a policy and what its config must be; of "dense" ``None``.
 
     Raises:
@@ -268,13 +276,13 @@ def lookup(name):
     return "index", {kind: rule, **fixed}
 
 
-def policy_names():
+def policy_names() -> tuple[str, ...]:
     """Return the names of all policies: those of this file, and those that are rules' names."""
     forgetting = (name for name in rule_names("evict") if name not in _NAMED)
     return (*NAMES, *forgetting, *(SELECT + name for name in rule_names("select")))
 
 
-def _called(name, fields):
+def _called(name: str, fields: dict[str, Any]) -> str:
     """Return what a policy is called: "sparse" by the rules that its dict names."""
     if name != "sparse":
         return name
@@ -282,7 +290,9 @@ def _called(name, fields):
     return ", ".join([fields.get("evict", name), *selects])
 
 
-def make_policies(specs, config, top_k=()):
+def make_policies(
+    specs: Sequence[Spec], config: SparseConfig, top_k: Sequence[int | dict[str, Any]] = ()
+) -> list[Policy]:
     """Return the policies of a run: the dense model once, every other for each top_k.
 
     Args:
@@ -305,13 +315,13 @@ def make_policies(specs, config, top_k=()):
     return policies
 
 
-def followed(name, field):
+def followed(name: str, field: str) -> bool:
     """Return whether a policy takes a setting from the config, not from its name or at all."""
     named = lookup(name)
     return named is not None and field not in named[1]
 
 
-def pairings(policies, compare):
+def pairings(policies: Sequence[Policy], compare: str | Sequence[str]) -> list[tuple[str, str]]:
     """Return which policies are compared with which, as labels in pairs.
 
     Args:

@@ -1,13 +1,17 @@
 """Read texts once with dense attention, for every policy that reads them so."""
 
+from __future__ import annotations
+
 import copy
 from time import perf_counter
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..families import family_of
+from ..patch import SparsePatch
 from .generation import spans
 from .wrapping import wrapping
 
@@ -24,11 +28,11 @@ class DenseReading:
         seconds (float): that it took.
     """
 
-    def __init__(self, model, ids):
+    def __init__(self, model: nn.Module, ids: mx.array) -> None:
         began = perf_counter()
         self.ids = ids
         layers = family_of(model).layers(model)
-        inputs = {i: [] for i in layers}
+        inputs: dict[int, list[mx.array]] = {i: [] for i in layers}
         listeners = {i: _Listener(layer.module, inputs[i]) for i, layer in layers.items()}
         caches = make_prompt_cache(model)
         n = ids.shape[1]
@@ -36,7 +40,7 @@ class DenseReading:
             for start, stop in spans(n):
                 model(ids[:, start:stop], cache=caches)
                 mx.eval([c.state for c in caches], [heard[-1] for heard in inputs.values()])
-        self._inputs = {}
+        self._inputs: dict[int, mx.array] = {}
         for i, heard in inputs.items():  # a layer at a time: all twice may be too much
             self._inputs[i] = mx.concatenate(heard, axis=1)
             mx.eval(self._inputs[i])
@@ -47,7 +51,7 @@ class DenseReading:
         mx.eval(self._inputs, self._entries)
         self.seconds = perf_counter() - began
 
-    def caches(self, model, patch):
+    def caches(self, model: nn.Module, patch: SparsePatch | None) -> list[Any]:
         """Return the caches that a policy would have, had it read the texts itself.
 
         Args:
@@ -70,11 +74,11 @@ class DenseReading:
 class _Listener(nn.Module):
     """Keep what an attention layer is given."""
 
-    def __init__(self, attention, heard):
+    def __init__(self, attention: nn.Module, heard: list[mx.array]) -> None:
         super().__init__()
         self.attention = attention
         self._heard = heard
 
-    def __call__(self, x, mask=None, cache=None):
+    def __call__(self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None) -> mx.array:
         self._heard.append(x)
         return self.attention(x, mask, cache)

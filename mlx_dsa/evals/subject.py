@@ -1,18 +1,23 @@
 """The model under evaluation, and the checks that every evaluator makes of it."""
 
+from __future__ import annotations
+
 import hashlib
 import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..config import SparseConfig
 from ..families import family_of
 from ..presets import Preset
 from ..reach import reach_with
-from .policies import DENSE
+from .policies import DENSE, Policy
 
 
-def describe(subject: Preset, name=None):
+def describe(subject: Preset, name: str | None = None) -> dict[str, Any]:
     """Return what a result file says of a model.
 
     Args:
@@ -35,7 +40,7 @@ def describe(subject: Preset, name=None):
     return {"model": model, "indexers": len(indexers), "indexer_weights": _fingerprint_of(indexers)}
 
 
-def _fingerprint_of(parameters):
+def _fingerprint_of(parameters: dict[str, Any]) -> str:
     """Return a hash of the beginnings of all arrays: what was trained further has another."""
     beginnings = {
         name: array.reshape(-1)[:64].astype(mx.float32).tolist() for name, array in sorted(tree_flatten(parameters))
@@ -43,7 +48,7 @@ def _fingerprint_of(parameters):
     return fingerprint(beginnings)
 
 
-def policies_config(policies, indexers):
+def policies_config(policies: Iterable[Policy], indexers: Mapping[int, Any]) -> list[dict[str, Any]]:
     """Return what a result file says of its policies, with the prefill that "auto" takes."""
     return [
         {"label": p.label, "scorer": p.scorer, "config": p.config and _config_of(p.config)}
@@ -51,13 +56,20 @@ def policies_config(policies, indexers):
     ]
 
 
-def _config_of(config):
+def _config_of(config: SparseConfig) -> dict[str, Any]:
     # Results from before there were rules of selecting don't name theirs.
     said = dict(vars(config))
     return said if config.select != "lightning" else {k: v for k, v in said.items() if k != "select"}
 
 
-def check_lengths(where, subject, lengths, options="--lengths", policies=(DENSE,), written=0):
+def check_lengths(
+    where: str,
+    subject: Preset,
+    lengths: Sequence[int],
+    options: str = "--lengths",
+    policies: Iterable[Policy] = (DENSE,),
+    written: int = 0,
+) -> None:
     """Refuse texts that a model has no positions for, or that are no lengths at all.
 
     Args:
@@ -82,6 +94,6 @@ def check_lengths(where, subject, lengths, options="--lengths", policies=(DENSE,
         reach.check(of, reach.most(max(lengths), written), f"Lower {options}")
 
 
-def fingerprint(value):
+def fingerprint(value: Any) -> str:
     """Return a short hash of something that JSON can hold."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]

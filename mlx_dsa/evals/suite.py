@@ -1,6 +1,10 @@
 """A suite: a JSON file that names runs, and the report that they make together."""
 
+from __future__ import annotations
+
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,12 +14,14 @@ import mlx.core as mx
 from ..config import SparseConfig, override
 from ..files import write_text
 from ..pictures import check_pictures
-from .evaluator import Evaluator, evaluator_kinds, evaluator_of
-from .policies import make_policies
+from ..presets import Preset
+from .evaluator import Evaluator, Progress, Result, evaluator_kinds, evaluator_of
+from .policies import Policy, make_policies
 from .report.board import board, board_markdown, check_board
 from .report.overview import check_cells, check_labels, overview
 from .report.plots import plot, plot_board, plot_retention
 from .report.tables import caption, markdown, pairs_table, table
+from .running.runner import World
 
 DTYPES = ("float32", "float16", "bfloat16")
 _OWN = ("name", "kind", "title", "policies", "top_k", "config", "quick")
@@ -29,7 +35,7 @@ _VALUES: dict[Any, Any] = {
 }
 
 
-def read_suite(path):
+def read_suite(path: str | os.PathLike) -> dict[str, Any]:
     """Read a suite file.
 
     Returns:
@@ -72,19 +78,19 @@ def read_suite(path):
     return suite
 
 
-def _kinds(suite):
+def _kinds(suite: dict[str, Any]) -> dict[str, str]:
     return {run["name"]: run["kind"] for run in suite["runs"]}
 
 
-def _require(what, entry, **kinds):
+def _require(what: str, entry: Any, **kinds: type) -> None:
     """Refuse a picture or table that lacks a key, or has another value there."""
     for key, kind in kinds.items():
         if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-            wanted = {str: "a text", list: "a list", dict: "an object"}[kind]
-            raise ValueError(f"[suite] each {what} must have {wanted} as {key!r} but got {entry!r}.")
+            words: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
+            raise ValueError(f"[suite] each {what} must have {words[kind]} as {key!r} but got {entry!r}.")
 
 
-def select_runs(suite, names):
+def select_runs(suite: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the runs of these names.
 
     Raises:
@@ -97,7 +103,7 @@ def select_runs(suite, names):
     return [run for name, run in runs.items() if name in names]
 
 
-def _check(run, names):
+def _check(run: dict[str, Any], names: list[Any]) -> None:
     name, kind = run.get("name"), run.get("kind")
     if not name or names.count(name) > 1:
         raise ValueError(f"[suite] each run needs a name of its own but got {name!r}.")
@@ -115,7 +121,7 @@ def _check(run, names):
             )
 
 
-def _check_values(name, options, defaults):
+def _check_values(name: str, options: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Refuse what is no text, number, list or object where that is wanted."""
     for key, value in options.items():
         kinds = _VALUES.get(key) or _VALUES.get(type(defaults.get(key)))
@@ -127,7 +133,17 @@ def _check_values(name, options, defaults):
             raise ValueError(f"[suite] run '{name}': {key!r} has a wrong value: {value!r}.")
 
 
-def run_suite(subject, suite, folder, *, only=(), quick=False, name=None, world=None, progress=None):
+def run_suite(
+    subject: Preset,
+    suite: dict[str, Any],
+    folder: str | os.PathLike,
+    *,
+    only: Sequence[str] = (),
+    quick: bool = False,
+    name: str | None = None,
+    world: World | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Result]:
     """Make every run of a suite that is not made yet, and write the report.
 
     Args:
@@ -152,7 +168,7 @@ def run_suite(subject, suite, folder, *, only=(), quick=False, name=None, world=
     if "dtype" in suite:
         subject.model.set_dtype(getattr(mx, suite["dtype"]))
     first = world is None or world.rank == 0
-    results = {}
+    results: dict[str, Result] = {}
     for run in select_runs(suite, only) if only else suite["runs"]:
         given = {"name": name, "out": folder / f"{run['name']}.json", "world": world}
         result = plans[run["name"]].run(base, {**given, "progress": _naming(run["name"], progress)})
@@ -169,7 +185,7 @@ def run_suite(subject, suite, folder, *, only=(), quick=False, name=None, world=
     return results
 
 
-def draw_boards(suite, results, folder):
+def draw_boards(suite: dict[str, Any], results: dict[str, Result], folder: str | os.PathLike) -> None:
     """Draw the boards of a suite: accuracy by budget, one line a rule."""
     for shown in suite.get("boards", []):
         rows = board(shown, results)
@@ -177,7 +193,7 @@ def draw_boards(suite, results, folder):
             plot_board(rows, shown["title"], Path(folder) / f"board-{shown['name']}.png")
 
 
-def _naming(run, progress):
+def _naming(run: str, progress: Progress | None) -> Progress | None:
     return progress and (lambda done, total, key: progress(done, total, f"{run}: {key}"))
 
 
@@ -186,22 +202,22 @@ class _Plan(NamedTuple):
 
     evaluator: Evaluator
     config: SparseConfig
-    policies: list | None
-    options: dict
+    policies: list[Policy] | None
+    options: dict[str, Any]
 
     @property
-    def labels(self):
+    def labels(self) -> list[Any]:
         """What a cell of a table may name."""
         return self.options["top_k"] if self.policies is None else [p.label for p in self.policies]
 
-    def run(self, subject, given):
+    def run(self, subject: Preset, given: dict[str, Any]) -> Result | None:
         """Return the result, or ``None`` from a `Share`."""
         if self.policies is None:
             return self.evaluator.run(subject._replace(config=self.config), **self.options, **given)
         return self.evaluator.run(subject, self.policies, **self.options, **given)
 
 
-def _plan(run, config, quick):
+def _plan(run: dict[str, Any], config: SparseConfig, quick: bool) -> _Plan:
     options = {k: v for k, v in run.items() if k not in ("name", "kind", "title", "quick")}
     options.update(run.get("quick", {}) if quick else {})
     evaluator, config = evaluator_of(run["kind"]), _config(config, options.pop("config", {}))
@@ -216,12 +232,12 @@ def _plan(run, config, quick):
     return _Plan(evaluator, config, make_policies(names, config, top_k), options)
 
 
-def _config(config, changes):
+def _config(config: SparseConfig, changes: dict[str, Any]) -> SparseConfig:
     known = {f.name: getattr(config, f.name) for f in fields(SparseConfig)}
     return SparseConfig.from_dict(override(known, changes))
 
 
-def report(suite, results, quick=False):
+def report(suite: dict[str, Any], results: dict[str, Result], quick: bool = False) -> str:
     """Return the report of a suite in Markdown."""
     lines = [f"# {suite.get('title', suite.get('name', 'Results'))}", ""]
     if quick:

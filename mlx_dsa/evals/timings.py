@@ -1,35 +1,41 @@
 """How long reading and writing take under each policy, and the bytes of an entry of its cache."""
 
+from __future__ import annotations
+
+import os
 import statistics
+from collections.abc import Sequence
 from time import perf_counter
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..families import family_of
-from ..tasks.documents import load_documents, windows_of
+from ..presets import Preset
+from ..tasks.documents import Document, load_documents, windows_of
 from .cache_memory import computed_bytes
-from .evaluator import Evaluator, register
+from .evaluator import Evaluator, Progress, Result, Row, register
 from .generation import read
+from .policies import Policy
 from .report.plots import plot_timing
 from .report.tables import timing_table
-from .running.runner import Unit, evaluate
+from .running.runner import Summary, Unit, World, evaluate
 from .subject import check_lengths, describe, policies_config
 
 
 def timing(
-    subject,
-    policies,
+    subject: Preset,
+    policies: Sequence[Policy],
     *,
     length: int = 4096,
     steps: int = 64,
     repeats: int = 3,
     data: str | None = None,
-    name=None,
-    out=None,
-    world=None,
-    progress=None,
-):
+    name: str | None = None,
+    out: str | os.PathLike | None = None,
+    world: World | None = None,
+    progress: Progress | None = None,
+) -> Result | None:
     """Time one text read and some tokens written after it.
 
     What the machine does beside it counts too: compare within a run on one machine that is idle.
@@ -64,21 +70,21 @@ def timing(
     }
     units = [Unit(p.label, p) for p in policies]
 
-    def work(policy):
+    def work(policy: Policy) -> list[Row]:
         return [_measure(subject, policy, window["ids"], steps, repeats)]
 
-    def summarise(records):
+    def summarise(records: list[Row]) -> Summary:
         return records, [], []
 
     return evaluate("timing", config, units, work, summarise, out=out, world=world, progress=progress)
 
 
-def _joined(data):
+def _joined(data: str | None) -> list[Document]:
     texts = load_documents(data)
     return [type(texts[0])("all", "\n\n".join(d.text for d in texts))]
 
 
-def _measure(subject, policy, ids, steps, repeats):
+def _measure(subject: Preset, policy: Policy, ids: list[int], steps: int, repeats: int) -> Row:
     model, found = subject.model, []
     with policy.apply(subject):
         for _ in range(repeats + 1):

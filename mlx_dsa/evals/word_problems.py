@@ -3,23 +3,29 @@
 [1] Cobbe et al., Training Verifiers to Solve Math Word Problems, 2021.
 """
 
+from __future__ import annotations
+
+import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..presets import Preset
 from ..tasks.documents import HUB, load_hub, read_lines
 from ..tasks.extraction import INVALID, flexible, matches, strict
 from ..tasks.problems import make_problems
 from ..tasks.prompts import frame
-from .evaluator import Evaluator, register
-from .generation import converse
-from .policies import pairings
+from .evaluator import Evaluator, Progress, Result, Row, register
+from .generation import Heard, converse
+from .policies import Policy, pairings
 from .report.plots import plot_gsm8k
 from .report.stats import paired_proportions, wilson
 from .report.tables import gsm8k_table, problems_note, proportions
-from .running.runner import Unit, evaluate
+from .running.runner import Summary, Unit, World, evaluate
 from .subject import check_lengths, describe, fingerprint, policies_config
 
 PROMPTS = ("chat", "plain")
@@ -37,25 +43,28 @@ class Problem:
     answer: str
 
 
+_Item = tuple[Problem, list[int]]  # with the tokens of its prompt
+
+
 def gsm8k(
-    subject,
-    policies,
+    subject: Preset,
+    policies: Sequence[Policy],
     *,
-    prompt="chat",
-    shots=0,
-    many_shot=0,
-    data=None,
-    examples=None,
-    limit=100,
-    max_tokens=256,
-    batch_size=1,
-    seed=0,
-    compare="dense",
-    name=None,
-    out=None,
-    world=None,
-    progress=None,
-):
+    prompt: str = "chat",
+    shots: int = 0,
+    many_shot: int = 0,
+    data: str | None = None,
+    examples: str | None = None,
+    limit: int = 100,
+    max_tokens: int = 256,
+    batch_size: int = 1,
+    seed: int = 0,
+    compare: str | Sequence[str] = "dense",
+    name: str | None = None,
+    out: str | os.PathLike | None = None,
+    world: World | None = None,
+    progress: Progress | None = None,
+) -> Result | None:
     """Let a model solve word problems, under every policy on the very same ones.
 
     Args:
@@ -110,16 +119,16 @@ def gsm8k(
         for i, batch in enumerate(_batches(items, batch_size))
     ]
 
-    def work(payload):
+    def work(payload: tuple[Policy, list[_Item]]) -> list[Row]:
         return _run(subject, payload[0], payload[1], max_tokens, () if prompt == "chat" else _STOPS)
 
-    def summarise(records):
+    def summarise(records: list[Row]) -> Summary:
         return _rows(records, policies), _pairs(records, policies, compare), records
 
     return evaluate("gsm8k", config, units, work, summarise, out=out, world=world, progress=progress)
 
 
-def load_problems(source):
+def load_problems(source: str) -> list[Problem]:
     """Return the problems of a .jsonl(.gz) file, or of a hub data set by name.
 
     Raises:
@@ -145,7 +154,7 @@ def load_problems(source):
     return problems
 
 
-def _load(data, examples, limit, seed):
+def _load(data: str | None, examples: str | None, limit: int, seed: int) -> tuple[list[Problem], list[Problem]]:
     """Return the problems to solve, and those to show as examples."""
     if data is None:
         made = make_problems(random.Random(f"{seed}/heldout"), limit, "heldout")
@@ -161,7 +170,7 @@ def _load(data, examples, limit, seed):
     return problems, pool
 
 
-def _chat(tokenizer, shown, question):
+def _chat(tokenizer: TokenizerWrapper, shown: list[Problem], question: str) -> list[int]:
     around = frame(tokenizer)
     text = around.head
     for example in shown:
@@ -169,19 +178,19 @@ def _chat(tokenizer, shown, question):
     return list(tokenizer.encode(text + question + around.tail, add_special_tokens=False))
 
 
-def _plain(tokenizer, shown, question):
+def _plain(tokenizer: TokenizerWrapper, shown: list[Problem], question: str) -> list[int]:
     parts = [f"Question: {e.question}\nAnswer: {e.answer}\n\n" for e in shown]
     return list(tokenizer.encode("".join(parts) + f"Question: {question}\nAnswer:"))
 
 
-def _batches(items, size):
-    groups = {}
+def _batches(items: list[_Item], size: int) -> list[list[_Item]]:
+    groups: dict[int, list[_Item]] = {}
     for item in items:
         groups.setdefault(len(item[1]), []).append(item)
     return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
-def _run(subject, policy, batch, max_tokens, stops):
+def _run(subject: Preset, policy: Policy, batch: list[_Item], max_tokens: int, stops: tuple[str, ...]) -> list[Row]:
     tokenizer = subject.tokenizer
     with policy.apply(subject):
         heard = converse(
@@ -194,7 +203,7 @@ def _run(subject, policy, batch, max_tokens, stops):
     return [_record(policy, *of, tokenizer, stops) for of in zip(batch, heard)]
 
 
-def _record(policy, item, heard, tokenizer, stops):
+def _record(policy: Policy, item: _Item, heard: Heard, tokenizer: TokenizerWrapper, stops: tuple[str, ...]) -> Row:
     problem, ids = item
     reply = heard.replies[0]
     text = tokenizer.decode(reply.ids)
@@ -217,7 +226,7 @@ def _record(policy, item, heard, tokenizer, stops):
     }
 
 
-def _rows(records, policies):
+def _rows(records: list[Row], policies: Sequence[Policy]) -> list[Row]:
     rows = []
     for policy in policies:
         mine = [r for r in records if r["policy"] == policy.label]
@@ -243,7 +252,7 @@ def _rows(records, policies):
     return rows
 
 
-def _pairs(records, policies, compare):
+def _pairs(records: list[Row], policies: Sequence[Policy], compare: str | Sequence[str]) -> list[Row]:
     outcomes = {p.label: [r for r in records if r["policy"] == p.label] for p in policies}
     return [
         {

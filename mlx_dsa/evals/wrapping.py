@@ -1,12 +1,17 @@
 """Other modules in place of a model's attention layers, to look at what these do."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+import mlx.nn as nn
 
 from ..families import family_of
 
 
 @contextmanager
-def wrapping(model, wrappers):
+def wrapping(model: nn.Module, wrappers: Mapping[int, nn.Module]) -> Iterator[None]:
     """Put modules in place of attention layers until the context ends.
 
     Args:

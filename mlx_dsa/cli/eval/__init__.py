@@ -18,7 +18,7 @@ from .suite import suite
 
 
 @click.group("eval", cls=Evaluations)
-def evaluate():
+def evaluate() -> None:
     """Measure quality and memory, dense and sparse on the same items.
 
     With --out, a run writes its results as it goes, and the same command goes on

@@ -64,7 +64,7 @@ from .show import run_and_show
 )
 @max_tokens_option(48)
 @eval_options()
-def code(lengths: list[int] | None, limit: int | None, quick: bool, **given: Any):
+def code(lengths: list[int] | None, limit: int | None, quick: bool, **given: Any) -> None:
     """Ask about files of Python's standard library, a quarter of which no recipe trains on.
 
     The code is that of the Python that runs this: results name its version.

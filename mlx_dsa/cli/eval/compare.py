@@ -13,7 +13,7 @@ from .show import print_table
 @click.command(cls=Command)
 @click.argument("first", metavar="A.json")
 @click.argument("second", metavar="B.json")
-def compare(first: str, second: str):
+def compare(first: str, second: str) -> None:
     """Compare two results of the same items, A minus B."""
     pairs = compare_results(read_result(first), read_result(second))
     header = ["policy of A", "policy of B", "metric", "n", "A - B", "interval or p"]

@@ -49,7 +49,7 @@ def coverage(
     indexer: str | None,
     config: str | None,
     **given: Any,
-):
+) -> None:
     """Each layer's mass@K, and perplexity by which layers are left dense.
 
     A layer's loss is that of the model in which it alone is sparse; those that cost most are left

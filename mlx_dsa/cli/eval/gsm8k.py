@@ -48,7 +48,7 @@ from .show import run_and_show
 @click.option("--limit", type=click.IntRange(min=1), help="Problems.  [default: 100]")
 @max_tokens_option(256)
 @eval_options()
-def gsm8k(limit: int | None, quick: bool, **given: Any):
+def gsm8k(limit: int | None, quick: bool, **given: Any) -> None:
     """Solve word problems in GSM8K's format; the strict and the flexible reading of the answers.
 
     The problems are bundled ones. For GSM8K's own: --data gsm8k.

@@ -44,7 +44,7 @@ def leaderboard(
     model: str | None,
     indexer: str | None,
     config: str | None,
-):
+) -> None:
     """Every rule on the same questions and texts: tables and pictures by budget.
 
     FILE is a suite with boards; without it, the bundled model's. What is there already is not

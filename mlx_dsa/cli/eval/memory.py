@@ -29,7 +29,7 @@ def memory(
     batch_size: int,
     quick: bool,
     **given: Any,
-):
+) -> None:
     """The cache's bytes, computed and measured, and the program's, by context."""
     if batch_size != 1 or compare != "dense":
         raise click.UsageError(

@@ -96,7 +96,7 @@ from .show import run_and_show
 @click.option("--numbers", is_flag=True, help="Half of the haystack is word problems, full of digits.")
 @max_tokens_option(48)
 @eval_options()
-def needle(lengths: list[int] | None, depths: int | None, limit: int | None, quick: bool, **given: Any):
+def needle(lengths: list[int] | None, depths: int | None, limit: int | None, quick: bool, **given: Any) -> None:
     """Hide facts in prose and ask for them, by length and depth."""
     depths = depths or (2 if quick else 5)
     run_and_show(

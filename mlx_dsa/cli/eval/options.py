@@ -35,7 +35,7 @@ class Numbers(click.ParamType):
     def __init__(self, kind: type = int):
         self.kind = kind
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
         """Return a list."""
         if isinstance(value, list):
             return value
@@ -58,7 +58,7 @@ class Listing(click.Option):
         super().__init__(*args, **kwargs)
         self.names = names
 
-    def get_help_record(self, ctx):
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Return the option and its help, the names in place of ``{}``."""
         record = super().get_help_record(ctx)
         if record is None:  # it is hidden
@@ -83,7 +83,7 @@ class Names(click.ParamType):
 
     name = "names"
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
         """Return a list."""
         if isinstance(value, list):
             return value

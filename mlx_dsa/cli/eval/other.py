@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from inspect import Parameter
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -19,12 +20,12 @@ _SHARED = ("batch_size", "seed", "compare", "top_k")
 class Evaluations(click.Group):
     """The group of evaluations, which asks for those of other packages when it has to."""
 
-    def list_commands(self, ctx):
+    def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all evaluations."""
         others = [kind for kind in evaluator_kinds() if kind not in self.commands]
         return [*super().list_commands(ctx), *others]
 
-    def get_command(self, ctx, cmd_name):
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return an evaluation's command."""
         own = super().get_command(ctx, cmd_name)
         if own is not None or cmd_name not in evaluator_kinds():
@@ -41,7 +42,7 @@ def command_of(evaluator: Evaluator) -> click.Command:
     own = {name: p for name, p in evaluator.options.items() if name not in _SHARED}
     shared = [name for name in _SHARED if name in evaluator.options]
 
-    def run(**given: Any):
+    def run(**given: Any) -> None:
         quick = given.pop("quick")
         for name, default in (("batch_size", 1), ("compare", "dense"), ("seed", 0)):
             if name not in shared and given.pop(name) != default:
@@ -55,8 +56,7 @@ def command_of(evaluator: Evaluator) -> click.Command:
         budgets = {"top_k": top_k} if top_k and not evaluator.takes_policies else {}
         with progress_bar(run.given["world"]) as progress:
             result = evaluator.run(*subject, progress=progress, **budgets, **run.given)
-        if result is not None:
-            show(result, world=run.given["world"], out=given["out"], plot=plot)
+        show(result, world=run.given["world"], out=given["out"], plot=plot)
 
     text = (evaluator.run.__doc__ or "").strip().partition("\n\n")[0]
     add = eval_options(policies=evaluator.takes_policies)
@@ -74,7 +74,7 @@ def _option(name: str, parameter: Parameter, hint: Any) -> click.Option:
     if kind is bool:
         return click.Option([flag], is_flag=True, default=bool(default))
     shared: dict[str, Any] = {"required": not given, "show_default": default is not None}
-    if (get_origin(kind) or kind) in (list, tuple):
+    if (get_origin(kind) or kind) in (list, tuple, Sequence):
         numbers = (get_args(kind) or (type(default[0]) if default else int,))[0]
         several = list(default or ()) or None
         return click.Option([flag], type=Numbers(numbers), metavar="N,...", default=several, **shared)

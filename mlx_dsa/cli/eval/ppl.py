@@ -66,7 +66,7 @@ def ppl(
     alone: bool,
     quick: bool,
     **given: Any,
-):
+) -> None:
     """Perplexity of the tokens that have more than top-k before them.
 
     The dense model predicts the very same tokens, and each policy is compared with it.

@@ -48,7 +48,7 @@ def retrieval(
     quick: bool,
     plot: str | None,
     **given: Any,
-):
+) -> None:
     """Recall and mass of the indexer's keys against the true attention.
 
     Beside it: random keys, the newest keys, and the true attention's own best.

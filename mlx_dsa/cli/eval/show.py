@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from ...evals.evaluator import Result
 from ...evals.report.plots import plot as draw
 from ...evals.report.tables import caption, pairs_table, table
 from ...evals.running.runner import World
@@ -22,7 +23,7 @@ def progress_bar(world: World) -> AbstractContextManager[Callable[[int, int, str
     return counting_bar(Console(stderr=True, quiet=world.rank > 0))
 
 
-def run_and_show(evaluator: Callable[..., dict[str, Any]], *, plot: str | None, **given: Any):
+def run_and_show(evaluator: Callable[..., Result | None], *, plot: str | None, **given: Any) -> None:
     """Run an evaluator that compares policies, and show its result.
 
     Args:
@@ -36,9 +37,12 @@ def run_and_show(evaluator: Callable[..., dict[str, Any]], *, plot: str | None, 
     show(result, world=run.given["world"], out=given["out"], plot=plot)
 
 
-def show(result: dict[str, Any], *, world: World, out: str | None = None, plot: str | None = None):
-    """Print a result's tables, draw it if wanted, and say where it is. The first process does."""
-    if world.rank:
+def show(result: Result | None, *, world: World, out: str | None = None, plot: str | None = None) -> None:
+    """Print a result's tables, draw it if wanted, and say where it is. The first process does.
+
+    ``None``, from a `Share`, is not shown.
+    """
+    if result is None or world.rank:
         return
     if plot:
         draw(result, plot)
@@ -56,7 +60,7 @@ def show(result: dict[str, Any], *, world: World, out: str | None = None, plot: 
             click.echo(f"Wrote {path}")
 
 
-def print_table(header: list[str], rows: list[list[str]]):
+def print_table(header: list[str], rows: list[list[str]]) -> None:
     """Print a table to the terminal."""
     console = Console()
     if not console.is_terminal:

@@ -99,7 +99,7 @@ def suite(
     model: str | None,
     indexer: str | None,
     config: str | None,
-):
+) -> None:
     """Make the runs that FILE names, and one report of them.
 
     What is there already is not made again: an interrupted suite goes on.

@@ -1,6 +1,12 @@
 """A board: how every rule does, over several runs of a suite, by budget."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 from ..each_rule import SELECT
+from ..evaluator import Result, Row, Table
 from .stats import wilson
 from .tables import markdown, percent
 
@@ -8,7 +14,7 @@ _RUNS = {"ppl": "ppl", "timing": "timing", "retrieval": "retrieval"}  # key of a
 _FIRST = "/first"  # behind a run's name: the first question's answers
 
 
-def check_board(spec, kinds):
+def check_board(spec: Any, kinds: Mapping[str, str]) -> None:
     """Refuse a board that is none, or is of runs that are not there or of another kind.
 
     Args:
@@ -30,7 +36,7 @@ def check_board(spec, kinds):
             )
 
 
-def board(spec, results):
+def board(spec: dict[str, Any], results: Mapping[str, Result]) -> list[Row]:
     """Return what every rule does at every budget.
 
     Args:
@@ -44,11 +50,11 @@ def board(spec, results):
         column to right answers and answers in all), and where known "mean" (share, low, high: of all
         answers, each taken as independent), "ppl" (pair with dense), "mass", "timing" (row).
     """
-    rows = {}
+    rows: dict[str, Row] = {}
 
-    def row(label):
+    def row(label: str) -> Row:
         name, _, top_k = label.partition("@")
-        blank = {"rule": name.removeprefix(SELECT), "top_k": int(top_k) if top_k else None, "cells": {}}
+        blank: Row = {"rule": name.removeprefix(SELECT), "top_k": int(top_k) if top_k else None, "cells": {}}
         return rows.setdefault(label, blank)
 
     for column, run in spec["accuracy"].items():
@@ -61,18 +67,18 @@ def board(spec, results):
     for found in rows.values():
         right, n = map(sum, zip(*found["cells"].values()))
         found["mean"] = (right / n, *wilson(right, n))
-    for pair in results.get(spec.get("ppl"), {}).get("pairs", ()):
+    for pair in results.get(spec.get("ppl", ""), {}).get("pairs", ()):
         if pair["against"] == "dense":
             row(pair["policy"])["ppl"] = pair
-    for timed in results.get(spec.get("timing"), {}).get("rows", ()):
+    for timed in results.get(spec.get("timing", ""), {}).get("rows", ()):
         row(timed["policy"])["timing"] = timed
-    for measured in results.get(spec.get("retrieval"), {}).get("rows", ()):
+    for measured in results.get(spec.get("retrieval", ""), {}).get("rows", ()):
         if measured["layer"] is None and measured["policy"].startswith(SELECT):
             row(f"{measured['policy']}@{measured['top_k']}")["mass"] = measured
     return list(rows.values())
 
 
-def board_tables(spec, rows):
+def board_tables(spec: dict[str, Any], rows: list[Row]) -> dict[int, Table]:
     """Return the board's tables: from each K to a header and rows, the best rule first.
 
     Args:
@@ -96,16 +102,16 @@ def board_tables(spec, rows):
     return tables
 
 
-def _order(row):
+def _order(row: Row) -> tuple[float, float, float]:
     ppl = row.get("ppl", {}).get("ratio", 0)
     return -row.get("mean", (0,))[0], ppl, -row.get("mass", {}).get("mass_value", 0)
 
 
-def _bytes(timed):
+def _bytes(timed: Row) -> str:
     return "-" if timed["entry_bytes"] is None else f"{timed['entry_bytes']:,.0f}"
 
 
-def _ratio(pair):
+def _ratio(pair: Row) -> str:
     ends = [pair[k] for k in ("ratio_low", "ratio_high")]
     return f"{pair['ratio']:.3f}" + ("" if None in ends else " [{:.3f}, {:.3f}]".format(*ends))
 
@@ -125,7 +131,7 @@ _MORE = {
 }
 
 
-def board_markdown(spec, results, level=2):
+def board_markdown(spec: dict[str, Any], results: Mapping[str, Result], level: int = 2) -> str:
     """Return a board in Markdown, with a table for each K.
 
     Args:

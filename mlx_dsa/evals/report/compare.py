@@ -1,10 +1,12 @@
 """Two result files, compared in pairs: the same items, or nothing."""
 
-from ..evaluator import evaluator_of
+from __future__ import annotations
+
+from ..evaluator import Result, Row, evaluator_of
 from .stats import bootstrap, paired_proportions
 
 
-def compare(first, second):
+def compare(first: Result, second: Result) -> list[Row]:
     """Compare two results of the same items.
 
     Policies of the same label are compared. Where the results share none and each has one, these
@@ -38,7 +40,7 @@ def compare(first, second):
     return pairs
 
 
-def _policies(first, second):
+def _policies(first: Result, second: Result) -> list[tuple[str, str]]:
     names = [list(dict.fromkeys(r["policy"] for r in result["items"])) for result in (first, second)]
     shared = [name for name in names[0] if name in names[1]]
     if shared:
@@ -48,12 +50,12 @@ def _policies(first, second):
     raise ValueError(f"[compare] the results share no policy: {', '.join(names[0])} against {', '.join(names[1])}.")
 
 
-def _items(result, policy):
+def _items(result: Result, policy: str) -> dict[str, Row]:
     found = {r["item"]: r for r in result["items"] if r["policy"] == policy}
     return dict(sorted(found.items()))
 
 
-def _check(left, right):
+def _check(left: dict[str, Row], right: dict[str, Row]) -> None:
     if left.keys() != right.keys():
         only = sorted(left.keys() ^ right.keys())
         raise ValueError(
@@ -68,7 +70,7 @@ def _check(left, right):
         )
 
 
-def nll_difference(left, right):
+def nll_difference(left: dict[str, Row], right: dict[str, Row]) -> Row:
     """Return how the NLL of the same tokens differs, first - second."""
     counts = [[r["n"] for r in side.values()] for side in (left, right)]
     if counts[0] != counts[1]:

@@ -1,12 +1,15 @@
 """Tables over several runs of a suite."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluator import evaluator_of
+from ..evaluator import Result, Table, evaluator_of
 from .tables import of_dense, over_attention, percent
 
 
-def check_cells(spec, kinds):
+def check_cells(spec: dict[str, Any], kinds: Mapping[str, str]) -> None:
     """Refuse a table whose cells are no cells, or of runs that have nothing to show in one.
 
     Args:
@@ -26,7 +29,7 @@ def check_cells(spec, kinds):
                 raise ValueError(f"{where}: a run of kind {kinds[cell[0]]} has no cell.")
 
 
-def check_labels(spec, labels):
+def check_labels(spec: dict[str, Any], labels: Mapping[str, Sequence[str | int]]) -> None:
     """Refuse a table of policies that its runs don't have.
 
     Args:
@@ -42,7 +45,7 @@ def check_labels(spec, labels):
                 )
 
 
-def overview(spec, results):
+def overview(spec: dict[str, Any], results: Mapping[str, Result]) -> Table:
     """Return a table of several runs, a cell for each run and policy, as a header and rows.
 
     Args:
@@ -56,17 +59,17 @@ def overview(spec, results):
     return ["", *spec["columns"]], rows
 
 
-def _cell(result, label):
+def _cell(result: Result, label: str | int) -> str:
     cell: Any = evaluator_of(result["kind"]).cell  # check_cells has found one
     return cell(result, label)
 
 
-def mass_cell(result, k):
+def mass_cell(result: Result, k: int) -> str:
     """Return a selection's mass over that of the attention's own."""
     return "; worst ".join(over_attention(result, "index", k))
 
 
-def ppl_cell(result, label):
+def ppl_cell(result: Result, label: str) -> str:
     """Return by how much a policy's perplexity is above the dense model's."""
     pair = next((p for p in result["pairs"] if p["policy"] == label and p["against"] == "dense"), None)
     if pair is None:
@@ -76,7 +79,7 @@ def ppl_cell(result, label):
     return f"{100 * (pair['ratio'] - 1):+.1f}% [{', '.join(ends) or 'one text'}]"
 
 
-def answers_cell(result, label):
+def answers_cell(result: Result, label: str) -> str:
     """Return what a policy answers right of what the dense model does, and of all."""
     rows = {r["policy"]: r for r in result["rows"] if r.get("depth") is None}
     if label == "dense":

@@ -1,18 +1,30 @@
 """Results as pictures: what the field draws, with intervals."""
 
+from __future__ import annotations
+
+import os
 import textwrap
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from ...pictures import save_picture
-from ..evaluator import evaluator_of
+from ..evaluator import Result, Row, evaluator_of
 from .tables import problems_name, selection_name
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+_Series = dict[str, list[tuple[float, float, float | None, float | None]]]  # label -> x, value, low and high
 _INK = "#333333"
 _NONE = float("nan")  # where there is no interval, no bar is drawn
 _MARKERS = "osD^vP"  # where there are more lines than colours, another for the next ones
 _COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#e09f3e", "#7b4b94", "#5c677d", "#0a9396", "#bb3e03")
 
 
-def plot(result, path):
+def plot(result: Result, path: str | os.PathLike) -> None:
     """Draw a result as a PNG.
 
     Args:
@@ -25,7 +37,7 @@ def plot(result, path):
     save_picture(lambda plt: evaluator_of(result["kind"]).plot(result, plt), path)
 
 
-def plot_retention(results, title, path):
+def plot_retention(results: list[Result], title: str, path: str | os.PathLike) -> None:
     """Draw the accuracy of needle results against retention, a panel for each, as a PNG.
 
     Args:
@@ -40,7 +52,7 @@ def plot_retention(results, title, path):
     save_picture(lambda plt: _retention(panels, title, plt), path)
 
 
-def plot_board(rows, title, path):
+def plot_board(rows: list[Row], title: str, path: str | os.PathLike) -> None:
     """Draw the mean accuracy of every rule by budget, as a PNG.
 
     Args:
@@ -54,8 +66,8 @@ def plot_board(rows, title, path):
     save_picture(lambda plt: _board([r for r in rows if "mean" in r], title, plt), path)
 
 
-def _board(rows, title, plt):
-    series = {}
+def _board(rows: list[Row], title: str, plt: Any) -> Figure:
+    series: _Series = {}
     for row in (r for r in rows if r["top_k"]):
         series.setdefault(row["rule"], []).append((row["top_k"], *row["mean"]))
     # The legend in the order of the lines at the largest budget.
@@ -72,24 +84,24 @@ def _board(rows, title, plt):
     return figure
 
 
-def _cells(results):
+def _cells(results: list[Result]) -> list[tuple[Result, int]]:
     return [(r, length) for r in results for length in sorted({row["length"] for row in r["rows"]})]
 
 
-def _setting(result):
+def _setting(result: Result) -> str:
     lengths = {row["length"] for row in result["rows"]}
     config = result["config"]
     turns = f", question {config['turns']}" if "turns" in config else ""
     return f"{config['setting']}{turns}{_begun(config)}, {min(lengths):,} tokens"
 
 
-def _begun(config):
+def _begun(config: dict[str, Any]) -> str:
     return ", replies begun" if config.get("stem") else ""
 
 
-def plot_needle(result, plt):
+def plot_needle(result: Result, plt: Any) -> Figure:
     """Accuracy against retention where a kind of policy has three budgets, else a heat map."""
-    kinds = {}
+    kinds: dict[str, set[int | None]] = {}
     for row in result["rows"]:
         kinds.setdefault(_kind(row["policy"]), set()).add(row["top_k"])
     if max(map(len, kinds.values())) < 3:
@@ -98,27 +110,27 @@ def plot_needle(result, plt):
     return _retention(panels, _about(result), plt)
 
 
-def _about(result):
+def _about(result: Result) -> str:
     config = result["config"]
     return f"{result['kind'].capitalize()} ({config['task']}, {config['setting']}{_begun(config)})"
 
 
-def _kind(label):
+def _kind(label: str) -> str:
     return label.split("@")[0]
 
 
-def _retention(panels, title, plt):
+def _retention(panels: list[tuple[str, list[Row], int]], title: str, plt: Any) -> Figure:
     """Accuracy against retention: panels (title, rows, length), one line a kind of policy.
 
     A kind has one colour in all panels, and one entry in their legend.
     """
     kinds = dict.fromkeys(_kind(r["policy"]) for _, rows, _ in panels for r in rows if r["top_k"])
-    handles = {}
+    handles: dict[str, Any] = {}
     size = (1.5 + 4 * len(panels), 3.6)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (name, rows, length) in zip(axes[0], panels):
         rows = [r for r in rows if r["depth"] is None and r["length"] == length]
-        series = {kind: [] for kind in kinds}
+        series: _Series = {kind: [] for kind in kinds}
         for row in (r for r in rows if r["top_k"]):
             point = (row["top_k"], row["value"], row["low"], row["high"])
             series[_kind(row["policy"])].append(point)
@@ -137,7 +149,7 @@ def _retention(panels, title, plt):
     return figure
 
 
-def _grid(result, plt):
+def _grid(result: Result, plt: Any) -> Figure:
     """A heat map of depth and length, one panel a policy; with one length, policies side by side."""
     cells = [r for r in result["rows"] if r["depth"] is not None]
     policies = list(dict.fromkeys(r["policy"] for r in cells))
@@ -167,7 +179,7 @@ def _grid(result, plt):
     return figure
 
 
-def _pale_red_to_green():
+def _pale_red_to_green() -> ListedColormap:
     """Return a colour map on all of which dark figures are legible."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
@@ -175,7 +187,7 @@ def _pale_red_to_green():
     return ListedColormap(colormaps["RdYlGn"]([0.2 + 0.6 * i / 255 for i in range(256)]))
 
 
-def _heat_map(axis, title, columns, depths, found):
+def _heat_map(axis: Axes, title: str, columns: list[tuple], depths: list[float], found: dict[tuple, Row]) -> AxesImage:
     # Code is asked for where it stands: not at every depth.
     cells = [[found.get((policy, n, d)) for _, policy, n in columns] for d in depths]
     grid = [[cell["value"] if cell else _NONE for cell in row] for row in cells]
@@ -202,7 +214,7 @@ def _heat_map(axis, title, columns, depths, found):
     return image
 
 
-def _lines(axis, series, logarithmic=True, spread=0.0):
+def _lines(axis: Axes, series: _Series, logarithmic: bool = True, spread: float = 0.0) -> None:
     """Draw {label: [(x, value, low, high)]} with error bars, lines moved apart by `spread` octaves."""
     for i, (label, points) in enumerate(series.items()):
         if not points:
@@ -225,15 +237,15 @@ def _lines(axis, series, logarithmic=True, spread=0.0):
     axis.grid(alpha=0.25)
 
 
-def _legend(axis, *handles):
+def _legend(axis: Axes, *handles: Iterable[Any]) -> None:
     """Put the legend beside an axis, where it covers nothing."""
     axis.legend(*handles, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def plot_ppl(result, plt):
+def plot_ppl(result: Result, plt: Any) -> Figure:
     """The ratio of perplexities against K, one line a kind of policy; without the dense model
     the perplexities."""
-    series = {}
+    series: _Series = {}
     top_k = {r["policy"]: r.get("top_k") for r in result["rows"]}
     beside_dense = result["config"].get("beside_dense", True)
     if beside_dense:
@@ -257,12 +269,12 @@ def plot_ppl(result, plt):
     return figure
 
 
-def plot_retrieval(result, plt):
+def plot_retrieval(result: Result, plt: Any) -> Figure:
     """Recall and mass against K, one line a selection."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     rows = [r for r in result["rows"] if r["layer"] is None]
     for axis, prefix, name in ((axes[0], "", "recall@K"), (axes[1], "mass_", "mass@K")):
-        series = {}
+        series: _Series = {}
         for row in rows:
             point = (row["top_k"], row[prefix + "value"], row[prefix + "low"], row[prefix + "high"])
             series.setdefault(selection_name(row["policy"]), []).append(point)
@@ -275,14 +287,14 @@ def plot_retrieval(result, plt):
     return figure
 
 
-def plot_memory(result, plt):
+def plot_memory(result: Result, plt: Any) -> Figure:
     """The cache and the program's peak against the context."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, key, scale, name in (
         (axes[0], "value", 1e-6, "cache, MB"),
         (axes[1], "peak_gb", 1.0, "peak of the program, GB"),
     ):
-        series = {}
+        series: _Series = {}
         for row in result["rows"]:
             value = row[key] * scale
             series.setdefault(row["policy"], []).append((row["length"], value, None, None))
@@ -295,7 +307,7 @@ def plot_memory(result, plt):
     return figure
 
 
-def plot_timing(result, plt):
+def plot_timing(result: Result, plt: Any) -> Figure:
     """Milliseconds a step and for 1,000 tokens of the prompt, a bar a policy."""
     rows = result["rows"][::-1]
     size = (10, 1.2 + 0.22 * len(rows))
@@ -310,7 +322,7 @@ def plot_timing(result, plt):
     return figure
 
 
-def plot_gsm8k(result, plt):
+def plot_gsm8k(result: Result, plt: Any) -> Figure:
     """Accuracy of each policy, by both readings."""
     policies = list(dict.fromkeys(r["policy"] for r in result["rows"]))
     figure, axis = plt.subplots(figsize=(1.8 + 0.9 * len(policies), 3.4), layout="constrained")

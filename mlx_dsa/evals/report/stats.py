@@ -5,13 +5,17 @@
 [3] Efron, Bootstrap Methods: Another Look at the Jackknife, 1979.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
 
-def wilson(successes, n, confidence=0.95):
+def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return the Wilson score interval of a proportion [1].
 
     Args:
@@ -34,7 +38,7 @@ def wilson(successes, n, confidence=0.95):
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
 
-def mcnemar(only_first, only_second):
+def mcnemar(only_first: int, only_second: int) -> float:
     """Return the two-sided exact p-value that two paired proportions are equal [2].
 
     Args:
@@ -46,7 +50,7 @@ def mcnemar(only_first, only_second):
     return min(1.0, 2 * tail / 2**n)
 
 
-def smallest_difference(n, discordant=0, alpha=0.05):
+def smallest_difference(n: int, discordant: int = 0, alpha: float = 0.05) -> float | None:
     """Return the smallest difference of two paired proportions that would be significant.
 
     Given how many pairs disagreed, this is the least imbalance among them, over `n`, whose exact
@@ -71,7 +75,7 @@ def smallest_difference(n, discordant=0, alpha=0.05):
     return (discordant - 2 * fewer) / n
 
 
-def paired_proportions(first, second):
+def paired_proportions(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
     """Compare two lists of outcomes of the same items.
 
     Args:
@@ -102,13 +106,20 @@ def paired_proportions(first, second):
     }
 
 
-def _retained(both, only_second):
+def _retained(both: int, only_second: int) -> dict[str, float | None]:
     n = both + only_second
     low, high = wilson(both, n) if n else (None, None)
     return {"retained": both / n if n else None, "retained_low": low, "retained_high": high}
 
 
-def bootstrap(numerators, denominators=None, *, confidence=0.95, resamples=10_000, seed=0):
+def bootstrap(
+    numerators: Sequence[float],
+    denominators: Sequence[float] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float | None, float | None]:
     """Return a ratio of sums with its percentile bootstrap interval [3].
 
     Whole items are drawn again, so items that are documents give an interval over documents.

@@ -1,45 +1,50 @@
 """Results as tables of text, for the terminal and for reports."""
 
-from ..evaluator import evaluator_of
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..evaluator import Result, Row, Table, evaluator_of
 
 
-def table(result):
+def table(result: Result) -> Table:
     """Return the header and the rows of a result's main table, all strings."""
     return evaluator_of(result["kind"]).table(result)
 
 
-def pairs_table(result):
+def pairs_table(result: Result) -> Table | None:
     """Return the header and the rows of a result's comparisons in pairs, or ``None``."""
     pairs = result["pairs"]
     build = evaluator_of(result["kind"]).pairs
     return build(pairs) if pairs and build else None
 
 
-def markdown(header, rows):
+def markdown(header: list[str], rows: list[list[str]]) -> str:
     """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def caption(result):
+def caption(result: Result) -> str | None:
     """Return what a table must not be read without, or ``None``."""
     note = evaluator_of(result["kind"]).note
     return note and note(result)
 
 
-def begun_note(result):
+def begun_note(result: Result) -> str | None:
     """Return what a table of answers must not be read without, or ``None``."""
     if result["config"].get("stem"):
         return "Each reply is begun for the model, up to the value or to the function's name."
     return None
 
 
-def problems_note(result):
+def problems_note(result: Result) -> str:
     """Return which word problems were solved."""
     return f"{result['rows'][0]['n']:,} word problems: {problems_name(result)}."
 
 
-def problems_name(result):
+def problems_name(result: Result) -> str:
     """Return whose word problems a result is about."""
     data = result["config"]["data"]
     return {
@@ -48,30 +53,30 @@ def problems_name(result):
     }.get(data, data)
 
 
-def selection_name(method):
+def selection_name(method: str) -> str:
     """Return what tables call a selection: the policy "index" is an order of eviction."""
     return {"index": "indexer"}.get(method, method)
 
 
-def percent(value, low=None, high=None):
+def percent(value: float, low: float | None = None, high: float | None = None) -> str:
     """Return a share in percent, with its interval if there is one."""
     text = f"{100 * value:.1f}%"
-    return text if low is None else f"{text} [{100 * low:.1f}, {100 * high:.1f}]"
+    return text if low is None or high is None else f"{text} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _with_interval(value, low, high, form, scale=1.0):
+def _with_interval(value: float, low: float | None, high: float | None, form: str, scale: float = 1.0) -> str:
     """Return a number with its bootstrap interval, which a single text does not give."""
     text = format(scale * value, form)
-    if low is None:
+    if low is None or high is None:
         return f"{text} [one text]"
     return f"{text} [{format(scale * low, form)}, {format(scale * high, form)}]"
 
 
-def _share(value, low, high):
+def _share(value: float, low: float | None, high: float | None) -> str:
     return percent(value, low, high) + (" [one text]" if low is None else "")
 
 
-def _shares(config, length):
+def _shares(config: dict[str, Any] | None, length: int) -> tuple[float, float]:
     """Return which shares of a context a policy keeps, and reads at a step."""
     if config is None:
         return 1.0, 1.0
@@ -79,7 +84,7 @@ def _shares(config, length):
     return (read if config["cache"] == "budget" else 1.0), read
 
 
-def needle_table(result):
+def needle_table(result: Result) -> Table:
     header = [
         "policy",
         "context",
@@ -118,14 +123,14 @@ def needle_table(result):
     return header, rows
 
 
-def of_dense(pair):
+def of_dense(pair: Row | None) -> str:
     """Return the share of what the dense model answers right that a policy does too."""
     if pair is None or pair["retained"] is None:
         return "-"
     return percent(pair["retained"], pair["retained_low"], pair["retained_high"])
 
 
-def ppl_table(result):
+def ppl_table(result: Result) -> Table:
     header = [
         "policy",
         "top_k",
@@ -165,7 +170,7 @@ def ppl_table(result):
     return header, rows
 
 
-def gsm8k_table(result):
+def gsm8k_table(result: Result) -> Table:
     header = [
         "policy",
         "reading",
@@ -190,7 +195,7 @@ def gsm8k_table(result):
     return header, rows
 
 
-def retrieval_table(result):
+def retrieval_table(result: Result) -> Table:
     header = [
         "selection",
         "K",
@@ -219,7 +224,7 @@ def retrieval_table(result):
     return header, rows
 
 
-def over_attention(result, method, k):
+def over_attention(result: Result, method: str, k: int) -> tuple[str, str]:
     """Return a selection's mass over that of the attention's own: mean of layers, worst layer."""
     mass = {(r["policy"], r["layer"]): r["mass_value"] for r in result["rows"] if r["top_k"] == k}
     layers = sorted({layer for _, layer in mass} - {None})
@@ -228,7 +233,7 @@ def over_attention(result, method, k):
     return f"{sum(over.values()) / len(over):.3f}", f"{over[worst]:.3f} (layer {worst})"
 
 
-def memory_table(result):
+def memory_table(result: Result) -> Table:
     header = [
         "policy",
         "context",
@@ -253,8 +258,8 @@ def memory_table(result):
     return header, rows
 
 
-def proportions(columns):
-    def build(pairs):
+def proportions(columns: Sequence[str]) -> Callable[[list[Row]], Table]:
+    def build(pairs: list[Row]) -> Table:
         header = [
             "policy",
             "against",
@@ -289,7 +294,7 @@ def proportions(columns):
     return build
 
 
-def ppl_pairs(pairs):
+def ppl_pairs(pairs: list[Row]) -> Table:
     header = ["policy", "against", "tokens", "over", "difference in NLL [95%]"]
     rows = [
         [
@@ -304,7 +309,7 @@ def ppl_pairs(pairs):
     return header, rows
 
 
-def retrieval_pairs(pairs):
+def retrieval_pairs(pairs: list[Row]) -> Table:
     header = ["selection", "against", "K", "texts", "difference in recall [95%]"]
     rows = [
         [
@@ -319,12 +324,12 @@ def retrieval_pairs(pairs):
     return header, rows
 
 
-def memory_pairs(pairs):
+def memory_pairs(pairs: list[Row]) -> Table:
     header = ["policy", "against", "context", "cache"]
     return header, [[p["policy"], p["against"], f"{p['length']:,}", f"{p['ratio']:.3f} times"] for p in pairs]
 
 
-def timing_table(result):
+def timing_table(result: Result) -> Table:
     header = ["policy", "context", "ms a step (least, most)", "ms for 1,000 prompt tokens", "bytes an entry"]
     return header, [
         [r["policy"], f"{r['length']:,}", f"{r['value']:.2f} ({r['low']:.2f}, {r['high']:.2f})", f"{r['read_ms']:.1f}",

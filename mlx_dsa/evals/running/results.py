@@ -1,10 +1,14 @@
 """Result files: a journal of JSON lines while a run goes on, one JSON when it is done."""
 
+from __future__ import annotations
+
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from ...files import write_text
+from ..evaluator import Result, Row
 
 
 class Journal:
@@ -18,9 +22,9 @@ class Journal:
         config (dict): what the run is; a journal of another run is refused.
     """
 
-    def __init__(self, path, config):
+    def __init__(self, path: str | os.PathLike, config: dict[str, Any]) -> None:
         self.path = Path(path)
-        self.done = {}
+        self.done: dict[str, list[Row]] = {}
         self.seconds = 0.0  # that the units took
         config = json.loads(json.dumps(config))
         if self.path.exists():
@@ -29,7 +33,7 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._append({"config": config})
 
-    def _read(self, config):
+    def _read(self, config: dict[str, Any]) -> None:
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
@@ -49,19 +53,19 @@ class Journal:
         self.done = {line["unit"]: line["records"] for line in lines[1:]}
         self.seconds = sum(line["seconds"] for line in lines[1:])
 
-    def _append(self, line):
+    def _append(self, line: dict[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def add(self, unit, records, seconds):
+    def add(self, unit: str, records: list[Row], seconds: float) -> None:
         """Store the records of a finished unit, and how long it took."""
         self._append({"unit": unit, "seconds": round(seconds, 3), "records": records})
         self.done[unit] = json.loads(json.dumps(records))
 
 
-def write_result(path, result):
+def write_result(path: str | os.PathLike, result: Result) -> None:
     """Write a result as JSON with one row, pair or item on each line."""
     lists = ("rows", "pairs", "items")
     parts = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in result.items() if k not in lists]
@@ -71,7 +75,7 @@ def write_result(path, result):
     write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
-def read_result(path):
+def read_result(path: str | os.PathLike) -> Result:
     """Read a result file.
 
     Raises:

@@ -1,7 +1,11 @@
 """Run units of work: resumable, and shared out over the processes of mlx.launch."""
 
+from __future__ import annotations
+
 import json
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,10 @@ import mlx.core as mx
 import numpy as np
 
 from ...machine import device, versions
+from ..evaluator import Progress, Result, Row
 from .results import Journal, read_result, write_result
+
+Summary = tuple[list[Row], list[Row], list[Row]]  # rows, pairs and items
 
 
 @dataclass(frozen=True)
@@ -24,12 +31,12 @@ class Unit:
 class World:
     """The processes that share a run; a single one where MLX's launcher started none."""
 
-    def __init__(self, group=None):
+    def __init__(self, group: mx.distributed.Group | None = None) -> None:
         self.group = group
         self.rank = group.rank() if group else 0
         self.size = group.size() if group else 1
 
-    def gather(self, value):
+    def gather(self, value: Any) -> list[Any]:
         """Return what every process holds, in the order of their ranks."""
         if self.size == 1:
             return [value]
@@ -41,7 +48,7 @@ class World:
             rows = np.array(mx.distributed.all_gather(mx.array(padded)[None], group=self.group))
         return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
-    def journals(self, out):
+    def journals(self, out: str | os.PathLike) -> tuple[Path, list[Path]]:
         """Return where this process keeps its journal, and those that others have left."""
         out = Path(out)
         mine = [journal_path(out, rank) for rank in range(self.size)]
@@ -59,27 +66,35 @@ class Share(World):
         count (int): of how many.
     """
 
-    def __init__(self, index, count):
+    def __init__(self, index: int, count: int) -> None:
         super().__init__()
         self.index, self.count = index, count
 
-    def part(self, units):
+    def part(self, units: list[Unit]) -> list[Unit]:
         """Return this part of the units: neighbours, which may have work in common."""
         n = len(units)
         return units[self.index * n // self.count : (self.index + 1) * n // self.count]
 
-    def journals(self, out):
+    def journals(self, out: str | os.PathLike) -> tuple[Path, list[Path]]:
         """Return where this process keeps its journal, and nothing else."""
         return journal_path(out, self.index), []
 
 
-def connect():
+def connect() -> World:
     """Join the processes that `mlx.launch` started, if it started any."""
     group = mx.distributed.init()
     return World(group if group.size() > 1 else None)
 
 
-def run_units(units, work, *, config, out=None, world=None, progress=None):
+def run_units(
+    units: list[Unit],
+    work: Callable[[Any], list[Row]],
+    *,
+    config: dict[str, Any],
+    out: str | os.PathLike | None = None,
+    world: World | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[Row], float]:
     """Run every unit that is not in the journal yet, and return the records of all.
 
     Args:
@@ -95,7 +110,8 @@ def run_units(units, work, *, config, out=None, world=None, progress=None):
         seconds that the units took, added up over processes and sessions.
     """
     world = world or World()
-    journal, done, seconds = None, {}, 0.0
+    done: dict[str, list[Row]] = {}
+    journal, seconds = None, 0.0
     if out:
         mine, left = world.journals(out)
         journal = Journal(mine, config)
@@ -115,7 +131,7 @@ def run_units(units, work, *, config, out=None, world=None, progress=None):
         if journal:
             journal.add(unit.key, records, took)
         done[unit.key] = records
-    everything = {}
+    everything: dict[str, list[Row]] = {}
     for part in world.gather(done):
         everything.update(part)
     if progress:
@@ -124,13 +140,23 @@ def run_units(units, work, *, config, out=None, world=None, progress=None):
     return records, sum(world.gather(seconds))
 
 
-def journal_path(out, rank=0):
+def journal_path(out: str | os.PathLike, rank: int = 0) -> Path:
     """Return where a process keeps the journal of a result file."""
     out = Path(out)
     return out.with_name(out.name + (f".{rank}" if rank else "") + ".jsonl")
 
 
-def evaluate(kind, config, units, work, summarise, *, out=None, world=None, progress=None):
+def evaluate(
+    kind: str,
+    config: dict[str, Any],
+    units: list[Unit],
+    work: Callable[[Any], list[Row]],
+    summarise: Callable[[list[Row]], Summary],
+    *,
+    out: str | os.PathLike | None = None,
+    world: World | None = None,
+    progress: Progress | None = None,
+) -> Result | None:
     """Run an evaluation and return its result.
 
     Args:
@@ -182,7 +208,7 @@ def evaluate(kind, config, units, work, summarise, *, out=None, world=None, prog
     return result
 
 
-def _finished(kind, config, out, world):
+def _finished(kind: str, config: dict[str, Any], out: str | os.PathLike | None, world: World) -> Result | None:
     """Return the result that is there already, if it is of this config; the first process looks."""
     found = None
     if out and world.rank == 0 and Path(out).exists():
