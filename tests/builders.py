@@ -173,9 +173,9 @@ def spy_widths(patch, monkeypatch):
     seen = []
     for layer in patch.layers.values():
 
-        def attend_all(queries, keys, values, causal, of=layer._attend_all):
+        def attend_all(queries, keys, values, *, causal, of=layer._attend_all):
             seen.append(keys.shape[2])
-            return of(queries, keys, values, causal)
+            return of(queries, keys, values, causal=causal)
 
         monkeypatch.setattr(layer, "_attend_all", attend_all)
     return seen

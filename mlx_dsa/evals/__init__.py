@@ -1,20 +1,24 @@
 """Evaluators: dense and sparse on the very same items, compared in pairs."""
 
-from .cache_memory import memory
+# Evaluators are listed in this order.
+# isort: off
+from .needles import needle
 from .code_recall import code
+from .perplexity import ppl
 from .key_retrieval import retrieval
+from .word_problems import gsm8k
+from .cache_memory import memory
+from .timings import timing
+
+# isort: on
 from .layer_coverage import coverage
 from .leaders import leaderboard
-from .needles import needle
-from .perplexity import ppl
 from .policies import Policy, make_policies, make_policy
 from .report.compare import compare
 from .report.plots import plot
 from .running.results import read_result
 from .running.runner import connect
 from .suite import read_suite, run_suite
-from .timings import timing
-from .word_problems import gsm8k
 
 __all__ = [
     "Policy",
