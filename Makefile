@@ -7,13 +7,16 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 LINTERS := .venv/.linters
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast lint clean
 
 demo: $(STAMP)
 	$(BIN)/python demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --fast
 
 lint: $(LINTERS)
 	$(BIN)/ruff check .

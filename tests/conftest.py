@@ -20,6 +20,25 @@ import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
 
 
+# Files that take longest: make test-fast leaves them out.
+_SLOW = """
+auto bench cli compact compact_commands compact_reference cuts ending evals_alone evals_board evals_bundled
+evals_code evals_coverage evals_needle evals_real evals_runs evals_stem eviction families forgetting
+identities kernels packaging retention rules saved select_rules selection servers stream terminal tiered
+tiered_recall tiered_stream train train_retention unfinished
+""".split()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="leave the files out that take longest")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave a slow file out where --fast is given; say nothing of others."""
+    slow = collection_path.name.removeprefix("test_").removesuffix(".py") in _SLOW
+    return True if slow and config.getoption("fast") else None
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Start every test from the same random state."""
