@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from .registry import make_rule
 
+COLD_BITS = (4, 8, 16)
+
 
 @dataclass(frozen=True)
 class SparseConfig:
@@ -82,7 +84,7 @@ class SparseConfig:
     def __post_init__(self):
         for name, minimum in _MINIMUM.items():
             _check_int(name, getattr(self, name), minimum)
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"[SparseConfig] '{name}' must be one of {', '.join(choices)} but got {getattr(self, name)!r}."
@@ -146,7 +148,7 @@ class SparseConfig:
                     f"[SparseConfig] '{name}' is for cache 'tiered' only, not for "
                     f"{self.cache!r}. Leave it out, or use cache='tiered'."
                 )
-        if self.cold_bits not in (None, 4, 8, 16):
+        if self.cold_bits not in (None, *COLD_BITS):
             raise ValueError(f"[SparseConfig] 'cold_bits' must be 4, 8 or 16 but got {self.cold_bits!r}.")
         if self.cold_bits is not None and self.cold_file is not None:
             raise ValueError(
@@ -279,7 +281,8 @@ _MINIMUM = {
     "stream_chunk": 1,
     "observation_window": 1,
 }
-_CHOICES = {
+# What a setting may be, where it is one of some words.
+CHOICES: dict[str, tuple[str, ...]] = {
     name: get_args(hint)
     for name, hint in get_type_hints(SparseConfig).items()
     if get_args(hint) and all(isinstance(a, str) for a in get_args(hint))

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..config import SparseConfig, override
+from ..config import CHOICES, COLD_BITS, SparseConfig, override
 from ..presets import Settings, heads_of, preset_names, read_settings, resolve
 from ..rules import make_rule, rule_names
 from ..saved import SavedSettings, kept_by, read_saved
@@ -73,7 +73,7 @@ _MODEL = (
 )
 positions_option = click.option(
     "--positions",
-    type=click.Choice(["absolute", "compact"]),
+    type=click.Choice(CHOICES["positions"]),
     help="With --cache budget: what is kept stays where it stood in the text; or it is "
     "numbered anew whenever something is dropped.",
 )
@@ -91,7 +91,7 @@ _SPARSE = (
     ),
     click.option(
         "--cache",
-        type=click.Choice(["budget", "full", "tiered"]),
+        type=click.Choice(CHOICES["cache"]),
         help="Keep top-k entries a layer; or all, and gather top-k of them; or top-k at hand and the others cold.",
     ),
     click.option(
@@ -102,13 +102,13 @@ _SPARSE = (
     ),
     click.option(
         "--cold-bits",
-        type=click.Choice(["4", "8", "16"]),
+        type=click.Choice([str(bits) for bits in COLD_BITS]),
         callback=lambda context, option, value: value and int(value),
         help="With --cache tiered: bits of a cold number in memory; 16 as it is. Default: 8.",
     ),
     click.option(
         "--prefill",
-        type=click.Choice(["auto", "dense", "exact", "tile", "stream"]),
+        type=click.Choice(CHOICES["prefill"]),
         help=PREFILL_HELP,
     ),
     click.option(

@@ -9,7 +9,7 @@ import click
 import mlx.nn as nn
 
 from ..bench import BENCH_SHAPES, BenchShape, random_model
-from ..config import SparseConfig
+from ..config import CHOICES, SparseConfig
 from ..indexer import Indexer
 from ..ops import check_backend
 from ..presets import load_model, load_settings, preset_names, resolve
@@ -30,7 +30,7 @@ _OPTIONS = (
     ),
     click.option(
         "--backend",
-        type=click.Choice(["auto", "reference", "metal", "cuda"]),
+        type=click.Choice(CHOICES["backend"]),
         help="Kernels to use.",
     ),
 )

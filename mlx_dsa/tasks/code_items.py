@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .code_window import Lines, Mark, Window, line_ends
-from .facts import is_correct, make_value
+from .facts import VALUES, is_correct, make_value
 from .needle_items import NeedleItem, Turn, locate, tokens_of
 from .prompts import frame
 from .source import Definition, Function, Source
@@ -103,7 +103,7 @@ class CodeSpec:
         allowed = {
             "task": TASKS,
             "setting": SETTINGS,
-            "value": ("digits", "word", "mixed"),
+            "value": VALUES,
             "phrasing": tuple(FORMS),
         }
         for name, names in allowed.items():

@@ -1,9 +1,8 @@
 """Facts to hide in a text, and the questions about them.
 
-The recipes under weights/recipe draw from here too, so that training and evaluation have one source.
-Names, objects, words and phrasings are split: what `entities="heldout"` or `phrasing="heldout"`
-yields, no training saw.
-The tasks beyond the single fact follow RULER [1].
+The recipes under weights/recipe draw from here too: training and evaluation have one source. Names, objects, words and
+phrasings are split: what `entities="heldout"` or `phrasing="heldout"` yields, no training saw. The tasks beyond the single
+fact follow RULER [1].
 
 [1] Hsieh et al., RULER: What's the Real Context Size of Your Long-Context Language Models?, 2024.
 """
@@ -21,6 +20,7 @@ from .wordlists import PARTS
 
 _Words = Sequence[str] | None
 _Templates = tuple[Sequence[str], Sequence[str]]
+VALUES = ("digits", "word", "mixed")  # what a fact tells
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def make_facts(
     Raises:
         ValueError: if `value` is none of the three.
     """
-    if value not in ("digits", "word", "mixed"):
+    if value not in VALUES:
         raise ValueError(f"[facts] 'value' must be 'digits', 'word' or 'mixed' but got {value!r}.")
     if same_template is None:
         same_template = rng.random() < 0.5

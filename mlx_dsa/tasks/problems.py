@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from .wordlists import SPLITS
+
 _T = TypeVar("_T")
 # A question, the worked steps, and the answer.
 _Worked = tuple[str, list[str], int]
@@ -48,7 +50,7 @@ LOSSES = "gives away|sells|loses|breaks|donates|uses".split("|")
 
 
 def _part(items: Sequence[str], split: str) -> list[str]:
-    if split not in ("train", "heldout"):
+    if split not in SPLITS:
         raise ValueError(f"[problems] 'split' must be 'train' or 'heldout' but got {split!r}.")
     return [x for i, x in enumerate(items) if (i % 5 == 4) == (split == "heldout")]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+SPLITS = ("train", "heldout")
 FIRST = """Ada Alan Albert Alice Amos Anna Arthur Beatrice Bernard Bertha Boris Bridget Carla Cedric
 Clara Clement Cora Cyril Daisy Daniel Dora Dorothy Edgar Edith Edmund Elena Ellen Elsa Emil Emma Ernest
 Esther Eva Felix Flora Frances Frank Gerald Gilbert Gloria Grace Greta Gustav Hannah Harold Harriet Hector
@@ -185,7 +186,7 @@ na nor o pa per pol qua ra ren ri ro sal sen sha sol ta tel tor tri u va ven vi 
 
 def part(items: Sequence[str], split: str) -> list[str]:
     """Return the train or the held-out part of a list: every fifth entry is held out."""
-    if split not in ("train", "heldout"):
+    if split not in SPLITS:
         raise ValueError(f"[facts] 'split' must be 'train' or 'heldout' but got {split!r}.")
     return [x for i, x in enumerate(items) if (i % 5 == 4) == (split == "heldout")]
 
@@ -198,5 +199,5 @@ PARTS = {
             words=list(dict.fromkeys(WORDS)), digits_attr=DIGIT_ATTRS, word_attr=WORD_ATTRS,
         ).items()
     }
-    for split in ("train", "heldout")
+    for split in SPLITS
 }  # fmt: skip

@@ -8,6 +8,7 @@ import click
 
 from ...evals.code_recall import code as run_code
 from ...tasks.code_items import FORMS, SETTINGS, TASKS
+from ...tasks.facts import VALUES
 from ..command import Command
 from ..options import max_tokens_option
 from .options import Numbers, eval_options
@@ -38,7 +39,7 @@ from .show import run_and_show
 )
 @click.option(
     "--value",
-    type=click.Choice(["digits", "word", "mixed"]),
+    type=click.Choice(VALUES),
     default="mixed",
     show_default=True,
     help="Of planted constants.",

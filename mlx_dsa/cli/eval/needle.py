@@ -7,7 +7,9 @@ from typing import Any
 import click
 
 from ...evals.needles import needle as run_needle
+from ...tasks.facts import VALUES
 from ...tasks.needle_items import SETTINGS, TASKS
+from ...tasks.wordlists import SPLITS
 from ..command import Command
 from ..options import max_tokens_option
 from .options import Numbers, eval_options
@@ -43,14 +45,14 @@ from .show import run_and_show
 )
 @click.option(
     "--value",
-    type=click.Choice(["digits", "word", "mixed"]),
+    type=click.Choice(VALUES),
     default="digits",
     show_default=True,
     help="What the fact tells.",
 )
 @click.option(
     "--phrasing",
-    type=click.Choice(["train", "heldout"]),
+    type=click.Choice(SPLITS),
     default="train",
     show_default=True,
     help="Wordings of facts and questions; the bundled model saw those of train.",

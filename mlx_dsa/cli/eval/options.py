@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from ...config import CHOICES
 from ...evals.policies import Policy, followed, lookup, make_policies, policy_names
 from ...evals.running.runner import World, connect
 from ...presets import Preset, load_settings
@@ -111,12 +112,12 @@ _SPARSE = (
     ),
     click.option(
         "--cache",
-        type=click.Choice(["budget", "full", "tiered"]),
+        type=click.Choice(CHOICES["cache"]),
         help="Keep top-k entries a layer, all, or all with the others in a cold store.",
     ),
     click.option(
         "--prefill",
-        type=click.Choice(["auto", "dense", "exact", "tile", "stream"]),
+        type=click.Choice(CHOICES["prefill"]),
         help=PREFILL_HELP,
     ),
     click.option(
