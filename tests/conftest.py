@@ -39,11 +39,6 @@ def pytest_ignore_collect(collection_path, config):
     return True if slow and config.getoption("fast") else None
 
 
-def pytest_collection_modifyitems(items):
-    """Begin with the slow files, so that processes that share the tests end together."""
-    items.sort(key=lambda item: item.path.name.removeprefix("test_").removesuffix(".py") not in _SLOW)
-
-
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Start every test from the same random state."""
