@@ -106,8 +106,12 @@ def draw(rows, plt):
         ]
         times.plot(there, mean[0], "o-", label=setting)
         recall.plot(there, mean[1], "o-", label=setting)
+    lengths = sorted({r["length"] for r in rows})
     times.set(xscale="log", yscale="log", xlabel="entries", ylabel="ms to select for one query")
-    recall.set(xscale="log", xlabel="entries", ylabel="share of the exact rule's entries", ylim=(0, 1.02))
+    recall.set(xscale="log", xlabel="entries", ylabel="share of the exact rule's entries")
+    for axis in (times, recall):
+        axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
+        axis.set_xticks([], minor=True)
     times.legend()
     return figure
 
