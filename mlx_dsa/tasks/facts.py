@@ -1,8 +1,8 @@
 """Facts to hide in a text, and the questions about them.
 
 The recipes under weights/recipe draw from here too: training and evaluation have one source. Names, objects, words and
-phrasings are split: what `entities="heldout"` or `phrasing="heldout"` yields, no training saw. The tasks beyond the single
-fact follow RULER [1].
+phrasings are split: what `entities="heldout"` or `phrasing="heldout"` yields, no training saw. Tasks beyond the
+single fact follow RULER [1].
 
 [1] Hsieh et al., RULER: What's the Real Context Size of Your Long-Context Language Models?, 2024.
 """
