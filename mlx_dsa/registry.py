@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import fields
-from importlib.metadata import entry_points
 from typing import Any, get_args, get_type_hints
+
+from .plugins import load_plugins
 
 # What a rule is for -> its name -> its class.
 _RULES: dict[str, dict[str, type]] = {"select": {}, "evict": {}}
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 _TRUTH = {"true": True, "false": False}
-# Installed packages name modules here whose import registers rules.
-_PLUGINS = "mlx_dsa.rules"
 
 
 def register(kind: str, name: str) -> Callable[[type], type]:
@@ -44,21 +41,8 @@ def forget(kind: str, name: str):
 
 def rule_names(kind: str) -> tuple[str, ...]:
     """Return the names of the rules of a kind, ``"select"`` or ``"evict"``."""
-    _load_plugins()
+    load_plugins("rules")
     return tuple(_RULES[kind])
-
-
-@functools.cache
-def _load_plugins():
-    for plugin in entry_points(group=_PLUGINS):
-        try:
-            plugin.load()
-        except Exception as error:  # of a package that is not ours
-            warnings.warn(
-                f"mlx-dsa: the rules of {plugin.value} can't be loaded: {error}. Mend or remove the "
-                f"package that names them.",
-                stacklevel=2,
-            )
 
 
 def rule_class(kind: str, text: str) -> type[Any]:

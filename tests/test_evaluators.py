@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 from evals_subject import make_subject
 from local_models import write_indexers, write_model
 
+from mlx_dsa import plugins
 from mlx_dsa.cli import main
 from mlx_dsa.evals import compare, make_policies, read_suite, run_suite
 from mlx_dsa.evals.evaluator import Evaluator, evaluator_kinds, evaluator_of, forget, register
@@ -74,6 +76,23 @@ def test_the_command_line_knows_it(surprise, folders, tmp_path):
     assert json.loads(out.read_text())["config"]["length"] == 90 and "full@40" in run.output
     run = CliRunner().invoke(main, ["eval", "surprise", "--batch", "2", *given])
     assert run.exit_code == 2 and "surprise has no --batch: leave it out" in run.output
+
+
+def test_an_installed_package_may_bring_one(monkeypatch):
+    known = evaluator_of("ppl")
+
+    class Plugin:
+        value = "outside.evaluators"
+
+        def load(self):
+            register(replace(known, kind="brought"))
+
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [Plugin()] if group == "mlx_dsa.evaluators" else [])
+    assert "brought" not in evaluator_kinds()  # they are asked for once
+    plugins.load_plugins.cache_clear()
+    assert "brought" in evaluator_kinds() and evaluator_of("brought").kind == "brought"
+    forget("brought")
+    plugins.load_plugins.cache_clear()
 
 
 def test_once_forgotten_it_is_unknown(tmp_path):

@@ -12,7 +12,7 @@ from evals_subject import make_subject
 from local_models import write_indexers, write_model
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_dsa import SparseConfig, load_cache, patch_sparse_generate, registry, save_cache
+from mlx_dsa import SparseConfig, load_cache, patch_sparse_generate, plugins, registry, save_cache
 from mlx_dsa.cli import main
 from mlx_dsa.cli.eval.options import split_rules
 from mlx_dsa.evals import make_policies, ppl
@@ -188,8 +188,8 @@ def test_a_plugin_that_is_broken_is_told_and_the_others_run(monkeypatch):
         def load(self):
             raise ImportError("no module named broken")
 
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Broken()])
-    registry._load_plugins.cache_clear()
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [Broken()])
+    plugins.load_plugins.cache_clear()
     with pytest.warns(UserWarning, match="rules of broken.rules can't be loaded: no module named broken"):
         assert "keydiff" in rule_names("evict")
     assert "keydiff" in rule_names("evict")

@@ -7,13 +7,12 @@ pictures know it from then on. Installed packages may name modules that do in th
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from inspect import Parameter, signature
 from typing import Any
+
+from ..plugins import load_plugins
 
 Result = dict[str, Any]
 Row = dict[str, Any]  # of a result: a row, a pair or an item
@@ -22,7 +21,6 @@ Progress = Callable[[int, int, str], None]  # units done, units in all, what is 
 
 # What every evaluator is given, and no option of its own.
 _GIVEN = ("subject", "policies", "name", "out", "world", "progress", "running")
-_PLUGINS = "mlx_dsa.evaluators"
 _EVALUATORS: dict[str, Evaluator] = {}
 
 
@@ -89,7 +87,7 @@ def forget(kind: str) -> None:
 
 def evaluator_kinds() -> tuple[str, ...]:
     """Return the kinds of all evaluators."""
-    _load_plugins()
+    load_plugins("evaluators")
     return tuple(_EVALUATORS)
 
 
@@ -102,16 +100,3 @@ def evaluator_of(kind: str) -> Evaluator:
     if kind not in _EVALUATORS and kind not in evaluator_kinds():
         raise ValueError(f"[evals] 'kind' must be one of {', '.join(_EVALUATORS)} but got {kind!r}.")
     return _EVALUATORS[kind]
-
-
-@functools.cache
-def _load_plugins() -> None:
-    for plugin in entry_points(group=_PLUGINS):
-        try:
-            plugin.load()
-        except Exception as error:  # of a package that is not ours
-            warnings.warn(
-                f"mlx-dsa: the evaluators of {plugin.value} can't be loaded: {error}. Mend or remove "
-                f"the package that names them.",
-                stacklevel=2,
-            )
