@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from .. import __version__, blas
 from ..crossovers import crossover_file, describe_args, describe_run, measured, plan_prefill
 from ..hub import INDEXER_FILES, MODEL_FILES, fetch, is_repository, read_object
-from ..machine import runs_float32
+from ..machine import device_name, runs_float32
 from ..ops import check_backend
 from ..presets import Settings, preset_names, read_indexers, resolve_auto_of, resource
 from ..saved import SavedSettings
@@ -60,12 +60,12 @@ def _versions() -> str:
 
 
 def _device() -> str:
-    parts = [str(mx.device_info().get("device_name", "")), str(mx.default_device())]
+    parts = list(dict.fromkeys([device_name(), str(mx.default_device())]))
     if runs_float32():
         parts.append("models run in float32")
     if blas.preload():
         parts.append("OpenBLAS loaded")
-    return ", ".join(filter(None, parts))
+    return ", ".join(parts)
 
 
 def _model(settings: Settings) -> str:

@@ -63,11 +63,11 @@ class SelectHNSW(SelectProjections):
         n_sink, n_recent = forced
         B, _, L, _ = probe.queries.shape
         n_visible = n_visible.astype(mx.int32)
-        first = int(n_visible[0].item()) - 1
+        least = int(n_visible[0].item())
+        first = least - 1
         # Queries that are not the newest can't be served by an index of what is older.
         grown = self._index(cache, max(0, first - n_recent) if end - first == L else end)
         queries = probe.queries[:, 0].astype(mx.float32)
-        least = max(1, int(n_visible[0].item()))
         found = mx.array(grown.search(np.array(queries), self.over * top_k, least))
         tail = mx.arange(grown.size, end, dtype=mx.int32)
         recent = n_visible[:, None] - mx.arange(1, n_recent + 1, dtype=mx.int32)
@@ -94,9 +94,10 @@ class SelectHNSW(SelectProjections):
         forced_too = (slots < n_sink) | (slots >= seen - n_recent)
         forced_too &= mx.arange(slots.shape[-1]) >= always.shape[-1]
         unusable = (slots < 0) | (slots >= seen) | forced_too
+        slots = mx.where(unusable, -1, slots)
         order = order_keys(mx.where(unusable, -mx.inf, scores), mx.maximum(slots, 0))
         best = mx.argsort(order, axis=-1)[..., -top_k:]
-        chosen = mx.take_along_axis(mx.where(unusable, -1, slots), best, axis=-1)
+        chosen = mx.take_along_axis(slots, best, axis=-1)
         missing = top_k - chosen.shape[-1]
         if missing > 0:
             chosen = mx.pad(chosen, [(0, 0), (0, 0), (missing, 0)], constant_values=-1)
