@@ -50,9 +50,9 @@ class Script:
         return mx.array([self.tokens.pop(0)])
 
 
-def alone(model, prompt, n, cache=None, step=32):
+def alone(model, prompt, n, cache=None, step=32, script=None):
     cache = make_prompt_cache(model) if cache is None else cache
-    options = dict(max_tokens=n, prompt_cache=cache, prefill_step_size=step, sampler=Script(prompt))
+    options = dict(max_tokens=n, prompt_cache=cache, prefill_step_size=step, sampler=Script(script or prompt))
     steps = generate_step(mx.array(prompt), model, **options)
     tokens, logprobs = zip(*((int(t), np.array(p)) for t, p in steps))
     return list(tokens), np.stack(logprobs), cache
@@ -230,3 +230,32 @@ def test_a_layer_left_dense_is_not_batched(small):
         assert not hasattr(make_prompt_cache(model)[1], "merge")
     with patch_sparse_generate(model, indexers, **RULES):
         assert all(hasattr(c, "merge") for c in make_prompt_cache(model))
+
+
+# What can be taken back: a server asks the same prompt another question.
+
+
+@pytest.mark.parametrize("evict", ["retention", "keydiff", "index", "window"])
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+def test_tokens_since_a_streams_last_cut_can_be_taken_back(small, evict, positions):
+    model, indexers = small
+    rules = {**RULES, "prefill": "stream", "stream_chunk": 16, "evict": evict, "positions": positions}
+    text, other = make_text(77, seed=1)[0].tolist(), make_text(40, seed=9)[0].tolist()
+    with patch_sparse_generate(model, indexers, **rules) as patch:
+        caches = make_prompt_cache(model)
+        for start in range(0, 77, 30):
+            mx.eval(model(mx.array([text[start : min(start + 30, 77)]]), cache=caches), [c.state for c in caches])
+        assert [c.trimmable for c in caches] == [13, 13]  # since 64
+        assert not any(c.is_trimmable() for c in caches)
+        for n in (1, 6, 13):
+            taken = [c.copy() for c in caches]
+            assert [c.trimmable for c in taken] == [13, 13]
+            assert [c.trim(n) for c in taken] == [n, n]
+            mine = alone(model, text[: 77 - n] + other, 20, script=text + other)
+            assert same_answer(mine, alone(model, other, 20, taken, script=text + other))
+            back = [c.copy() for c in caches]  # the control: one token less
+            assert [c.trim(n - 1) for c in back] == [n - 1, n - 1]
+            assert not same_answer(mine, alone(model, other, 20, back, script=text + other))
+        assert [c.trim(14) for c in caches] == [0, 0]  # what was cut is gone
+        patch.prune(caches)
+        assert [c.trimmable for c in caches] == [0, 0]
