@@ -16,10 +16,11 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from .cache import BudgetKVCache, FullKVCache
 from .fingerprint import fingerprint
 from .patch import SparsePatch
+from .saved_before import FORMATS, named_contents
 from .sealed import Damaged, NotSealed, read_sealed, write_sealed
 
 _CLASSES: dict[str, type[Any]] = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache, ArraysCache)}
-_FORMAT = "mlx-dsa cache 5"
+_FORMAT = "mlx-dsa cache 6"
 PART = "mlx-dsa part"  # how the format of what is half read begins
 # What a kept cache depends on; how it was computed may differ.
 KEPT_BY = ("top_k", "cache", "n_sink", "n_recent", "select", "evict", "dense_layers")
@@ -27,9 +28,6 @@ KEPT_BY += ("positions",)
 # And so does this, where a prompt is cut while it is read.
 _STREAMED_BY = ("prefill", "stream_chunk")
 _OLD_FORMAT = re.compile(rb'"format":"mlx-dsa cache [12]"')
-# Of a budget's contents numbers come after so many. Before entries could be numbered anew
-# there were none; then keys that were turned were kept unrotated: rotated by 0.
-_BEFORE_NUMBERS, _UNNUMBERED, _UNROTATED = 9, "mlx-dsa cache 3", "mlx-dsa cache 4"
 _AGAIN = "Make it again: mlx-dsa compress, or save_cache."
 
 
@@ -190,9 +188,9 @@ def pack_caches(caches: Sequence[Any], where: str) -> tuple[dict[str, mx.array],
         if cache.empty():
             raise ValueError(f"[{where}] 'caches' are empty: read a text first.")
         classes.append(name)
-        for i, value in enumerate(_contents_of(cache)):
+        for of, value in _contents_of(cache).items():
             place: dict[str, Any] = arrays if isinstance(value, mx.array) else scalars
-            place[f"{layer}.{i}"] = value
+            place[f"{layer}.{of}"] = value
     return arrays, {"classes": json.dumps(classes), "scalars": json.dumps(scalars)}
 
 
@@ -206,50 +204,38 @@ def unpack_caches(arrays: Mapping[str, mx.array], header: Mapping[str, str]) -> 
     Returns:
         list: One cache a layer, in memory.
     """
-    scalars = json.loads(header["scalars"])
+    held: dict[int, dict[str, Any]] = {}
+    for key, value in {**arrays, **json.loads(header["scalars"])}.items():
+        layer, found, of = key.partition(".")
+        if found and layer.isdecimal():
+            held.setdefault(int(layer), {})[of] = value
     caches = []
-    for layer, name in enumerate(json.loads(header["classes"])):
-        contents, i = [], 0
-        while (key := f"{layer}.{i}") in arrays or key in scalars:
-            contents.append(arrays[key] if key in arrays else scalars[key])
-            i += 1
-        if name == BudgetKVCache.__name__:
-            contents = _with_numbers(contents, header["format"])
+    for i, name in enumerate(json.loads(header["classes"])):
+        contents = named_contents(name, held[i], header["format"]) if header["format"] in FORMATS else held[i]
         caches.append(_rebuilt(name, contents))
     # All of it, in this thread: what is lazy belongs to it.
     mx.eval([_contents_of(cache) for cache in caches])
     return caches
 
 
-def _with_numbers(contents: list[Any], form: str) -> list[Any]:
-    """Return the contents of a budget cache as they are saved now."""
-    numbers, rest = contents[_BEFORE_NUMBERS:], contents[:_BEFORE_NUMBERS]
-    if form == _UNNUMBERED:
-        return [*rest, None, 0, 0, None, None, *numbers]
-    if form != _UNROTATED:
-        return contents
-    zeros = None if numbers[3] is None else mx.zeros(numbers[0].shape, mx.int32)
-    return [*rest, *numbers[:4], zeros, *numbers[4:]]
-
-
-def _contents_of(cache: Any) -> list[Any]:
+def _contents_of(cache: Any) -> dict[str, Any]:
     if isinstance(cache, KVCache):  # whose state differs by version of mlx-lm
         seen = slice(cache.offset)
         assert cache.keys is not None and cache.values is not None  # none of these is empty
-        return [cache.keys[..., seen, :], cache.values[..., seen, :], cache.offset]
+        return {"keys": cache.keys[..., seen, :], "values": cache.values[..., seen, :], "offset": cache.offset}
     if isinstance(cache, ArraysCache):  # of a layer without attention
-        return list(cache.cache)
+        return {str(i): a for i, a in enumerate(cache.cache)}
     return cache.contents
 
 
-def _rebuilt(name: str, contents: Sequence[Any]) -> Any:
+def _rebuilt(name: str, contents: Mapping[str, Any]) -> Any:
     if name == KVCache.__name__:
         dense = KVCache()
-        dense.keys, dense.values, dense.offset = contents
+        dense.keys, dense.values, dense.offset = (contents[n] for n in ("keys", "values", "offset"))
         return dense
     if name == ArraysCache.__name__:
         linear = ArraysCache(len(contents))
-        linear.cache = list(contents)
+        linear.cache = [contents[str(i)] for i in range(len(contents))]
         return linear
     cache = BudgetKVCache(1) if name == BudgetKVCache.__name__ else _CLASSES[name]()
     cache.contents = contents
@@ -337,7 +323,7 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
             f"[load_cache] {path} is of a document that is half read. Run the same mlx-dsa "
             f"compress again, which goes on from there."
         )
-    if header.get("format") not in (_FORMAT, _UNNUMBERED, _UNROTATED):
+    if header.get("format") not in (_FORMAT, *FORMATS):
         raise ValueError(f"[load_cache] {path} was saved by another version of mlx-dsa. {_AGAIN}")
     return arrays, header
 

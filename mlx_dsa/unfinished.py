@@ -20,7 +20,7 @@ from .saved import PART, maker_of, pack_caches, unpack_caches
 from .sealed import Damaged, NotSealed, read_sealed, write_sealed
 from .versions import package_version
 
-_FORMAT = f"{PART} 2"
+_FORMAT = f"{PART} 3"
 # Reading takes this many times as long as writing what was read, where nothing else is asked.
 _TIMES = 25
 

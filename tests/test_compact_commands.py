@@ -19,6 +19,7 @@ from mlx_dsa.evals import make_policies, make_policy, needle
 from mlx_dsa.evals.generation import read
 from mlx_dsa.evals.policies import NAMES
 from mlx_dsa.saved import read_saved
+from mlx_dsa.saved_before import AFTER, BUDGET_PLACES, NUMBERS, PLACES
 
 COMPACT = ["--positions", "compact"]
 
@@ -159,13 +160,17 @@ def test_memory_is_computed_with_the_numbers(tmp_path):
 # Files from before
 
 
+def by_place(held, names):
+    """Return contents as versions wrote them that knew no names, and no retention without a head."""
+    names = [n for n in names if n != "scores" or held[n] is not None]
+    return {str(i): held[n] for i, n in enumerate(names)}
+
+
 def as_before(monkeypatch):
     """Save as versions did that knew no numbers."""
     contents = BudgetKVCache.contents
     monkeypatch.setattr(saved_module, "_FORMAT", "mlx-dsa cache 3")
-    monkeypatch.setattr(
-        saved_module, "_contents_of", lambda c: (lambda held: [*held[:9], *held[14:]])(contents.fget(c))
-    )
+    monkeypatch.setattr(saved_module, "_contents_of", lambda c: by_place(contents.fget(c), (*BUDGET_PLACES, *AFTER)))
     fields = saved_module.dataclasses.asdict
     monkeypatch.setattr(
         saved_module.dataclasses, "asdict",
@@ -188,7 +193,7 @@ def test_files_from_before_go_on_with_absolute_positions(tmp_path, monkeypatch, 
             as_before(then)
             path = save_cache(tmp_path / "old.kv", cache, patch)
         now = save_cache(tmp_path / "new.kv", cache, patch)
-        assert b'"mlx-dsa cache 3"' in path.read_bytes() and b'"mlx-dsa cache 5"' in now.read_bytes()
+        assert b'"mlx-dsa cache 3"' in path.read_bytes() and b'"mlx-dsa cache 6"' in now.read_bytes()
         assert path.read_bytes().count(b"positions") < now.read_bytes().count(b"positions")
         for file in (path, now):
             assert read_saved(file).config["positions"] == "absolute"
@@ -213,8 +218,9 @@ def test_files_from_before_that_hold_unrotated_keys_go_on(tmp_path, monkeypatch,
 
     def as_then(cache, turn, keeps=True):
         held = contents.fget(cache)
-        unrotated = turn(held[12], -held[13]) if keeps else mx.zeros_like(held[12])
-        return [*held[:12], unrotated, *held[14:]]
+        keys, numbers = held["first_keys"], held["first_numbers"]
+        held["first_keys"] = turn(keys, -numbers) if keeps else mx.zeros_like(keys)
+        return by_place(held, (*BUDGET_PLACES, *NUMBERS[:4], *AFTER))
 
     with patch_sparse_generate(model, with_heads(model), **rules) as patch:
         cache = make_prompt_cache(model)
@@ -236,3 +242,38 @@ def test_files_from_before_that_hold_unrotated_keys_go_on(tmp_path, monkeypatch,
                 logits[name] = model(tokens[:, i : i + 1], cache=loaded)
     assert mx.allclose(logits["then"], logits["now"], atol=0.02)
     assert not mx.allclose(logits["lost"], logits["now"], atol=0.02)
+
+
+@pytest.mark.parametrize("cache", ["budget", "full"])
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+@pytest.mark.parametrize("evict", ["retention", "index"])
+def test_files_from_before_that_know_no_names_go_on(tmp_path, monkeypatch, cache, positions, evict):
+    if cache == "full" and positions == "compact":
+        return
+    model = make_model(**SHAPES["gqa2"], vocab=1024)
+    tokens = make_text(200)
+    rules = dict(top_k=24, n_sink=3, n_recent=5, positions=positions, cache=cache, evict=evict, prefill="dense")
+    names = PLACES if cache == "full" else (*BUDGET_PLACES, *NUMBERS, *AFTER)
+    contents = saved_module._contents_of
+
+    def as_then(c):
+        held = contents(c)
+        return by_place(held, names if "prompt" in held else ("keys", "values", "offset"))
+
+    # A layer that is left dense has mlx-lm's own cache.
+    indexers = {1: with_heads(model)[1]}
+    with patch_sparse_generate(model, indexers, **rules) as patch:
+        caches = make_prompt_cache(model)
+        model(tokens[:, :90], cache=caches)
+        for i in range(90, 93):
+            model(tokens[:, i : i + 1], cache=caches)
+        files = [save_cache(tmp_path / "now.kv", caches, patch)]
+        with monkeypatch.context() as then:
+            then.setattr(saved_module, "_FORMAT", "mlx-dsa cache 5")
+            then.setattr(saved_module, "_contents_of", as_then)
+            files.append(save_cache(tmp_path / "then.kv", caches, patch))
+        logits = []
+        for file in files:
+            loaded = load_cache(file, patch).caches
+            logits.append(mx.concatenate([model(tokens[:, i : i + 1], cache=loaded) for i in range(93, 120)], axis=1))
+        assert mx.array_equal(*logits)

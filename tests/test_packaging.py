@@ -31,7 +31,7 @@ LAYERS = [
     {"eviction"},
     {"attention", "batch"},
     {"patch"},
-    {"reach", "saved"},
+    {"reach", "saved", "saved_before"},
     {"unfinished"},
     {"presets"},
     {"train", "evals", "bench"},

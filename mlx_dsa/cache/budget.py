@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -320,12 +320,12 @@ class BudgetKVCache(SparseKVCache):
         return super().nbytes + self._late.nbytes + sum(a.nbytes for a in extra)
 
     @property
-    def contents(self) -> list[Any]:
-        """What a copy needs: arrays, whole numbers and ``None``."""
+    def contents(self) -> dict[str, Any]:
+        """What a copy needs, by name: arrays, whole numbers and ``None``."""
         return snapshot(pack(self))
 
     @contents.setter
-    def contents(self, contents: Sequence[Any]):
+    def contents(self, contents: Mapping[str, Any]):
         unpack(self, snapshot(contents))
 
     def _is_trimmable(self) -> bool:

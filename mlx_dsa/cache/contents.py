@@ -1,8 +1,8 @@
-"""A budget cache as a list of arrays and whole numbers, as files and copies hold it."""
+"""A budget cache as arrays and whole numbers by name, as files and copies hold it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -16,43 +16,38 @@ if TYPE_CHECKING:
     from .budget import BudgetKVCache
 
 
-def pack(cache: BudgetKVCache) -> list[Any]:
+def pack(cache: BudgetKVCache) -> dict[str, Any]:
     """Return what a copy of a cache needs: arrays, whole numbers and ``None``."""
-    late: list[Any] = [None, None]
-    if cache.n_late:
-        late[0] = cache._late.join()
-        if cache._late_slots:
-            late[1] = mx.stack(cache._late_slots, axis=1)
-    window: list[Any] = [None, None, None]
-    if cache.observed is not None:
-        window = [*cache.observed[:2], mx.array(cache.observed.positions, mx.int32)]
-    return [
-        *(cache.keys, cache.values, cache.index_keys, cache.offset, cache.prompt.code),
-        *(cache.positions if cache.evicted else None, int(cache._sorted)),
-        *(cache.budget, cache.n_planned),
-        *cache._numbers.contents,
-        *window,
-        *late,
-        *(cache._fetch(i) for i in range(3, len(cache._buffers or ()))),
-    ]
+    observed = cache.observed
+    return {
+        **{"keys": cache.keys, "values": cache.values, "index_keys": cache.index_keys},
+        "scores": cache._fetch(3) if len(cache._buffers or ()) > 3 else None,
+        "positions": cache.positions if cache.evicted else None,
+        **{"offset": cache.offset, "budget": cache.budget, "prompt": cache.prompt.code},
+        **{"in_order": int(cache._sorted), "n_planned": cache.n_planned},
+        **cache._numbers.contents,
+        "observed_queries": observed and observed.queries,
+        "observed_weights": observed and observed.weights,
+        "observed_positions": observed and mx.array(observed.positions, mx.int32),
+        "late": cache._late.join() if cache.n_late else None,
+        "late_slots": mx.stack(cache._late_slots, axis=1) if cache._late_slots else None,
+    }
 
 
-def unpack(cache: BudgetKVCache, contents: Sequence[Any]):
+def unpack(cache: BudgetKVCache, contents: Mapping[str, Any]):
     """Fill a cache with what :func:`pack` gave."""
-    keys, values, index_keys, cache.offset, prompt, *rest = contents
-    cache.prompt = PromptPhase.from_code(prompt, getattr(cache, "prompt", None))
-    cache._positions, in_order, cache.budget, cache.n_planned, *rest = rest
+    cache.prompt = PromptPhase.from_code(contents["prompt"], getattr(cache, "prompt", None))
+    cache.offset, cache.budget, cache.n_planned = (contents[n] for n in ("offset", "budget", "n_planned"))
+    keys, scores = contents["keys"], contents["scores"]
+    entries = [keys, contents["values"], contents["index_keys"], *([] if scores is None else [scores])]
+    cache._buffers = None if keys is None else entries
+    cache._size = 0 if keys is None else keys.shape[2]
+    cache._positions, cache._sorted = contents["positions"], bool(contents["in_order"])
     cache._numbers = Numbers()
-    cache._numbers.contents, rest = rest[:5], rest[5:]
-    *window, late, late_slots = rest[:5]
-    cache._late = LateStates(cache.most_late)
+    cache._numbers.contents = contents
+    queries, weights, at = (contents[f"observed_{n}"] for n in ("queries", "weights", "positions"))
+    cache.observed = None if queries is None else Observed(queries, weights, tuple(at.tolist()))
+    cache._late, late, slots = LateStates(cache.most_late), contents["late"], contents["late_slots"]
     if late is not None:
         cache._late.add(late)
-    cache._buffers = None if keys is None else [keys, values, index_keys, *rest[5:]]
-    cache._late_slots = []
-    if late_slots is not None:
-        cache._late_slots = [late_slots[:, i] for i in range(cache.n_late)]
-    cache._size = 0 if keys is None else keys.shape[2]
-    cache._sorted = bool(in_order)
-    queries, weights, at = window
-    cache.observed = None if queries is None else Observed(queries, weights, tuple(at.tolist()))
+    cache._late_slots = [] if slots is None else [slots[:, i] for i in range(cache.n_late)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -107,10 +107,12 @@ class Numbers:
         return [a for a in (self._given, self._first, self._first_numbers) if a is not None]
 
     @property
-    def contents(self) -> list[Any]:
-        """What a copy needs."""
-        return [self._given, self._until, self.shift, self._first, self._first_numbers]
+    def contents(self) -> dict[str, Any]:
+        """What a copy needs, by name."""
+        first = {"first_keys": self._first, "first_numbers": self._first_numbers}
+        return {"numbers": self._given, "numbered_until": self._until, "shift": self.shift, **first}
 
     @contents.setter
-    def contents(self, contents: Sequence[Any]):
-        self._given, self._until, self.shift, self._first, self._first_numbers = contents
+    def contents(self, contents: Mapping[str, Any]):
+        self._given, self._until, self.shift = (contents[n] for n in ("numbers", "numbered_until", "shift"))
+        self._first, self._first_numbers = contents["first_keys"], contents["first_numbers"]

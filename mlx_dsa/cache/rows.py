@@ -173,12 +173,12 @@ class RowsCache:
         return (self._stack.nbytes if self._stack else 0) + sum(h.cache.nbytes for h in self._held[n:])
 
     @property
-    def state(self) -> list[Any]:
+    def state(self) -> dict[str, Any]:
         """What has to be evaluated; mlx-lm reads it after each call of a prompt."""
         self._unstack()
         for row in self.rows:
             row.prompt.state_was_read()
-        return marked([row.contents for row in self.rows])
+        return marked({str(i): row.contents for i, row in enumerate(self.rows)})
 
     def is_trimmable(self) -> bool:
         """Return whether tokens can be taken back: of single caches only, see :meth:`extract`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -169,18 +169,19 @@ class SparseKVCache:
         return sum(b.nbytes for b in self._buffers or () if b is not None)
 
     @property
-    def contents(self) -> list[Any]:
-        """What a copy needs: arrays, whole numbers and ``None``."""
-        entries = [self.keys, self.values, self.index_keys, self.offset]
-        return snapshot([*entries, self.prompt.code])
+    def contents(self) -> dict[str, Any]:
+        """What a copy needs, by name: arrays, whole numbers and ``None``."""
+        entries = {"keys": self.keys, "values": self.values, "index_keys": self.index_keys}
+        return snapshot({**entries, "offset": self.offset, "prompt": self.prompt.code})
 
     @contents.setter
-    def contents(self, contents: Sequence[Any]):
-        keys, values, index_keys, self.offset, prompt = snapshot(contents)
-        self.prompt = PromptPhase.from_code(prompt, getattr(self, "prompt", None))
-        self._buffers = None if keys is None else [keys, values, index_keys]
+    def contents(self, contents: Mapping[str, Any]):
+        held = snapshot(contents)
+        self.offset = self._size = held["offset"]
+        self.prompt = PromptPhase.from_code(held["prompt"], getattr(self, "prompt", None))
+        entries = [held[name] for name in ("keys", "values", "index_keys")]
+        self._buffers = None if entries[0] is None else entries
         self.companion = None
-        self._size = self.offset
 
     def copy(self) -> SparseKVCache:
         """Return a cache that goes on by itself from where this one is."""
@@ -190,14 +191,14 @@ class SparseKVCache:
         return other
 
     @property
-    def state(self) -> list[Any]:
+    def state(self) -> dict[str, Any]:
         """The contents, for mlx-lm, which reads them while a prompt goes on, and can
         evaluate and copy them but not save them."""
         self.prompt.state_was_read()
         return marked(self.contents)
 
     @state.setter
-    def state(self, state: Sequence[Any]):
+    def state(self, state: Mapping[str, Any]):
         self.contents = unmarked(state)
 
     @property
@@ -206,7 +207,7 @@ class SparseKVCache:
         raise ValueError(f"[{type(self).__name__}] {SAVE_WITH}.")
 
     @classmethod
-    def from_state(cls, state: Sequence[Any]):
+    def from_state(cls, state: Mapping[str, Any]):
         """Build a cache from another one's ``state``."""
         cache = cls.__new__(cls)
         cache.state = state
@@ -274,6 +275,6 @@ class SparseKVCache:
         )
 
 
-def snapshot(state: Sequence[Any]) -> list[Any]:
-    """Return a state that a cache's writes in place don't reach, and no copy."""
-    return [a[...] if isinstance(a, mx.array) else a for a in state]
+def snapshot(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """Return contents that a cache's writes in place don't reach, and no copy."""
+    return {name: a[...] if isinstance(a, mx.array) else a for name, a in contents.items()}

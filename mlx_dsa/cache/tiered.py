@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -254,7 +254,8 @@ class TieredKVCache(SparseKVCache):
             everything = [mx.where(is_hot, h, c) for h, c in zip(hot, cold)]
             everything.append(self._fetch(2))
         full = FullKVCache()
-        full.contents = [*everything, self._size, 0]
+        held = dict(zip(("keys", "values", "index_keys"), everything))
+        full.contents = {**held, "offset": self._size, "prompt": 0}
         return full
 
     @property
@@ -275,39 +276,39 @@ class TieredKVCache(SparseKVCache):
         return self.hot_nbytes + self.cold.nbytes + sum(b.nbytes for b in self._buffers[2:]) + self._slots_in_hot.nbytes
 
     @property
-    def contents(self) -> list[Any]:
-        """What a copy needs; where something is cold or may soon be, with its store."""
-        scores = self._fetch(3) if self._buffers and len(self._buffers) > 3 else None
-        everywhere = [self.index_keys, self.offset, self.prompt.code, scores]
-        if self._reader is not None:
-            arrays = self.cold.arrays
-            rest = [None, self._recalled, len(arrays), *arrays, *self._reader.contents]
-            return snapshot([None, None, *everywhere, *rest])
-        at_hand = [*self._hot_entries(), *everywhere]
-        if not self.split:
-            return snapshot(at_hand)
-        arrays = self.cold.arrays
-        return snapshot([*at_hand, self._slots_in_hot, self._recalled, len(arrays), *arrays])
+    def contents(self) -> dict[str, Any]:
+        """What a copy needs, by name; where something is cold or may soon be, with its store."""
+        held: dict[str, Any] = {"index_keys": self.index_keys, "offset": self.offset, "prompt": self.prompt.code}
+        held["scores"] = self._fetch(3) if self._buffers and len(self._buffers) > 3 else None
+        if self._reader is None:
+            held["keys"], held["values"] = self._hot_entries()
+        if self._reader is not None or self.split:
+            held |= {"slots_in_hot": self._slots_in_hot, "recalled": self._recalled}
+            held |= {f"cold.{i}": a for i, a in enumerate(self.cold.arrays)}
+        reader = {} if self._reader is None else self._reader.contents
+        return snapshot(held | {f"reader.{name}": value for name, value in reader.items()})
 
     @contents.setter
-    def contents(self, contents: Sequence[Any]):
+    def contents(self, contents: Mapping[str, Any]):
         store, before = self.cold, self.prompt
         self.reset()
-        *hot, index_keys, self.offset, phase, scores = contents[:6]
-        self.prompt = PromptPhase.from_code(phase, before)
-        self._size = self.offset
-        others = [x for x in (index_keys, scores) if x is not None]
-        if len(contents) == 6:
+        self.offset = self._size = contents["offset"]
+        self.prompt = PromptPhase.from_code(contents["prompt"], before)
+        others = [x for x in (contents["index_keys"], contents["scores"]) if x is not None]
+        hot = [contents.get("keys"), contents.get("values")]
+        if "recalled" not in contents:
             self._buffers = [*hot, *others] if others else None
             return
-        self._slots_in_hot, self._recalled, n, *rest = contents[6:]
-        self.cold = store.copy(rest[:n]) if n else self.cold
-        if self._slots_in_hot is not None:
-            self._hot = hot
-        else:
+        self._slots_in_hot, self._recalled = contents["slots_in_hot"], contents["recalled"]
+        cold = [value for name, value in contents.items() if name.startswith("cold.")]
+        self.cold = store.copy(cold) if cold else self.cold
+        of_reader = {n.removeprefix("reader."): v for n, v in contents.items() if n.startswith("reader.")}
+        if of_reader:
             self._reader = Reader(self.budget, self._phase)
-            self._reader.contents = rest[n:]
+            self._reader.contents = of_reader
             hot = [self._reader.keys]
+        else:
+            self._hot = hot
         if others:
             nothing = mx.zeros((*hot[0].shape[:2], self._size, 0), hot[0].dtype)
             self._buffers = [nothing, nothing, *others]

@@ -76,19 +76,23 @@ def take_rows(caches: list[Any], rows: list[int]) -> list[Any]:
             mx.eval(c.cache)
             continue
         # What ours hold can be read without a word on whether a prompt goes on.
-        name = "contents" if isinstance(c, SparseKVCache) else "state"
-        held = [a[_rows_of(c, rows, a)] if isinstance(a, mx.array) and a.ndim > 1 else a for a in getattr(c, name)]
-        mx.eval(held)
-        setattr(c, name, held)
+        if isinstance(c, SparseKVCache):
+            c.contents = {name: _take(c, rows, a) for name, a in c.contents.items()}
+            mx.eval(c.contents)
+        else:
+            c.state = [_take(c, rows, a) for a in c.state]
+            mx.eval(c.state)
     return taken
 
 
-def _rows_of(cache: Any, rows: mx.array, array: mx.array) -> mx.array:
+def _take(cache: Any, rows: mx.array, array: Any) -> Any:
     """Return the rows of an array that texts have: their own, or one for each of their key heads."""
+    if not isinstance(array, mx.array) or array.ndim < 2:
+        return array
     n = getattr(cache, "rows_a_text", 1)
     if n == 1 or array.shape[0] != cache.keys.shape[0]:
-        return rows
-    return (rows[:, None] * n + mx.arange(n)).reshape(-1)
+        return array[rows]
+    return array[(rows[:, None] * n + mx.arange(n)).reshape(-1)]
 
 
 @dataclass

@@ -150,7 +150,7 @@ class _Recorder(nn.Module):
             keys = self.indexer.project_keys(x, offset)
             self.index_keys = keys if self.index_keys is None else mx.concatenate([self.index_keys, keys], axis=2)
             mx.eval(self.index_keys)
-        keys, values = (entries[:, :, : cache.offset] for entries in cache.state[:2])
+        keys, values = (entries[:, :, : cache.offset] for entries in (cache.keys, cache.values))
         for name, held in self.caches.items():
             new = (entries[:, :, offset:] for entries in (keys, values))
             held.append(*new, self.rules[name].entry(x, offset))
