@@ -288,12 +288,12 @@ def test_resumes_to_the_same_heads_after_kill_9(tmp_path):
 
 @pytest.fixture(scope="module")
 def wide_model():
-    """A random 4-bit model of 2 layers with the widths of Qwen3-8B."""
+    """A random 4-bit model of 2 layers with the widths of Qwen3-8B, but for its MLP: no head sees that."""
     config = dict(
         model_type="qwen3",
         hidden_size=4096,
         num_hidden_layers=2,
-        intermediate_size=12288,
+        intermediate_size=512,
         num_attention_heads=32,
         num_key_value_heads=8,
         head_dim=128,
