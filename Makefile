@@ -1,7 +1,8 @@
 # Works with GNU make 3.81, which macOS ships.
 PYTHON ?= python3
 EXTRAS ?= $(shell [ "$$(uname -s)" = Linux ] && echo cpu,)test
-# Tests at once; each is mostly one thread. A file's tests stay together: they share models.
+# Tests at once; each is mostly one thread. Neighbours stay together, since a file's tests share models, and who
+# has none left takes half of what another has.
 JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -13,10 +14,10 @@ demo: $(STAMP)
 	$(BIN)/python demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --fast
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --fast
 
 lint: $(LINTERS)
 	$(BIN)/ruff check .

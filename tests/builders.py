@@ -2,16 +2,24 @@
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.models import cache as lm_cache
-from mlx_lm.models import qwen3, qwen3_moe
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import _get_classes
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlx_dsa import Indexer, IndexerArgs
 from mlx_dsa.families import family_of
 from mlx_dsa.patch import patch_of
+from mlx_dsa.presets import resource
 
 VOCAB = 101
+
+# A budget that a short text outgrows, and the same with one selection a query.
+SMALL_RULES = dict(top_k=24, n_sink=3, n_recent=5)
+EXACT = dict(SMALL_RULES, prefill="exact")
 
 # name -> what differs from the defaults of make_model: head groups of 1, 2, 4
 # and all-in-one, odd widths, tied and untied heads, scaled RoPE.
@@ -33,6 +41,37 @@ SHAPES = {
 }
 
 
+def build_model(config, *, seed=0, norms=True, bits=None, group_size=32, dtype=None):
+    """Build a random model of mlx-lm from a config, in eval mode.
+
+    Args:
+        config (dict): As in a model's config.json.
+        seed (int): Of the weights. None: from the random state as it is.
+        norms (bool): Whether norms are random, too.
+        bits (int): Of quantised weights. None: they are not.
+        group_size (int): Of quantised weights.
+        dtype (mx.Dtype): Of all others. None: as mlx-lm makes them.
+    """
+    if seed is not None:
+        mx.random.seed(seed)
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    if norms:
+        randomize_norms(model)
+    if bits is not None:
+        nn.quantize(
+            model,
+            group_size=group_size,
+            bits=bits,
+            class_predicate=lambda p, m: hasattr(m, "to_quantized") and (not p.endswith("mlp.gate")),
+        )
+    if dtype is not None:
+        model.set_dtype(dtype)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
 def make_model(
     kind="qwen3",
     *,
@@ -50,7 +89,6 @@ def make_model(
     vocab=VOCAB,
 ):
     """Build a random Qwen3 or Qwen3-MoE model of mlx-lm, in eval mode."""
-    mx.random.seed(seed)
     fields = dict(
         model_type=kind,
         hidden_size=hidden,
@@ -66,9 +104,7 @@ def make_model(
         rope_scaling=rope_scaling,
         max_position_embeddings=4096,
     )
-    module = qwen3
     if kind == "qwen3_moe":
-        module = qwen3_moe
         fields.update(
             num_experts=4,
             num_experts_per_tok=2,
@@ -77,19 +113,7 @@ def make_model(
             moe_intermediate_size=hidden,
             norm_topk_prob=True,
         )
-    model = module.Model(module.ModelArgs(**fields))
-    randomize_norms(model)
-    if quantized:
-        nn.quantize(
-            model,
-            group_size=32,
-            bits=4,
-            class_predicate=lambda p, m: hasattr(m, "to_quantized") and (not p.endswith("mlp.gate")),
-        )
-    model.set_dtype(dtype)
-    model.eval()
-    mx.eval(model.parameters())
-    return model
+    return build_model(fields, seed=seed, bits=4 if quantized else None, dtype=dtype)
 
 
 def randomize_norms(model):
@@ -118,6 +142,13 @@ def make_indexers(model, *, seed=1, n_heads=3, head_dim=12, rope_dim=8, layers=N
     return indexers
 
 
+def with_heads(model, hidden=8):
+    """Make random indexers whose retention scores differ clearly."""
+    mx.random.seed(5)
+    shape = IndexerArgs(model.args.hidden_size, 3, 12, 8, retention_dim=hidden)
+    return {i: Indexer(shape) for i in range(len(model.layers))}
+
+
 def layer_of(model, index=0):
     """Return an attention layer of a model, as the package sees it."""
     return family_of(model).layers(model)[index]
@@ -127,6 +158,12 @@ def make_tokens(length, seed=2, batch=1):
     """Return random token ids, int32 [batch, length]."""
     key = mx.random.key(seed)
     return mx.random.randint(0, VOCAB, (batch, length), key=key)
+
+
+def make_text(length, seed=2):
+    """Return tokens [1, length], none of them twice: two of one would be worth the same but
+    for rounding, which differs by the cut."""
+    return mx.array(np.random.default_rng(seed).permutation(1024)[None, :length].astype(np.int32))
 
 
 def feed(model, tokens, chunk, cache=None):
@@ -158,14 +195,27 @@ def snapshot(model):
 
 def make_tokenizer():
     """Build a tokenizer with one word per token, for `stream_generate`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     words = {f"w{i}": i for i in range(VOCAB)}
     inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0")
     return TokenizerWrapper(fast, eos_token_ids=[VOCAB + 1])
+
+
+def letters_tokenizer(template):
+    """Build a tokenizer with one token a character, fewer than VOCAB, and this chat template."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789 .,?<>\n"
+    vocab = {c: i for i, c in enumerate(letters)} | {"#": len(letters)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="#"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template)
+
+
+def bundled_tokenizer(template=None):
+    """Load the bundled model's tokenizer, of transformers, with another chat template if one is given."""
+    tokenizer = AutoTokenizer.from_pretrained(resource("weights/tiny"))
+    tokenizer.chat_template = template or tokenizer.chat_template
+    return tokenizer
 
 
 def spy_widths(patch, monkeypatch):

@@ -1,8 +1,6 @@
 """Small random models of every family: one row each."""
 
-import mlx.core as mx
-from builders import VOCAB, randomize_norms
-from mlx_lm.utils import _get_classes
+from builders import VOCAB, build_model
 
 COMMON = dict(
     hidden_size=64, num_hidden_layers=2, intermediate_size=128, num_attention_heads=4,
@@ -39,11 +37,4 @@ FAMILIES = {
 def family_model(name, seed=0, **changes):
     """Build a random model of a family, in eval mode."""
     model_type, own = FAMILIES[name]
-    config = {"model_type": model_type, **COMMON, **own, **changes}
-    model_class, args_class = _get_classes(config)
-    mx.random.seed(seed)
-    model = model_class(args_class.from_dict(config))
-    randomize_norms(model)
-    model.eval()
-    mx.eval(model.parameters())
-    return model
+    return build_model({"model_type": model_type, **COMMON, **own, **changes}, seed=seed)

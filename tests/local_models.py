@@ -6,8 +6,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+from builders import build_model
 from mlx.utils import tree_flatten
-from mlx_lm.models import qwen3
 
 from mlx_dsa import Indexer, IndexerArgs, save_indexers
 from mlx_dsa.presets import resource
@@ -32,8 +32,7 @@ def write_model(folder: Path, *, quantized=False, dtype=mx.float32, **changes) -
     """Write a model folder that mlx_lm.load reads, with the bundled tokenizer."""
     folder.mkdir(parents=True)
     config = {**SIZES, **changes}
-    model = qwen3.Model(qwen3.ModelArgs.from_dict({**config, "model_type": "qwen3"}))
-    model.set_dtype(dtype)
+    model = build_model({**config, "model_type": "qwen3"}, seed=None, norms=False, dtype=dtype)
     if quantized:
         config["quantization"] = {"group_size": 64, "bits": 4}
         nn.quantize(model, group_size=64, bits=4)

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import numpy as np
-from builders import SHAPES, feed_calls, make_indexers, make_model, make_tokens
+from builders import EXACT, SHAPES, feed_calls, make_indexers, make_model, make_tokens
 from mlx_lm.models import cache as lm_cache
 
 from mlx_dsa import patch_sparse_generate
@@ -16,7 +16,7 @@ MARGIN = 1e-5
 LOGITS = 5e-5
 
 # A budget that short prompts exceed.
-RULES = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact", observation_window=8, evict="index")
+RULES = dict(EXACT, observation_window=8, evict="index")
 
 
 def make_small():

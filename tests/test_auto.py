@@ -4,16 +4,14 @@ import json
 
 import mlx.core as mx
 import pytest
-from builders import SHAPES, make_indexers, make_model
+from builders import SHAPES, SMALL_RULES, make_indexers, make_model, make_text, with_heads
 from evals_subject import make_subject
 from local_models import write_indexers
 from mlx_lm.models.cache import make_prompt_cache
 from test_compress import TOLD, answer_of, ask, compress, options, refused, run
 from test_compress import folder as folder
-from test_cuts import make_text
 from test_evals_suites import NEEDLE
 from test_presets import no_hub as no_hub
-from test_retention import with_heads
 
 from mlx_dsa import SparseConfig, load_cache, patch_sparse_generate, save_cache
 from mlx_dsa import saved as saved_module
@@ -24,7 +22,7 @@ from mlx_dsa.presets import heads_of, preset_names, resolve, resolve_auto_of
 from mlx_dsa.reach import reach_of, reach_with
 from mlx_dsa.saved import read_saved
 
-RULES = dict(n_sink=3, n_recent=5, observation_window=8, top_k=24, stream_chunk=16, tile_size=8)
+RULES = dict(SMALL_RULES, observation_window=8, stream_chunk=16, tile_size=8)
 COMPACT = ["--positions", "compact"]
 PRESET = "qwen2.5-coder-0.5b"
 

@@ -4,18 +4,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from builders import SHAPES, make_model
+from builders import SHAPES, SMALL_RULES, make_model, make_text, with_heads
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.rope_utils import initialize_rope
-from test_cuts import make_text, same
-from test_retention import with_heads
+from test_cuts import same
 
 from mlx_dsa import load_cache, patch_sparse_generate, save_cache
 from mlx_dsa.cache.numbers import Numbers
 from mlx_dsa.positions import turn
 
-RULES = dict(n_sink=3, n_recent=5, observation_window=8, top_k=24, stream_chunk=16)
+RULES = dict(SMALL_RULES, observation_window=8, stream_chunk=16)
 ORDERS = ("retention", "keydiff", "index", "window")
 PREFILLS = ("dense", "tile", "exact", "stream")
 

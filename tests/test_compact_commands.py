@@ -4,14 +4,12 @@ import json
 
 import mlx.core as mx
 import pytest
-from builders import SHAPES, make_model
+from builders import SHAPES, make_model, make_text, with_heads
 from evals_subject import make_subject
 from mlx_lm.models.cache import make_prompt_cache
 from test_compress import TOLD, answer_of, ask, compress, options, refused, run
 from test_compress import folder as folder
-from test_cuts import make_text
 from test_evals_suites import NEEDLE
-from test_retention import with_heads
 
 from mlx_dsa import BudgetKVCache, SparseConfig, load_cache, patch_sparse_generate, save_cache
 from mlx_dsa import saved as saved_module

@@ -5,14 +5,14 @@ import copy
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import feed_calls
+from builders import SMALL_RULES, feed_calls
 from family_models import FAMILIES, family_model
 from mlx_lm.models.cache import make_prompt_cache
 from test_families import ROUNDING, distinct, indexers_for
 
 from mlx_dsa import load_cache, patch_sparse_generate, save_cache
 
-RULES = dict(top_k=24, n_sink=3, n_recent=5, prefill="stream", stream_chunk=16, positions="compact")
+RULES = dict(SMALL_RULES, prefill="stream", stream_chunk=16, positions="compact")
 
 
 def hear(layer):

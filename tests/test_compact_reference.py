@@ -2,11 +2,9 @@
 
 import numpy as np
 import pytest
-from builders import SHAPES, feed_calls, make_model
+from builders import SHAPES, feed_calls, make_model, make_text, with_heads
 from mlx_lm.models.cache import make_prompt_cache
 from simulate import LOGITS, difference, generate_calls, kept_positions, run_reference
-from test_cuts import make_text
-from test_retention import with_heads
 
 from mlx_dsa import patch_sparse_generate
 from numpy_reference import ReferenceModel

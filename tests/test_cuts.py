@@ -5,16 +5,15 @@ import functools
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, feed_calls, make_model
+from builders import SHAPES, SMALL_RULES, feed_calls, make_model, make_text, with_heads
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from simulate import LOGITS
-from test_retention import with_heads
 
 from mlx_dsa import patch_sparse_generate
 from mlx_dsa.cache.prompt import PromptPhase
 
-RULES = dict(top_k=24, n_sink=3, n_recent=5, observation_window=8, tile_size=16)
+RULES = dict(SMALL_RULES, observation_window=8, tile_size=16)
 WAYS = {
     **{evict: dict(cache="budget", evict=evict) for evict in ("retention", "keydiff", "index", "window")},
     "compact": dict(cache="budget", evict="retention", positions="compact"),
@@ -27,12 +26,6 @@ WAYS = {
 def small():
     model = make_model(**SHAPES["gqa2"], vocab=1024)
     return model, with_heads(model)
-
-
-def make_text(length, seed=2):
-    """Return tokens [1, length], none of them twice: two of one would be worth the same but
-    for rounding, which differs by the cut."""
-    return mx.array(np.random.default_rng(seed).permutation(1024)[None, :length].astype(np.int32))
 
 
 @pytest.fixture(scope="module")

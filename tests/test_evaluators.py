@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,10 @@ from local_models import write_indexers, write_model
 from mlx_dsa import plugins
 from mlx_dsa.cli import main
 from mlx_dsa.evals import compare, make_policies, read_suite, run_suite
-from mlx_dsa.evals.evaluator import Evaluator, evaluator_kinds, evaluator_of, forget, register
+from mlx_dsa.evals.evaluator import Evaluator, evaluator_kinds, evaluator_of, forget, register, takes
 from mlx_dsa.evals.report.plots import plot
 from mlx_dsa.evals.report.tables import caption, pairs_table, table
+from mlx_dsa.tasks.options import option
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "evaluation.md"
 
@@ -76,6 +77,53 @@ def test_the_command_line_knows_it(surprise, folders, tmp_path):
     assert json.loads(out.read_text())["config"]["length"] == 90 and "full@40" in run.output
     run = CliRunner().invoke(main, ["eval", "surprise", "--batch", "2", *given])
     assert run.exit_code == 2 and "surprise has no --batch: leave it out" in run.output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    lengths: list[int] = option(help="Tokens.", usual=(64, 128), quick=(8,), metavar="N,...")
+    colour: str = option("red", "Of the walls.", choices=("red", "green"))
+    limit: int = option(4, "Texts.", least=1, quick=1)
+    depths: tuple = option((0.0, 0.5, 1.0), "Places.", counted=True)
+    hidden: int = 7
+    seed: int = 0
+
+
+def test_what_a_dataclass_says_is_what_all_know(folders, tmp_path):
+    seen = []
+
+    @takes(Said)
+    def walls(subject, policies, options, *, name=None, out=None, world=None, progress=None):
+        """Count walls."""
+        seen.append(options)
+
+    known = evaluator_of("ppl")
+    register(Evaluator("walls", walls, known.table, known.plot))
+    walls(None, [], lengths=[3])
+    assert seen.pop() == Said(lengths=[3])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'width'"):
+        walls(None, [], lengths=[3], width=2)
+    assert list(evaluator_of("walls").options) == ["lengths", "colour", "limit", "depths", "hidden", "seed"]
+    file = tmp_path / "suite.json"
+    run = {"name": "it", "kind": "walls", "lengths": [3]}
+    for wrong, told in ({"colour": 3}, "'colour' has a wrong value"), ({"width": 3}, "unknown key 'width'"):
+        file.write_text(json.dumps({"runs": [{**run, **wrong}]}))
+        with pytest.raises(ValueError, match=told):
+            read_suite(file)
+    helped = " ".join(CliRunner().invoke(main, ["eval", "walls", "--help"]).output.split())
+    assert "Count walls." in helped and "--hidden" not in helped
+    assert "--lengths N,... Tokens. [default: 64,128]" in helped and "Of the walls. [default: red]" in helped
+    given = ["eval", "walls", "--model", folders[0], "--indexer", folders[1], "--top-k", "40", "--n-recent", "8"]
+    for more, wanted in (
+        ([], Said(lengths=(64, 128))),
+        (["--quick"], Said(lengths=(8,), limit=1)),
+        (["--quick", "--limit", "3", "--lengths", "5,6"], Said(lengths=[5, 6], limit=3)),
+        (["--colour", "green", "--depths", "2"], Said(lengths=(64, 128), colour="green", depths=[0.0, 1.0])),
+    ):
+        done = CliRunner().invoke(main, [*given, *more])
+        assert done.exit_code == 0 and seen.pop() == wanted, done.output
+    assert CliRunner().invoke(main, [*given, "--colour", "blue"]).exit_code == 2
+    forget("walls")
 
 
 def test_an_installed_package_may_bring_one(monkeypatch):

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from builders import VOCAB, feed, feed_calls, layer_of, make_tokens
+from builders import EXACT, VOCAB, feed, feed_calls, layer_of, make_tokens
 from family_models import FAMILIES, family_model
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
@@ -26,7 +26,6 @@ from mlx_dsa.evals.generation import take_rows
 from mlx_dsa.families import family_of, model_types, positions_of
 from mlx_dsa.train.teacher import layer_views
 
-RULES = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact")
 ROUNDING = 2e-4
 
 
@@ -89,7 +88,7 @@ def test_dense_bit_for_bit_while_all_keys_fit(model, cache):
         with patch_sparse_generate(model, indexers_for(model), 120, n_recent=8, cache=cache):
             _, sparse = feed(model, tokens, chunk)
         assert mx.array_equal(sparse, dense), chunk
-    with patch_sparse_generate(model, indexers_for(model), **{**RULES, "cache": cache}):
+    with patch_sparse_generate(model, indexers_for(model), **{**EXACT, "cache": cache}):
         _, sparse = feed(model, tokens, 120)
     assert not mx.array_equal(sparse, dense)
 
@@ -98,7 +97,7 @@ def test_dense_bit_for_bit_while_all_keys_fit(model, cache):
 def test_chunks_give_one_answer(model, cache):
     prompt = distinct(98, 1)[0]
     rows = {}
-    with patch_sparse_generate(model, indexers_for(model), **RULES, cache=cache):
+    with patch_sparse_generate(model, indexers_for(model), **EXACT, cache=cache):
         for step in (2048, 48, 32, 7, 1):
             steps = generate_step(prompt, model, max_tokens=5, prefill_step_size=step)
             rows[step] = np.stack([np.array(p) for _, p in steps])
@@ -108,7 +107,7 @@ def test_chunks_give_one_answer(model, cache):
 def test_a_row_of_a_batch_answers_as_alone(model):
     tokens = distinct(70, 1, 2)
     calls = [60] + [1] * 10
-    with patch_sparse_generate(model, indexers_for(model), **RULES):
+    with patch_sparse_generate(model, indexers_for(model), **EXACT):
         both = mx.concatenate(feed_calls(model, tokens, calls, make_prompt_cache(model)), axis=1)
         for row in (0, 1):
             alone = feed_calls(model, tokens[row : row + 1], calls, make_prompt_cache(model))
@@ -117,7 +116,7 @@ def test_a_row_of_a_batch_answers_as_alone(model):
 
 def test_steps_keep_to_the_budget_and_copies_go_on(model):
     tokens = make_tokens(100)
-    with patch_sparse_generate(model, indexers_for(model), **RULES) as patch:
+    with patch_sparse_generate(model, indexers_for(model), **EXACT) as patch:
         cache = make_prompt_cache(model)
         feed_calls(model, tokens, [60] + [1] * 20, cache)
         assert all(cache[i].size() == 24 and cache[i].offset == 80 for i in patch.layers)
@@ -133,7 +132,7 @@ def test_steps_keep_to_the_budget_and_copies_go_on(model):
 @pytest.mark.parametrize("cache", ["budget", "full"])
 def test_a_saved_cache_goes_on(model, cache, tmp_path):
     tokens = make_tokens(90)
-    with patch_sparse_generate(model, indexers_for(model), **RULES, cache=cache) as patch:
+    with patch_sparse_generate(model, indexers_for(model), **EXACT, cache=cache) as patch:
         caches = make_prompt_cache(model)
         feed_calls(model, tokens, [60] + [1] * 9, caches)
         save_cache(tmp_path / "a.kv", caches, patch)
@@ -148,7 +147,7 @@ def test_a_saved_cache_goes_on(model, cache, tmp_path):
 def test_evaluators_take_rows_of_a_batch(model):
     both = distinct(60, 1, 2)
     batch, tokens = both[:, :50], both[1:, 50:]
-    with patch_sparse_generate(model, indexers_for(model), **RULES):
+    with patch_sparse_generate(model, indexers_for(model), **EXACT):
         two, one = make_prompt_cache(model), make_prompt_cache(model)
         feed_calls(model, batch, [40] + [1] * 10, two)
         feed_calls(model, batch[1:], [40] + [1] * 10, one)
@@ -162,7 +161,7 @@ def test_restore_is_bit_exact(model):
     tokens = make_tokens(60)
     dense = model(tokens)
     caches = [type(c) for c in make_prompt_cache(model)]
-    with patch_sparse_generate(model, indexers_for(model), **RULES):
+    with patch_sparse_generate(model, indexers_for(model), **EXACT):
         feed_calls(model, tokens, [50] + [1] * 10, make_prompt_cache(model))
     after = dict(tree_flatten(model.parameters()))
     assert list(after) == [n for n, _ in tree_flatten(before)]
@@ -271,7 +270,7 @@ def test_models_that_it_can_not_be_right_for_are_refused_with_a_reason(kind, rea
     model = family_model("llama")
     model.model_type = kind
     with pytest.raises(ValueError, match=f"{kind}.*{reason}.*Run it dense"):
-        patch_sparse_generate(model, {}, **RULES)
+        patch_sparse_generate(model, {}, **EXACT)
 
 
 def test_llamas_with_sliding_windows_are_refused():
@@ -285,7 +284,7 @@ def test_indexers_for_a_layer_without_attention_are_refused():
     model = family_model("qwen3_next")
     indexers = indexers_for(model)
     with pytest.raises(ValueError, match="with attention, 1, 3, but got layer 0"):
-        patch_sparse_generate(model, {**indexers, 0: indexers[1]}, **RULES)
+        patch_sparse_generate(model, {**indexers, 0: indexers[1]}, **EXACT)
 
 
 def test_positions_are_those_that_mlx_lm_builds():

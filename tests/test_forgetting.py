@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, VOCAB, make_indexers, make_model
+from builders import SHAPES, SMALL_RULES, VOCAB, make_indexers, make_model
 from mlx_lm.models.cache import make_prompt_cache
 from simulate import LOGITS, MARGIN, difference
 
@@ -24,7 +24,7 @@ from numpy_reference.forgetting import (
 )
 
 PROMPT, STEPS = 60, 14
-SIZES = dict(top_k=24, n_sink=3, n_recent=3)  # too few recent ones for a plan: each step asks
+SIZES = dict(SMALL_RULES, n_recent=3)  # too few recent ones for a plan: each step asks
 SETTINGS = dict(select="window", prefill="dense", observation_window=8)
 
 # What a user writes -> its definition, and one that must not fit.

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import make_indexers, make_model, make_tokenizer, make_tokens
+from builders import EXACT, make_indexers, make_model, make_tokenizer, make_tokens
 from mlx_lm import generate, stream_generate
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
@@ -19,7 +19,7 @@ from simulate import (
 from mlx_dsa import load_indexers, patch_sparse_generate, save_indexers
 from numpy_reference import ReferenceModel, Rules
 
-SMALL = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact", evict="index")
+SMALL = dict(EXACT, evict="index")
 
 
 @pytest.fixture

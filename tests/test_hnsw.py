@@ -6,7 +6,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import feed_calls, layer_of, make_model, make_tokens
+from builders import EXACT, feed_calls, layer_of, make_model, make_tokens
 from mlx_lm.models.cache import make_prompt_cache
 from test_search import make_projections
 
@@ -14,7 +14,7 @@ from mlx_dsa import FullKVCache, SparseConfig, patch_sparse_generate
 from mlx_dsa.rules import Probe, make_rule
 
 ALL = "hnsw:over=100,ef=500"  # so many candidates that none is missed
-SETTINGS = dict(top_k=24, n_sink=3, n_recent=5, cache="full", prefill="exact")
+SETTINGS = dict(EXACT, cache="full")
 
 
 @pytest.fixture(scope="module")

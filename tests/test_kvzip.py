@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, make_model, make_tokens
+from builders import SHAPES, SMALL_RULES, make_model, make_tokens
 from evals_subject import make_subject
 from family_models import family_model
 from mlx_lm.models.cache import make_prompt_cache
@@ -18,7 +18,7 @@ from numpy_reference.weights import softmax
 
 LENGTH, CHUNK = 50, 20
 ASKS = [3, 1, 4], [1, 5, 9, 2], [6, 5]
-SETTINGS = dict(select="window", evict="window", prefill="dense", top_k=24, n_sink=3, n_recent=5)
+SETTINGS = dict(SMALL_RULES, select="window", evict="window", prefill="dense")
 
 
 def by_definition(model, ids, sinks=4, overlap=8):

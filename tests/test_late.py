@@ -2,9 +2,8 @@
 
 import mlx.core as mx
 import pytest
-from builders import SHAPES, feed, make_model, make_tokens
+from builders import SHAPES, feed, make_model, make_tokens, with_heads
 from mlx_lm.models.cache import make_prompt_cache
-from test_retention import with_heads
 
 from mlx_dsa import patch_sparse_generate
 from mlx_dsa.cache.late import LateStates

@@ -2,14 +2,12 @@
 
 import mlx.core as mx
 import pytest
-from builders import feed, make_indexers, make_model, make_tokens
+from builders import EXACT, feed, make_indexers, make_model, make_tokens
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from simulate import LOGITS
 
 from mlx_dsa import patch_sparse_generate
-
-SMALL = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact")
 
 
 @pytest.mark.parametrize("cache", ["budget", "full"])
@@ -18,7 +16,7 @@ def test_no_layer_evaluates_anything(cache, prefill):
     """Evaluating an array raises while MLX traces a function."""
     model = make_model(layers=1)
     tokens = make_tokens(61)
-    rules = dict(SMALL, cache=cache, prefill=prefill, tile_size=16)
+    rules = dict(EXACT, cache=cache, prefill=prefill, tile_size=16)
     with patch_sparse_generate(model, make_indexers(model), **rules):
         caches = make_prompt_cache(model)
 
@@ -45,7 +43,7 @@ def test_the_device_starts_once_a_chunk_and_never_in_decode(layers, dense, start
     """At the fourth sparse layer, or the last one; the result is the same bits."""
     model = make_model(layers=layers)
     tokens = make_tokens(61)
-    rules = dict(SMALL, dense_layers=dense)
+    rules = dict(EXACT, dense_layers=dense)
     started = []
 
     def read():
@@ -83,7 +81,7 @@ def graph_size(arrays, tmp_path):
 def test_the_graph_does_not_grow_while_tokens_are_generated(top_k, cache, tmp_path):
     """Only logits are evaluated, as generate_step does, also with unused keys."""
     model = make_model()
-    rules = dict(SMALL, top_k=top_k, cache=cache)
+    rules = dict(EXACT, top_k=top_k, cache=cache)
     sizes = []
     with patch_sparse_generate(model, make_indexers(model), **rules):
         caches, _ = feed(model, make_tokens(50), 49)
@@ -97,7 +95,7 @@ def test_the_graph_does_not_grow_while_a_prompt_is_read(tmp_path):
     """Nor do the observed queries, before anything uses them."""
     model = make_model()
     sizes = []
-    with patch_sparse_generate(model, make_indexers(model), **SMALL):
+    with patch_sparse_generate(model, make_indexers(model), **EXACT):
         caches = make_prompt_cache(model)
         for i in range(40):
             mx.eval(model(make_tokens(2, i), cache=caches))
@@ -124,7 +122,7 @@ def test_score_blocks_are_split(prefill, batch, monkeypatch):
     model = make_model(layers=1)
     indexers = make_indexers(model)
     tokens = make_tokens(260, batch=batch)
-    rules = dict(SMALL, prefill=prefill, tile_size=16)
+    rules = dict(EXACT, prefill=prefill, tile_size=16)
     with patch_sparse_generate(model, indexers, **rules):
         _, expected = feed(model, tokens, 260)
         limit, sizes = batch * 4 * 260 * 20, []

@@ -2,14 +2,12 @@
 
 import mlx.core as mx
 import pytest
-from builders import SHAPES, VOCAB, feed, make_indexers, make_model, make_tokens
+from builders import EXACT, SHAPES, VOCAB, feed, make_indexers, make_model, make_tokens
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlx_dsa import BudgetKVCache, Indexer, IndexerArgs, SparseConfig, patch_sparse_generate
-
-SMALL = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact")
 
 
 @pytest.fixture
@@ -52,7 +50,7 @@ def test_restore_is_bit_exact(shape):
     before = parameters(model)
     _, dense = feed(model, tokens, 64)
 
-    patch = patch_sparse_generate(model, make_indexers(model), **SMALL)
+    patch = patch_sparse_generate(model, make_indexers(model), **EXACT)
     _, sparse = feed(model, tokens, 64)
     assert mx.abs(sparse - dense).max() > 1e-2
     patch.restore()
@@ -60,7 +58,7 @@ def test_restore_is_bit_exact(shape):
     patch.restore()  # twice does nothing
     assert_same(model, before, dense, tokens)
 
-    with patch_sparse_generate(model, make_indexers(model), **SMALL) as patch:
+    with patch_sparse_generate(model, make_indexers(model), **EXACT) as patch:
         assert mx.array_equal(feed(model, tokens, 64)[1], sparse)
     assert_same(model, before, dense, tokens)
 
@@ -70,7 +68,7 @@ def test_restore_after_an_exception(model, indexers):
     before = parameters(model)
     _, dense = feed(model, tokens, 64)
     with pytest.raises(KeyboardInterrupt):
-        with patch_sparse_generate(model, indexers, **SMALL):
+        with patch_sparse_generate(model, indexers, **EXACT):
             feed(model, tokens, 64)
             raise KeyboardInterrupt
     assert_same(model, before, dense, tokens)
@@ -81,15 +79,15 @@ def test_restore_after_a_failing_layer(model, indexers):
     before = parameters(model)
     _, dense = feed(model, tokens, 64)
     with pytest.raises(ValueError):
-        with patch_sparse_generate(model, indexers, **SMALL):
+        with patch_sparse_generate(model, indexers, **EXACT):
             model(tokens, cache=[KVCache() for _ in model.layers])
     assert_same(model, before, dense, tokens)
 
 
 def test_a_later_patch_is_not_undone_by_an_earlier_one(model, indexers):
-    first = patch_sparse_generate(model, indexers, **SMALL)
+    first = patch_sparse_generate(model, indexers, **EXACT)
     first.restore()
-    second = patch_sparse_generate(model, indexers, **SMALL)
+    second = patch_sparse_generate(model, indexers, **EXACT)
     first.restore()
     assert [layer.self_attn for layer in model.layers] == list(second.layers.values())
     assert all(type(c) is BudgetKVCache for c in make_prompt_cache(model))
@@ -98,7 +96,7 @@ def test_a_later_patch_is_not_undone_by_an_earlier_one(model, indexers):
 def test_indexers_are_left_as_they_are(model, indexers):
     before = {i: dict(tree_flatten(x.parameters())) for i, x in indexers.items()}
     bases = {i: x.args.rope_theta for i, x in indexers.items()}
-    with patch_sparse_generate(model, indexers, **SMALL):
+    with patch_sparse_generate(model, indexers, **EXACT):
         feed(model, make_tokens(60), 30)
     for i, x in indexers.items():
         after = dict(tree_flatten(x.parameters()))
@@ -107,7 +105,7 @@ def test_indexers_are_left_as_they_are(model, indexers):
 
 
 def test_what_a_patch_shows(model, indexers):
-    with patch_sparse_generate(model, indexers, **SMALL) as patch:
+    with patch_sparse_generate(model, indexers, **EXACT) as patch:
         assert isinstance(patch.config, SparseConfig) and patch.config.top_k == 24
         assert list(patch.layers) == [0, 1]
         assert all(model.layers[i].self_attn is x for i, x in patch.layers.items())
@@ -151,12 +149,12 @@ def test_indexers_that_do_not_fit(model, indexers):
     before = attentions(model)
     wide = make_indexers(make_model(hidden=96))
     with pytest.raises(ValueError, match="hidden_size"):
-        patch_sparse_generate(model, {0: indexers[0], 1: wide[1]}, **SMALL)
+        patch_sparse_generate(model, {0: indexers[0], 1: wide[1]}, **EXACT)
     for layer in (-1, 2):
         with pytest.raises(ValueError, match="layer"):
-            patch_sparse_generate(model, {layer: indexers[0]}, **SMALL)
+            patch_sparse_generate(model, {layer: indexers[0]}, **EXACT)
     with pytest.raises(ValueError, match="indexers"):
-        patch_sparse_generate(model, {}, **SMALL)
+        patch_sparse_generate(model, {}, **EXACT)
     assert all(a is b for a, b in zip(attentions(model), before))
 
 
@@ -165,22 +163,22 @@ def test_other_models_are_refused(indexers):
 
     model = phi.Model(phi.ModelArgs(hidden_size=64, num_hidden_layers=2, vocab_size=VOCAB))
     with pytest.raises(ValueError, match="qwen3.*llama.* but got 'phi'"):
-        patch_sparse_generate(model, indexers, **SMALL)
+        patch_sparse_generate(model, indexers, **EXACT)
 
 
 def test_patching_twice_is_refused(model, indexers):
     tokens = make_tokens(60)
-    with patch_sparse_generate(model, indexers, **SMALL):
+    with patch_sparse_generate(model, indexers, **EXACT):
         _, sparse = feed(model, tokens, 60)
         with pytest.raises(ValueError, match="already patched"):
-            patch_sparse_generate(model, indexers, **SMALL)
+            patch_sparse_generate(model, indexers, **EXACT)
         assert mx.array_equal(feed(model, tokens, 60)[1], sparse)
 
 
 def test_patching_twice_is_refused_where_one_layer_is_sparse(model, indexers):
-    with patch_sparse_generate(model, {1: indexers[1]}, **SMALL):
+    with patch_sparse_generate(model, {1: indexers[1]}, **EXACT):
         with pytest.raises(ValueError, match="already patched"):
-            patch_sparse_generate(model, {0: indexers[0]}, **SMALL)
+            patch_sparse_generate(model, {0: indexers[0]}, **EXACT)
 
 
 @pytest.mark.parametrize("cache", ["budget", "full"])
@@ -189,7 +187,7 @@ def test_kv_bits_and_max_kv_size_are_refused(cache, layers):
     model = make_model(head_dim=64)  # what mlx-lm itself can quantise
     prompt = make_tokens(40)[0]
     indexers = make_indexers(model, layers=layers)
-    with patch_sparse_generate(model, indexers, **SMALL, cache=cache):
+    with patch_sparse_generate(model, indexers, **EXACT, cache=cache):
         with pytest.raises(ValueError, match="kv_bits"):
             list(generate_step(prompt, model, max_tokens=2, kv_bits=4))
         with pytest.raises(ValueError, match="max_kv_size"):
@@ -202,7 +200,7 @@ def test_kv_bits_and_max_kv_size_are_refused(cache, layers):
 
 
 def test_an_empty_prompt_is_refused(model, indexers):
-    with patch_sparse_generate(model, indexers, **SMALL):
+    with patch_sparse_generate(model, indexers, **EXACT):
         with pytest.raises(ValueError, match="prompt"):
             next(generate_step(mx.array([], mx.int32), model))
 
@@ -210,7 +208,7 @@ def test_an_empty_prompt_is_refused(model, indexers):
 def test_caches_of_the_other_kind_are_refused(model, indexers):
     tokens = make_tokens(10)
     dense = make_prompt_cache(model)
-    with patch_sparse_generate(model, indexers, **SMALL):
+    with patch_sparse_generate(model, indexers, **EXACT):
         sparse = make_prompt_cache(model)
         with pytest.raises(ValueError, match="cache"):
             model(tokens, cache=dense)

@@ -4,13 +4,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from builders import SHAPES, feed, make_indexers, make_model, make_tokens
+from builders import EXACT, SHAPES, feed, make_indexers, make_model, make_tokens
 from mlx.utils import tree_flatten
 
 from mlx_dsa import patch_sparse_generate
 from mlx_dsa.projections import JoinedProjections
 
-RULES = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact", evict="window")
+RULES = dict(EXACT, evict="window")
 
 
 def make_attention(bits=None, bias=False):

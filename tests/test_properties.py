@@ -3,13 +3,12 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import feed_calls, make_indexers, make_model
+from builders import feed_calls, make_indexers, make_model, make_text, with_heads
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 from simulate import LOGITS, difference, make_small, run_program, run_reference
-from test_cuts import kept, make_text, same
-from test_retention import with_heads
+from test_cuts import kept, same
 
 from mlx_dsa import load_indexers, patch_sparse_generate, save_indexers
 

@@ -5,13 +5,11 @@ import warnings
 
 import mlx.core as mx
 import pytest
-from builders import SHAPES, feed_calls, make_model
+from builders import SHAPES, SMALL_RULES, feed_calls, make_model, make_text, with_heads
 from local_models import write_indexers, write_model
 from mlx_lm.models.cache import make_prompt_cache
 from simulate import generate_calls
 from test_compress import refused, run
-from test_cuts import make_text
-from test_retention import with_heads
 
 from mlx_dsa import SparseConfig, load_preset, patch_sparse_generate
 from mlx_dsa.cli.conversation import Conversation
@@ -20,7 +18,7 @@ from mlx_dsa.evals.subject import check_lengths
 from mlx_dsa.positions import PositionLimit
 from mlx_dsa.reach import Reach, reach_of, reach_with
 
-COMPACT = dict(top_k=24, n_sink=3, n_recent=5, positions="compact", prefill="stream", stream_chunk=16)
+COMPACT = dict(SMALL_RULES, positions="compact", prefill="stream", stream_chunk=16)
 LONG = "word " * 400
 
 

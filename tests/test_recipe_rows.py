@@ -8,8 +8,8 @@ import zlib
 
 import numpy as np
 import pytest
+from builders import bundled_tokenizer
 from recipe_modules import PRETRAINED, ROOT, recipe_imports, write_sources
-from transformers import AutoTokenizer
 
 from mlx_dsa.train.data import load_sequences
 
@@ -60,7 +60,7 @@ def unanswered(rows):
 
 
 def test_rows_fill_their_length(made):
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer = bundled_tokenizer()
     for row in made:
         text = row.get("text") or tokenizer.apply_chat_template(row["messages"], tokenize=False)
         size = len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -181,7 +181,7 @@ def test_prepared_tokens_are_those_of_the_rows(recipe, made, tmp_path, monkeypat
         file.writelines(json.dumps(row) + "\n" for row in made)
     monkeypatch.setattr(sys, "argv", ["prepare.py", str(path), str(out), "--model", str(TINY)])
     recipe[1].main()
-    arrays, tokenizer = np.load(out), AutoTokenizer.from_pretrained(TINY)
+    arrays, tokenizer = np.load(out), bundled_tokenizer()
     assert len(arrays["kind"]) == len(made) == len(arrays["offsets"]) - 1
     for i, row in enumerate(made):
         part = slice(*arrays["offsets"][i : i + 2])
@@ -204,6 +204,6 @@ def test_mlx_dsa_train_reads_the_rows(made, tmp_path):
     path = tmp_path / "rows.jsonl.gz"
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in made)
-    sequences = load_sequences(path, AutoTokenizer.from_pretrained(TINY), 2048, 64, 100)
+    sequences = load_sequences(path, bundled_tokenizer(), 2048, 64, 100)
     chats = [s for s in sequences if len(s.focus)]
     assert len(chats) == sum("messages" in row for row in made)

@@ -7,12 +7,10 @@ from collections import Counter
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, feed_calls, make_indexers, make_model, make_tokens
+from builders import EXACT, SHAPES, feed_calls, make_indexers, make_model, make_tokens, with_heads
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_dsa import (
-    Indexer,
-    IndexerArgs,
     SparseConfig,
     load_cache,
     load_indexers,
@@ -21,15 +19,6 @@ from mlx_dsa import (
     save_indexers,
 )
 from mlx_dsa.selection import pool_neighbours
-
-RULES = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact")
-
-
-def with_heads(model, hidden=8):
-    """Make random indexers whose retention scores differ clearly."""
-    mx.random.seed(5)
-    shape = IndexerArgs(model.args.hidden_size, 3, 12, 8, retention_dim=hidden)
-    return {i: Indexer(shape) for i in range(len(model.layers))}
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +112,7 @@ def late(request, monkeypatch):
 @pytest.mark.parametrize("calls", [[60] + [1] * 40, [7] * 8 + [1] * 5 + [30] + [1] * 10])
 def test_kept_positions_follow_the_scores(small, calls, n_recent, positions):
     model, indexers = small
-    rules = {**RULES, "n_recent": n_recent, "positions": positions}
+    rules = {**EXACT, "n_recent": n_recent, "positions": positions}
     # No token twice: two of one would be worth the same but for rounding, which varies.
     noise = np.random.default_rng(3)
     tokens = mx.array(np.stack([noise.permutation(101)[: sum(calls)] for _ in range(2)]))
@@ -155,7 +144,7 @@ def test_entries_follow_evictions(small, n_recent):
         feed_calls(model, tokens, [90], full)
     own = first_layer_scores(model, indexers[0], tokens)
     for n_steps in (1, 2, 9, 29):
-        with patch_sparse_generate(model, indexers, **{**RULES, "n_recent": n_recent}) as patch:
+        with patch_sparse_generate(model, indexers, **{**EXACT, "n_recent": n_recent}) as patch:
             (cache,) = make_prompt_cache(model)
             feed_calls(model, tokens, [60] + [1] * n_steps, [cache])
             patch.prune([cache])  # drops nothing, and makes what steps left open
@@ -173,7 +162,7 @@ def test_entries_follow_evictions(small, n_recent):
 def test_a_saved_plan_goes_on_as_if_never_saved(small, tmp_path):
     model, indexers = small
     rest = make_tokens(60, seed=9)
-    rules = {**RULES, "n_recent": 12}
+    rules = {**EXACT, "n_recent": 12}
     for n_steps in (0, 1, 7, 12, 13, 24):
         with patch_sparse_generate(model, indexers, **rules) as patch:
             cache = make_prompt_cache(model)
@@ -190,7 +179,7 @@ def test_a_state_stays_as_it_was(small):
     """Whatever is written in place later, to the cache or to others of the same state."""
     model, indexers = small
     rest = make_tokens(30, seed=9)
-    with patch_sparse_generate(model, indexers, **{**RULES, "n_recent": 12}):
+    with patch_sparse_generate(model, indexers, **{**EXACT, "n_recent": 12}):
         for n_steps in (0, 1, 3, 12, 14):
             caches = make_prompt_cache(model)
             feed_calls(model, make_tokens(90), [60] + [1] * n_steps, caches)
@@ -211,7 +200,7 @@ def test_a_state_stays_as_it_was(small):
 def test_what_a_planned_step_does_beside_a_dense_one(small, tmp_path):
     """Between plans it has one product in place of three, and every 16th step a write."""
     model, indexers = small
-    rules = {**RULES, "top_k": 192, "n_recent": 40}
+    rules = {**EXACT, "top_k": 192, "n_recent": 40}
     counts = {}
     for sparse in (False, True):
         patch = patch_sparse_generate(model, indexers, **rules) if sparse else None
@@ -261,7 +250,7 @@ def test_other_scores_keep_other_positions(small):
     for sign in (1, -1):
         changed = with_heads(model)
         changed[0].retention.down.weight = sign * indexers[0].retention.down.weight
-        with patch_sparse_generate(model, changed, **RULES):
+        with patch_sparse_generate(model, changed, **EXACT):
             cache = make_prompt_cache(model)
             feed_calls(model, tokens, [60, 1], cache)
             kept.append(set(cache[0].positions[0].tolist()))
@@ -282,7 +271,7 @@ def test_budget_of_the_whole_length_is_dense(small, chunk):
 def test_prune_before_a_question(small):
     model, indexers = small
     tokens = make_tokens(80)
-    with patch_sparse_generate(model, indexers, **RULES) as patch:
+    with patch_sparse_generate(model, indexers, **EXACT) as patch:
         cache = make_prompt_cache(model)
         feed_calls(model, tokens[:, :60], [60], cache)
         patch.prune(cache)
@@ -310,7 +299,7 @@ def test_indexers_without_heads_evict_by_keydiff_and_say_so():
     for evict in ("retention", "keydiff", "index"):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            with patch_sparse_generate(model, indexers, **RULES, evict=evict):
+            with patch_sparse_generate(model, indexers, **EXACT, evict=evict):
                 cache = make_prompt_cache(model)
                 feed_calls(model, tokens, [60] + [1] * 30, cache)
                 kept[evict] = [sorted(c.positions[0].tolist()) for c in cache]

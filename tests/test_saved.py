@@ -11,14 +11,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from builders import SHAPES, feed_calls, make_indexers, make_model, make_tokens
+from builders import SHAPES, SMALL_RULES, feed_calls, make_indexers, make_model, make_tokens
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 from mlx_dsa import SparseConfig, load_cache, patch_sparse_generate, save_cache
 from mlx_dsa.saved import read_saved
 
-RULES = dict(top_k=24, n_sink=3, n_recent=5, evict="index")
+RULES = dict(SMALL_RULES, evict="index")
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, feed, layer_of, make_indexers, make_model, make_tokens
+from builders import EXACT, SHAPES, feed, layer_of, make_indexers, make_model, make_text, make_tokens
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from simulate import LOGITS, difference, generate_calls, run_program, run_reference, whole_calls
-from test_cuts import kept, make_text, same
+from test_cuts import kept, same
 
 from mlx_dsa import load_indexers, patch_sparse_generate, save_indexers
 from mlx_dsa.rules import make_rule
@@ -18,7 +18,7 @@ from mlx_dsa.search import Projections, ProjectionsArgs, load_projections, save_
 from numpy_reference import ReferenceModel, Rules
 from numpy_reference.weights import linear
 
-RULES = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact", observation_window=8)
+RULES = dict(EXACT, observation_window=8)
 SELECT = dict(select="projections")
 
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import feed, feed_calls, layer_of, make_indexers, make_model, make_tokens
+from builders import SMALL_RULES, feed, feed_calls, layer_of, make_indexers, make_model, make_tokens
 from mlx_lm.models.cache import make_prompt_cache
 from probe import Probe
 from simulate import MARGIN, generate_calls, whole_calls
@@ -15,7 +15,6 @@ from mlx_dsa.rules import Probe as Queries
 from mlx_dsa.rules import make_rule, rule_names
 from numpy_reference import rules as expected
 
-RULES = dict(top_k=24, n_sink=3, n_recent=5)
 SMALL = {"quest": "quest:page=4", "sparsek": "sparsek:window=6,stride=16", "top_p": "top_p:p=0.6"}
 KEYS_ALONE = ("window", "random", "oracle", "quest", "sparsek")
 
@@ -29,7 +28,7 @@ def integers(B=2, heads=4, kv_heads=2, length=90, width=8, seed=0):
 
 def select(text, queries, keys, n_visible, **changes):
     """Return the program's sets: `[B][L]`, or `[B][Hkv][L]`, and the slots."""
-    rules = {**RULES, **changes}
+    rules = {**SMALL_RULES, **changes}
     rule = make_rule("select", text).bind(layer_of(make_model()))
     cache = FullKVCache()
     cache.append(mx.array(keys), mx.array(keys), None)
@@ -61,7 +60,7 @@ def test_quest_reads_whole_pages_of_the_highest_bounds(heads, kv_heads, page, n_
     queries, keys = integers(heads=heads, kv_heads=kv_heads)
 
     def make(q, k, some):
-        return expected.quest(q, k, RULES, page, some)
+        return expected.quest(q, k, SMALL_RULES, page, some)
 
     shared = select(f"quest:page={page}", queries, keys, n_visible)[0]
     assert shared == numpy_sets(make, queries, keys, n_visible)
@@ -103,7 +102,7 @@ def test_sparsek_reads_a_window_a_stride_and_the_largest_products(heads, kv_head
     queries, keys = integers(heads=heads, kv_heads=kv_heads)
 
     def make(q, k, some):
-        return expected.sparsek(q, k, RULES, window, stride, some)
+        return expected.sparsek(q, k, SMALL_RULES, window, stride, some)
 
     text = f"sparsek:window={window},stride={stride}"
     assert select(text, queries, keys, n_visible)[0] == numpy_sets(make, queries, keys, n_visible)
@@ -134,7 +133,7 @@ def test_top_p_reads_as_many_keys_as_reach_the_share(p, least):
     rule, scores, slots = top_p_slots(f"top_p:p={p},least={least}")
     ours, n_clear = sets_of(slots), 0
     for row, (n, chosen) in enumerate(zip(range(25, 91), ours)):
-        theirs, margin = expected.top_p(scores[row, :n].astype(np.float64), RULES, p, least)
+        theirs, margin = expected.top_p(scores[row, :n].astype(np.float64), SMALL_RULES, p, least)
         if margin > 1e-5 or p == 1:
             n_clear += 1
             assert chosen == theirs
@@ -143,7 +142,7 @@ def test_top_p_reads_as_many_keys_as_reach_the_share(p, least):
     assert rule.mean_read == pytest.approx(np.mean([len(s) for s in ours]))
     if p in (0.3, 0.6) and least < 2:  # some need more than others, some all
         assert len({len(s) for s in ours}) > 3
-        wrong = [expected.top_p(scores[r, : r + 25], RULES, p + 0.1, least)[0] for r in range(66)]
+        wrong = [expected.top_p(scores[r, : r + 25], SMALL_RULES, p + 0.1, least)[0] for r in range(66)]
         assert wrong != ours
 
 
@@ -175,7 +174,7 @@ def layer_sets(model, x, make, by_head=False):
     for h in range(len(k)):
         rows = []
         for t in range(len(x)):
-            if t < RULES["top_k"]:
+            if t < SMALL_RULES["top_k"]:
                 rows.append(set(range(t + 1)))
                 continue
             chosen, m = make(q[:, t], k[:, : t + 1], [h] if by_head else None)
@@ -188,11 +187,11 @@ def layer_sets(model, x, make, by_head=False):
 
 
 FORMS = {
-    "quest:page=4": lambda q, k, h: expected.quest(q, k, RULES, 4, h),
-    "quest:page=4,by_head=true": lambda q, k, h: expected.quest(q, k, RULES, 4, h),
-    "sparsek:window=6,stride=16": lambda q, k, h: expected.sparsek(q, k, RULES, 6, 16, h),
-    "sparsek:window=6,by_head=true": lambda q, k, h: expected.sparsek(q, k, RULES, 6, 128, h),
-    "oracle": lambda q, k, h: expected.oracle(q, k, RULES, 32**-0.5),
+    "quest:page=4": lambda q, k, h: expected.quest(q, k, SMALL_RULES, 4, h),
+    "quest:page=4,by_head=true": lambda q, k, h: expected.quest(q, k, SMALL_RULES, 4, h),
+    "sparsek:window=6,stride=16": lambda q, k, h: expected.sparsek(q, k, SMALL_RULES, 6, 16, h),
+    "sparsek:window=6,by_head=true": lambda q, k, h: expected.sparsek(q, k, SMALL_RULES, 6, 128, h),
+    "oracle": lambda q, k, h: expected.oracle(q, k, SMALL_RULES, 32**-0.5),
 }
 
 
@@ -209,7 +208,7 @@ def test_a_patched_layer_attends_to_what_numpy_selects(text, calls):
     assert margin > MARGIN
 
     def run(select):
-        rules = dict(RULES, cache="full", prefill="exact", evict="window", select=select)
+        rules = dict(SMALL_RULES, cache="full", prefill="exact", evict="window", select=select)
         with patch_sparse_generate(model, None, **rules) as patch:
             (cache,), parts, start = patch.make_cache(), [], 0
             for n in calls:
@@ -243,7 +242,7 @@ def test_a_budget_for_the_whole_text_is_dense_bit_for_bit(name, cache):
 def test_any_cut_of_a_prompt_gives_one_answer(name):
     model, tokens = make_model(), make_tokens(70)
     indexers = None if name in KEYS_ALONE else make_indexers(model)
-    rules = dict(RULES, cache="full", prefill="exact", evict="window", select=SMALL.get(name, name))
+    rules = dict(SMALL_RULES, cache="full", prefill="exact", evict="window", select=SMALL.get(name, name))
     answers = []
     with patch_sparse_generate(model, indexers, **rules):
         for chunk in (70, 64, 23, 1):
@@ -258,7 +257,7 @@ def test_tiles_share_a_set_of_every_head(text):
     """Where a rule has sets a head, or of several sizes, tiles have neither."""
     model, tokens = make_model(), make_tokens(90)
     indexers = make_indexers(model)
-    rules = dict(RULES, top_k=40, cache="full", prefill="tile", tile_size=16, evict="window")
+    rules = dict(SMALL_RULES, top_k=40, cache="full", prefill="tile", tile_size=16, evict="window")
     shared = {"top_p": "lightning"}.get(text, text.replace(",by_head=true", ""))
     logits = []
     for select_ in (text, shared, "window"):
@@ -271,12 +270,12 @@ def test_tiles_share_a_set_of_every_head(text):
 @pytest.mark.parametrize("by_head", ["false", "true"])
 def test_the_evaluators_see_what_any_head_reads(by_head):
     model, tokens = make_model(layers=1), make_tokens(61)
-    rules = dict(RULES, cache="full", prefill="exact", evict="window")
+    rules = dict(SMALL_RULES, cache="full", prefill="exact", evict="window")
     rules["select"] = f"quest:page=4,by_head={by_head}"
     queries, keys, *_ = layer_of(model).project(model.layers[0].input_layernorm(model.model.embed_tokens(tokens)), 0)
     q, k = np.array(queries[0, :, 60]).astype(float), np.array(keys[0]).astype(float)
     heads = [[0], [1]] if by_head == "true" else [None]
-    read = set().union(*(expected.quest(q, k, RULES, 4, h)[0] for h in heads))
+    read = set().union(*(expected.quest(q, k, SMALL_RULES, 4, h)[0] for h in heads))
     with patch_sparse_generate(model, None, **rules) as patch:
         cache = make_prompt_cache(model)
         feed_calls(model, tokens, [60], cache)
@@ -290,7 +289,7 @@ def test_the_evaluators_see_what_any_head_reads(by_head):
 
 @pytest.mark.parametrize("select", ["random", "random:seed=5"])
 def test_random_draws_the_same_wherever_a_text_is_cut(select):
-    rules = dict(RULES, cache="full", prefill="exact", select=select)
+    rules = dict(SMALL_RULES, cache="full", prefill="exact", select=select)
     probe = Probe(80)
     sets = probe.program([80], **rules)
     assert all(len(sets[p]) == min(p + 1, 24) for p in sets)
@@ -303,7 +302,7 @@ def test_random_draws_the_same_wherever_a_text_is_cut(select):
 
 
 def test_window_selects_sinks_and_the_newest():
-    rules = dict(RULES, cache="full", prefill="exact", select="window")
+    rules = dict(SMALL_RULES, cache="full", prefill="exact", select="window")
     sets = Probe(80).program([40] + [1] * 40, **rules)
     for p, chosen in sets.items():
         assert chosen == {s for s in range(3) if s <= p} | set(range(max(p - 20, 0), p + 1))

@@ -5,7 +5,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, feed, feed_calls, layer_of, make_indexers, make_model, make_tokens
+from builders import SHAPES, SMALL_RULES, feed, feed_calls, layer_of, make_indexers, make_model, make_tokens
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from probe import Probe, clear_probe
@@ -177,8 +177,6 @@ def test_a_bound_indexer_takes_no_more_memory():
 
 # From here on: the sets of the patched attention itself.
 
-SMALL = dict(top_k=24, n_sink=3, n_recent=5)
-
 
 # A small share of the keys too: they are gathered where others are masked.
 @pytest.mark.parametrize("top_k, n_sink, n_recent", [(24, 3, 5), (5, 1, 2), (1, 0, 1)])
@@ -194,7 +192,7 @@ def test_exact_sets_for_every_chunk(heads, kv_heads, chunk, top_k, n_sink, n_rec
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("n_heads, head_dim, rope_dim", [(1, 4, 2), (6, 69, 64), (4, 32, 16), (2, 16, 16)])
 def test_exact_sets_for_indexer_shapes(n_heads, head_dim, rope_dim, norm):
-    rules = dict(SMALL, cache="full", prefill="exact")
+    rules = dict(SMALL_RULES, cache="full", prefill="exact")
     shape = dict(n_heads=n_heads, head_dim=head_dim, rope_dim=rope_dim, norm=norm)
     probe, expected = clear_probe([120], rules, **shape)
     assert probe.program([64, 56], **rules) == expected
@@ -203,13 +201,13 @@ def test_exact_sets_for_indexer_shapes(n_heads, head_dim, rope_dim, norm):
 @pytest.mark.parametrize("top_k", [24, 29, 32])
 @pytest.mark.parametrize("calls", [[160], [64, 64, 32], [16] * 10, [33, 40, 87], [5] * 32, [9, 90, 61]])
 def test_tile_sets(calls, top_k):
-    rules = dict(SMALL, top_k=top_k, cache="full", prefill="tile", tile_size=16)
+    rules = dict(SMALL_RULES, top_k=top_k, cache="full", prefill="tile", tile_size=16)
     probe, expected = clear_probe(calls, rules)
     assert probe.program(calls, **rules) == expected
 
 
 def test_tile_sets_do_not_depend_on_multiples_of_a_tile():
-    rules = dict(SMALL, cache="full", prefill="tile", tile_size=16)
+    rules = dict(SMALL_RULES, cache="full", prefill="tile", tile_size=16)
     probe, expected = clear_probe([160], rules)
     for chunk in (16, 32, 48, 144):
         assert probe.program(whole_calls(160, chunk), **rules) == expected
@@ -228,14 +226,14 @@ def test_auto_is_tile_where_it_fits(top_k, resolved):
 @pytest.mark.parametrize("cache", ["budget", "full"])
 @pytest.mark.parametrize("evict", ["index", "window"])
 def test_decode_sets(cache, prefill, evict):
-    rules = dict(SMALL, cache=cache, prefill=prefill, evict=evict, tile_size=16)
+    rules = dict(SMALL_RULES, cache=cache, prefill=prefill, evict=evict, tile_size=16)
     calls = generate_calls(90, 32, steps=50)
     probe, expected = clear_probe(calls, rules)
     assert probe.program(calls, **rules) == expected
 
 
 def test_sets_over_two_turns():
-    rules = dict(SMALL, cache="budget", prefill="exact", observation_window=6)
+    rules = dict(SMALL_RULES, cache="budget", prefill="exact", observation_window=6)
     calls = generate_calls(60, 16, steps=20) + generate_calls(40, 24, steps=20)
     probe, expected = clear_probe(calls, rules)
     assert probe.program(calls, **rules) == expected
@@ -244,7 +242,7 @@ def test_sets_over_two_turns():
 
 
 def test_rows_of_a_batch_select_for_themselves():
-    rules = dict(SMALL, cache="budget", prefill="exact")
+    rules = dict(SMALL_RULES, cache="budget", prefill="exact")
     calls = generate_calls(60, 32, steps=20)
     for seed in range(300):
         probe = Probe(sum(calls), seed=seed, batch=3)
@@ -261,14 +259,14 @@ def test_zero_scores_keep_the_newer_keys():
     probe = Probe(96)
     probe.indexers[0].weights_proj.weight *= 0
     for cache in ("budget", "full"):
-        sets = probe.program(generate_calls(60, 32, steps=35), **SMALL, cache=cache, prefill="exact")
+        sets = probe.program(generate_calls(60, 32, steps=35), **SMALL_RULES, cache=cache, prefill="exact")
         for p, chosen in sets.items():
             window = set(range(max(p - 20, 0), p + 1))
             assert chosen == {s for s in (0, 1, 2) if s <= p} | window, (cache, p)
 
 
 def test_probe_sees_a_wrong_selection():
-    rules = dict(SMALL, cache="full", prefill="exact")
+    rules = dict(SMALL_RULES, cache="full", prefill="exact")
     probe, expected = clear_probe([96], rules)
     assert probe.program([96], **dict(rules, n_recent=6)) != expected
     probe.indexers[0].wk.weight *= -1

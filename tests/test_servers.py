@@ -10,11 +10,10 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, feed_calls, make_indexers, make_model, make_tokenizer, make_tokens
+from builders import SHAPES, feed_calls, make_indexers, make_model, make_tokenizer, make_tokens, with_heads
 from mlx_lm.generate import generate_step, stream_generate
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from test_cuts import RULES, WAYS, kept, same
-from test_retention import with_heads
 
 from mlx_dsa import load_cache, load_preset, patch_sparse_generate, save_cache
 from mlx_dsa.evals.generation import take_rows

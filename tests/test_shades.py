@@ -191,6 +191,26 @@ def test_compress_writes_what_its_cache_keeps(folder, tmp_path, more):
     assert {level for _, level in shown.shown[-20:]} == {2}
 
 
+def test_key_heads_that_keep_their_own_are_not_counted_as_layers(folder, tmp_path):
+    page, file = tmp_path / "page.html", tmp_path / "a.kv"
+    more = ["--prefill", "dense", "--evict", "snapkv:by_head=true", "--report", page]
+    result = run("compress", folder / "book.txt", "--out", file, *options(folder), *more)
+    assert result.exit_code == 0, result.output
+    shown, arrays = Page(page), mx.load(str(file), format="safetensors")
+    rows = {row[0]: row[1] for row in shown.rows}
+    assert rows["layers with a budget"] == "2 of 2"
+    counts = np.zeros(int(rows["tokens read"].replace(",", "")), int)
+    kept = [np.array(arrays[f"{layer}.5"]) for layer in range(2)]
+    assert [k.shape[0] for k in kept] == [2, 2]  # a row a key head
+    for positions in (row for layer in kept for row in layer):
+        counts[positions] += 1
+    assert rows["kept, mean of these"] == f"{100 * counts.mean() / 4:.1f}%"
+    assert rows["kept by no key head"] == f"{100 * (counts == 0).mean():.1f}%"
+    assert rows["by all key heads"] == f"{100 * (counts == 4).mean():.1f}%"
+    told = page.read_text(encoding="utf-8")
+    assert "how many of 4 key heads, 2 a layer, keep a token" in told and "<th>by no key head<th>by all" in told
+
+
 def test_a_template_that_changes_a_text_leaves_a_report_of_tenths(folder, tmp_path, monkeypatch):
     whole = ChatTemplate.document
     monkeypatch.setattr(ChatTemplate, "document", lambda self, text: whole(self, text).replace("mill", "m-i-l-l"))

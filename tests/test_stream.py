@@ -5,7 +5,7 @@ import functools
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, feed, feed_calls, make_indexers, make_model, make_tokens, spy_widths
+from builders import SHAPES, feed, feed_calls, make_indexers, make_model, make_text, make_tokens, spy_widths, with_heads
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from simulate import (
@@ -16,8 +16,8 @@ from simulate import (
     run_reference,
     whole_calls,
 )
-from test_cuts import kept, lengths_for, make_text, same
-from test_retention import Simulation, first_layer_scores, with_heads
+from test_cuts import kept, lengths_for, same
+from test_retention import Simulation, first_layer_scores
 from test_servers import scorer as scorer
 
 from mlx_dsa import SparseConfig, load_cache, patch_sparse_generate, save_cache

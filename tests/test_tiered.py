@@ -2,12 +2,11 @@
 
 import mlx.core as mx
 import pytest
-from builders import SHAPES, feed_calls, make_indexers, make_model, make_tokens
+from builders import EXACT, SHAPES, feed_calls, make_indexers, make_model, make_tokens
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_dsa import SparseConfig, patch_sparse_generate
 
-RULES = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact")
 # A long prompt, steps, a second turn longer than the budget, steps.
 CALLS = [40, 23] + [1] * 20 + [30] + [1] * 300
 LENGTH = sum(CALLS)
@@ -23,7 +22,7 @@ def run(small, batch=1, **config):
     """Return the logits of a conversation and its caches."""
     model, indexers = small
     tokens = make_tokens(LENGTH, batch=batch)
-    with patch_sparse_generate(model, indexers, **RULES, **config):
+    with patch_sparse_generate(model, indexers, **EXACT, **config):
         cache = make_prompt_cache(model)
         logits = feed_calls(model, tokens, CALLS, cache)
         out = mx.concatenate(logits, axis=1)
@@ -61,7 +60,7 @@ def test_fewer_bits_differ_more(small):
 def test_hot_entries_never_grow(small):
     model, indexers = small
     tokens = make_tokens(400)
-    with patch_sparse_generate(model, indexers, **RULES, cache="tiered"):
+    with patch_sparse_generate(model, indexers, **EXACT, cache="tiered"):
         cache = make_prompt_cache(model)
         feed_calls(model, tokens[:, :61], [59, 1, 1], cache)
         hot = {c.hot_nbytes for c in cache}
@@ -84,7 +83,7 @@ def test_budget_of_the_whole_length_is_dense(small):
 def test_clear_begins_anew(small, tmp_path):
     model, indexers = small
     tokens = make_tokens(60)
-    config = dict(RULES, cache="tiered", cold_file=str(tmp_path / "cold"))
+    config = dict(EXACT, cache="tiered", cold_file=str(tmp_path / "cold"))
     with patch_sparse_generate(model, indexers, **config) as patch:
         cache = make_prompt_cache(model)
         first = feed_calls(model, tokens, [40] + [1] * 20, cache)
@@ -97,7 +96,7 @@ def test_clear_begins_anew(small, tmp_path):
 def test_a_cold_file_is_never_overwritten_and_is_removed(small, tmp_path):
     model, indexers = small
     path = tmp_path / "cold"
-    config = dict(RULES, cache="tiered", cold_file=str(path))
+    config = dict(EXACT, cache="tiered", cold_file=str(path))
     path.write_text("mine")
     with patch_sparse_generate(model, indexers, **config):
         with pytest.raises(ValueError, match="is not overwritten"):
@@ -114,7 +113,7 @@ def test_a_cold_file_is_never_overwritten_and_is_removed(small, tmp_path):
 
 def test_a_folder_that_is_missing_is_told(small, tmp_path):
     model, indexers = small
-    config = dict(RULES, cache="tiered", cold_file=str(tmp_path / "no" / "cold"))
+    config = dict(EXACT, cache="tiered", cold_file=str(tmp_path / "no" / "cold"))
     with patch_sparse_generate(model, indexers, **config):
         with pytest.raises(ValueError, match="can't be made"):
             make_prompt_cache(model)

@@ -5,13 +5,11 @@ import copy
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, feed_calls, make_indexers, make_model
+from builders import SHAPES, feed_calls, make_indexers, make_model, make_text, with_heads
 from mlx_lm.models.cache import make_prompt_cache
 from simulate import LOGITS, generate_calls
 from test_compress import answer_of, compress, options, refused, run
 from test_compress import folder as folder
-from test_cuts import make_text
-from test_retention import with_heads
 from test_tiered_stream import ORDERS, STORES, TIERED, hot, rules_of
 
 from mlx_dsa import SparseConfig, load_preset, patch_sparse_generate, save_cache

@@ -5,17 +5,27 @@ import functools
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, feed, feed_calls, make_indexers, make_model, make_tokens, spy_widths
+from builders import (
+    SHAPES,
+    SMALL_RULES,
+    feed,
+    feed_calls,
+    make_indexers,
+    make_model,
+    make_text,
+    make_tokens,
+    spy_widths,
+    with_heads,
+)
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from simulate import LOGITS
-from test_cuts import make_text
-from test_retention import Simulation, first_layer_scores, with_heads
+from test_retention import Simulation, first_layer_scores
 
 from mlx_dsa import patch_sparse_generate
 from mlx_dsa.cache import TieredKVCache, tiered
 
-RULES = dict(top_k=24, n_sink=3, n_recent=5, observation_window=8, stream_chunk=16, prefill="stream")
+RULES = dict(SMALL_RULES, observation_window=8, stream_chunk=16, prefill="stream")
 TIERED = dict(RULES, cache="tiered", cold_bits=16)
 ORDERS = ("retention", "keydiff", "index", "window")
 STORES = ("memory", "file")

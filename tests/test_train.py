@@ -14,9 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, layer_of, make_indexers, make_model, make_tokens
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from builders import SHAPES, layer_of, letters_tokenizer, make_indexers, make_model, make_tokens
 
 from mlx_dsa import load_indexers, patch_sparse_generate
 from mlx_dsa.families.family import Family
@@ -49,12 +47,7 @@ SMALL = dict(
 
 
 def make_tokenizer():
-    """One token a character, fewer than the builders' 101."""
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789 .,?<>\n"
-    vocab = {c: i for i, c in enumerate(letters)} | {"#": len(letters)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="#"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE)
+    return letters_tokenizer(TEMPLATE)
 
 
 def write_text(folder, length=4000, seed=0):

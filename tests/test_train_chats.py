@@ -6,14 +6,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+from builders import bundled_tokenizer
 from click.testing import CliRunner
 from local_models import write_model
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
-from transformers import AutoTokenizer
 
 from mlx_dsa.cli import main
-from mlx_dsa.presets import resource
 from mlx_dsa.train import data
 from mlx_dsa.train.chats import Chat, read_row
 from mlx_dsa.train.data import load_sequences
@@ -77,9 +76,7 @@ THOUGHT = "<think>\nIt may be.\n</think>\n\n"
 
 
 def make_tokenizer(template=None):
-    inner = AutoTokenizer.from_pretrained(resource("weights/tiny"))
-    inner.chat_template = template or inner.chat_template
-    return TokenizerWrapper(inner)
+    return TokenizerWrapper(bundled_tokenizer(template))
 
 
 def turns(*contents):
@@ -313,7 +310,7 @@ def test_what_the_template_refuses_is_said_by_the_template(template, messages, r
 def test_a_broken_template_and_none(tmp_path):
     with pytest.raises(Unusable, match="chat template cannot render"):
         render_row(make_tokenizer("{% for m in messages %}"), {"messages": turns("Hi", "Ho")})
-    tokenizer = AutoTokenizer.from_pretrained(resource("weights/tiny"))
+    tokenizer = bundled_tokenizer()
     tokenizer.chat_template = None
     for without in (tokenizer, TokenizerWrapper(tokenizer)):
         with pytest.raises(Unusable, match="no chat template"):

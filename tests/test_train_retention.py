@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
-from builders import SHAPES, make_indexers, make_model
+from builders import SHAPES, build_model, make_indexers, make_model
 from mlx.utils import tree_flatten
-from mlx_lm.models import qwen3
 from test_train import make_tokenizer, view_of, write_text
 
 from mlx_dsa import load_indexers, save_indexers
@@ -290,12 +288,12 @@ def test_resumes_to_the_same_heads_after_kill_9(tmp_path):
 
 @pytest.fixture(scope="module")
 def wide_model():
-    """A random 4-bit model of 2 layers with the widths of Qwen3-8B."""
-    args = qwen3.ModelArgs(
+    """A random 4-bit model of 2 layers with the widths of Qwen3-8B, but for its MLP: no head sees that."""
+    config = dict(
         model_type="qwen3",
         hidden_size=4096,
         num_hidden_layers=2,
-        intermediate_size=12288,
+        intermediate_size=512,
         num_attention_heads=32,
         num_key_value_heads=8,
         head_dim=128,
@@ -305,12 +303,7 @@ def wide_model():
         rope_theta=1e6,
         max_position_embeddings=40960,
     )
-    model = qwen3.Model(args)
-    nn.quantize(model, group_size=64, bits=4)
-    model.set_dtype(mx.float32)
-    model.eval()
-    mx.eval(model.parameters())
-    return model
+    return build_model(config, seed=None, norms=False, bits=4, group_size=64, dtype=mx.float32)
 
 
 def test_heads_train_beside_a_4bit_model_of_8b_widths(wide_model, tmp_path):

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from builders import feed, make_indexers, make_model, make_tokens
+from builders import EXACT, feed, make_indexers, make_model, make_tokens
 from mlx.utils import tree_flatten
 from mlx_lm.generate import speculative_generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
@@ -16,7 +16,7 @@ from simulate import generate_calls, run_program
 
 from mlx_dsa import BudgetKVCache, patch_sparse_generate
 
-SMALL = dict(top_k=24, n_sink=3, n_recent=5, prefill="exact", evict="index")
+SMALL = dict(EXACT, evict="index")
 
 
 def test_the_last_prompt_token_still_sees_the_whole_prompt():

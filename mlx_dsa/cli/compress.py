@@ -229,7 +229,7 @@ def _write_report(
     sections = [(name, start + at) for name, at in sections or tenths(body)]
     if start:
         sections.insert(0, ("Before the document", 0))
-    of = share.counts.mean() / share.n_layers
+    of = share.counts.mean() / share.n_keepers
     facts = {
         "tokens read": f"{figures.seen:,}",
         "entries kept a layer": f"{entries(figures)}",
@@ -242,7 +242,7 @@ def _write_report(
 
 
 def _kept(patch: SparsePatch, caches: list[Any]) -> list[np.ndarray]:
-    """Return the positions in the text that are kept by each layer that drops tokens, or by
-    each of its key heads, where these keep their own."""
+    """Return of each layer that drops tokens the positions in the text that it keeps, or that
+    each of its key heads does, where these keep their own: ``[heads, size]``."""
     budgets = (caches[i] for i in patch.layers if caches[i].evicts)
-    return [kept for cache in budgets for kept in np.array(cache.positions)]
+    return [np.array(cache.positions) for cache in budgets]

@@ -46,29 +46,37 @@ _DARK = "--page: #14161a; --ink: #f2f4f7; --faint: #98a2b3; --line: #343a46; --s
 
 
 class Share(NamedTuple):
-    """How many layers keep each token.
+    """How many layers keep each token, or how many key heads, where these keep their own.
 
     Args:
         counts (np.ndarray): Of each token ``[n]``, in the order of the text.
         n_layers (int): Layers that can drop a token.
+        heads (int): Key heads of a layer that keep their own. Default: ``1``, the layer does.
     """
 
     counts: np.ndarray
     n_layers: int
+    heads: int = 1
+
+    @property
+    def n_keepers(self) -> int:
+        """By how many a token can be kept."""
+        return self.n_layers * self.heads
 
 
 def share_of(positions: Sequence[np.ndarray], n_tokens: int) -> Share:
-    """Count in how many layers tokens are kept.
+    """Count by how many layers or key heads tokens are kept.
 
     Args:
         positions (sequence of np.ndarray): Of each layer the positions in the text that it
-          keeps.
+          keeps ``[size]``, or that each of its key heads does ``[heads, size]``.
         n_tokens (int): Tokens of the text.
     """
     counts = np.zeros(n_tokens, np.int64)
-    for kept in positions:
+    layers = [np.atleast_2d(kept) for kept in positions]
+    for kept in (row for layer in layers for row in layer):
         counts[np.unique(kept[kept < n_tokens])] += 1
-    return Share(counts, len(positions))
+    return Share(counts, len(layers), max((len(layer) for layer in layers), default=1))
 
 
 def places_of(tokenizer: TokenizerWrapper, text: str) -> list[tuple[int, int]]:
@@ -106,7 +114,7 @@ def write_page(
         path (str or PathLike): The file; one that exists is replaced. Its folder is made.
         text (str): The text.
         places (sequence of tuple): From :func:`places_of`.
-        share (Share): How many layers keep each of these tokens.
+        share (Share): How many layers or key heads keep each of these tokens.
         sections (sequence of tuple): Name and first character of each, in order, the first
           at 0 and the last the text's own or what stands in its place.
         title (str): What was read.
@@ -146,8 +154,10 @@ def _page(
     title: str,
     facts: Mapping[str, str],
 ) -> Iterator[str]:
-    shades = min(share.n_layers, _SHADES)
-    levels = -(-share.counts * shades // share.n_layers)
+    shades = min(share.n_keepers, _SHADES)
+    levels = -(-share.counts * shades // share.n_keepers)
+    nowhere, everywhere = ("in no layer", "in all") if share.heads == 1 else ("by no key head", "by all")
+    keepers = "layers" if share.heads == 1 else "key heads"
     firsts = np.array([start for start, _ in places], np.int64)
     edges = [*np.searchsorted(firsts, [at for _, at in sections]), len(places)]
     title = html.escape(title)
@@ -160,11 +170,11 @@ def _page(
     yield f"@media (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}\n"
     yield f"</style>\n</head>\n<body>\n<h1>{title}: what is kept</h1>\n<table>\n"
     whole = _numbers(share, slice(None))
-    for name, value in {**facts, "kept in no layer": whole[1], "in all layers": whole[2]}.items():
+    for name, value in {**facts, f"kept {nowhere}": whole[1], f"{everywhere} {keepers}": whole[2]}.items():
         yield f"<tr><td>{html.escape(name)}<td>{html.escape(value)}\n"
-    yield f"</table>\n{_legend(levels, shades, share.n_layers)}\n"
+    yield f"</table>\n{_legend(levels, shades, share)}\n"
     yield '<div class="wide"><table>\n<tr><th>Part<th>tokens<th>kept<th>'
-    yield "<th>in no layer<th>in all\n"
+    yield f"<th>{nowhere}<th>{everywhere}\n"
     for i, ((name, _), at) in enumerate(zip(sections, _slices(edges))):
         mean, none, every = _numbers(share, at)
         yield (
@@ -194,25 +204,26 @@ def _slices(edges: Sequence[int]) -> list[slice]:
 
 
 def _numbers(share: Share, at: slice) -> tuple[str, str, str]:
-    """Return of some tokens the mean share that is kept, and what no layer and all keep."""
+    """Return of some tokens the mean share that is kept, and what none and all keep."""
     counts = share.counts[at]
     n = max(1, len(counts))
-    of = (counts.sum() / share.n_layers, (counts == 0).sum(), (counts == share.n_layers).sum())
+    of = (counts.sum() / share.n_keepers, (counts == 0).sum(), (counts == share.n_keepers).sum())
     mean, by_none, by_all = (f"{100 * value / n:.1f}%" for value in of)
     return mean, by_none, by_all
 
 
-def _legend(levels: np.ndarray, shades: int, n_layers: int) -> str:
-    items = []
+def _legend(levels: np.ndarray, shades: int, share: Share) -> str:
+    items, n = [], share.n_keepers
+    keepers = f"{n} layers" if share.heads == 1 else f"{n} key heads, {share.heads} a layer,"
     for level in range(shades + 1):
         # The counts that are of this shade.
-        low, high = n_layers * (level - 1) // shades + 1, n_layers * level // shades
-        layers = f"{low} to {high}" if 0 < low < high else f"{high}"
+        low, high = n * (level - 1) // shades + 1, n * level // shades
+        number = f"{low} to {high}" if 0 < low < high else f"{high}"
         tokens = 100 * (levels == level).mean() if len(levels) else 0.0
         mark = f'<b class="k{level}">&nbsp;text&nbsp;</b>' if level else "text"
-        items.append(f'<li><span class="text">{mark}</span> {layers}: {tokens:.1f}%')
+        items.append(f'<li><span class="text">{mark}</span> {number}: {tokens:.1f}%')
     return (
-        f"<p>The shade says how many of {n_layers} layers keep a token; beside it the share "
+        f"<p>The shade says how many of {keepers} keep a token; beside it the share "
         f'of tokens.</p>\n<ul class="legend">\n' + "\n".join(items) + "\n</ul>"
     )
 

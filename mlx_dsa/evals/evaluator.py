@@ -8,9 +8,10 @@ pictures know it from then on. Installed packages may name modules that do in th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from functools import wraps
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..plugins import load_plugins
 
@@ -66,6 +67,49 @@ class Evaluator:
         """Its own options, by name."""
         there = signature(self.run).parameters.items()
         return {name: parameter for name, parameter in there if name not in _GIVEN}
+
+
+def takes(kind: type) -> Callable[[Callable[..., Result | None]], Callable[..., Result | None]]:
+    """Return a decorator of evaluators whose options are the fields of a dataclass.
+
+    The function has a parameter ``options``; what it becomes has a keyword argument for each field
+    in its place.
+
+    Args:
+        kind (type): The dataclass.
+    """
+
+    def taking(function: Callable[..., Result | None]) -> Callable[..., Result | None]:
+        hints = get_type_hints(kind)
+        own = {
+            f.name: Parameter(
+                f.name,
+                Parameter.KEYWORD_ONLY,
+                default=Parameter.empty if f.default is MISSING else f.default,
+                annotation=hints[f.name],
+            )
+            for f in fields(kind)
+        }
+        there = signature(function)
+        others = [p for name, p in there.parameters.items() if name != "options"]
+        first = [p for p in others if p.kind is not Parameter.KEYWORD_ONLY]
+        taken = there.replace(parameters=[*first, *own.values(), *others[len(first) :]])
+
+        @wraps(function)
+        def run(*args: Any, **given: Any) -> Result | None:
+            known = taken.bind(*args, **given).arguments
+            options = kind(**{name: known.pop(name) for name in own if name in known})
+            return function(**known, options=options)
+
+        vars(run).update(__signature__=taken, options_class=kind)
+        return run
+
+    return taking
+
+
+def options_class(evaluator: Evaluator) -> type | None:
+    """Return the dataclass whose fields are an evaluator's options, if it has one: see :func:`takes`."""
+    return getattr(evaluator.run, "options_class", None)
 
 
 def register(evaluator: Evaluator) -> Evaluator:

@@ -17,9 +17,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..presets import Preset
 from ..tasks.documents import HUB, load_hub, read_lines
 from ..tasks.extraction import INVALID, flexible, matches, strict
+from ..tasks.options import answer_tokens, option
 from ..tasks.problems import make_problems
 from ..tasks.prompts import frame
-from .evaluator import Evaluator, Progress, Result, Row, register
+from .evaluator import Evaluator, Progress, Result, Row, register, takes
 from .generation import Heard, converse
 from .policies import Policy, pairings
 from .report.plots import plot_gsm8k
@@ -46,20 +47,50 @@ class Problem:
 _Item = tuple[Problem, list[int]]  # with the tokens of its prompt
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProblemOptions:
+    """The options of `gsm8k`.
+
+    Args:
+        prompt (str): "chat", examples as earlier turns in the model's own chat format; or "plain",
+            "Question: ... Answer: ..." as the field has it.
+        shots (int): Worked examples before the question.
+        many_shot (int): So many instead, to make the prompt longer than the budget.
+        data (str, optional): A .jsonl file with "question" and "answer", or "gsm8k" (the hub's test set).
+        examples (str, optional): Where the worked examples come from, likewise. By default "gsm8k"'s own
+            training set, the other bundled problems, or for a file the lines after the `limit`.
+        limit (int): Problems.
+        max_tokens (int): Tokens an answer may have.
+        batch_size (int): Problems at once, where their prompts are equally long.
+        seed (int): Of the bundled problems, and of which examples are shown.
+        compare (str or list of str): As in `Grid`.
+    """
+
+    prompt: str = option("chat", "Examples as turns of a chat, or as plain text.", choices=PROMPTS)
+    shots: int = option(0, "Worked examples before the problem.", least=0)
+    many_shot: int = option(0, "So many instead, so that prompts are longer than the budget.", least=0, told="")
+    data: str | None = option(
+        None,
+        "A .jsonl file with question and answer, or gsm8k (the hub's test set).",
+        told="bundled problems",
+        metavar="FILE|NAME",
+    )
+    examples: str | None = option(
+        None, "Where the worked examples come from.", told="the rest of the data", metavar="FILE|NAME"
+    )
+    limit: int = option(100, "Problems.", least=1, quick=8)
+    max_tokens: int = answer_tokens(256)
+    batch_size: int = 1
+    seed: int = 0
+    compare: str | Sequence[str] = "dense"
+
+
+@takes(ProblemOptions)
 def gsm8k(
     subject: Preset,
     policies: Sequence[Policy],
+    options: ProblemOptions,
     *,
-    prompt: str = "chat",
-    shots: int = 0,
-    many_shot: int = 0,
-    data: str | None = None,
-    examples: str | None = None,
-    limit: int = 100,
-    max_tokens: int = 256,
-    batch_size: int = 1,
-    seed: int = 0,
-    compare: str | Sequence[str] = "dense",
     name: str | None = None,
     out: str | os.PathLike | None = None,
     world: World | None = None,
@@ -70,28 +101,17 @@ def gsm8k(
     Args:
         subject (Preset): the model with its tokenizer and indexers.
         policies (list of Policy): what to run.
-        prompt (str): "chat", examples as earlier turns in the model's own chat format; or "plain",
-            "Question: ... Answer: ..." as the field has it. Default: ``"chat"``.
-        shots (int): worked examples before the question. Default: ``0``.
-        many_shot (int): so many instead, to make the prompt longer than the budget.
-            Default: ``0``, not.
-        data (str): a .jsonl file with "question" and "answer", or "gsm8k" (the hub's test set).
-            Default: ``None``, bundled problems of held-out names and numbers.
-        examples (str): where the worked examples come from, likewise. Default: ``None``: "gsm8k"'s
-            own training set, the other bundled problems, or for a file the lines after the `limit`.
-        limit (int): problems. Default: ``100``.
-        max_tokens (int): tokens an answer may have. Default: ``256``.
-        batch_size (int): problems at once, where their prompts are equally long. Default: ``1``.
-        seed (int): of the bundled problems, and of which examples are shown. Default: ``0``.
-        compare, name, out, world, progress: as in `needle`.
+        options: each field of `ProblemOptions` is an argument.
+        name, out, world, progress: as in `needle`.
 
     Returns:
         dict: the result.
     """
+    prompt, max_tokens, seed = options.prompt, options.max_tokens, options.seed
     if prompt not in PROMPTS:
         raise ValueError(f"[gsm8k] 'prompt' must be chat or plain but got {prompt!r}.")
-    problems, pool = _load(data, examples, limit, seed)
-    n_shots = many_shot or shots
+    problems, pool = _load(options.data, options.examples, options.limit, seed)
+    n_shots = options.many_shot or options.shots
     if n_shots > len(pool):
         raise ValueError(f"[gsm8k] {n_shots} worked examples are wanted but there are {len(pool)}. Give --examples.")
     shown = random.Random(seed).sample(pool, n_shots)
@@ -104,26 +124,26 @@ def gsm8k(
         **describe(subject, name),
         "prompt": prompt,
         "shots": n_shots,
-        "data": data or "bundled problems",
-        "limit": limit,
+        "data": options.data or "bundled problems",
+        "limit": options.limit,
         "max_tokens": max_tokens,
-        "batch_size": batch_size,
+        "batch_size": options.batch_size,
         "seed": seed,
         "policies": policies_config(policies, subject.indexers),
-        "compare": compare,
+        "compare": options.compare,
         "cases": fingerprint([[p.key, ids, p.answer] for p, ids in items]),
     }
     units = [
         Unit(f"{policy.label}/{i}", (policy, batch))
         for policy in policies
-        for i, batch in enumerate(_batches(items, batch_size))
+        for i, batch in enumerate(_batches(items, options.batch_size))
     ]
 
     def work(payload: tuple[Policy, list[_Item]]) -> list[Row]:
         return _run(subject, payload[0], payload[1], max_tokens, () if prompt == "chat" else _STOPS)
 
     def summarise(records: list[Row]) -> Summary:
-        return _rows(records, policies), _pairs(records, policies, compare), records
+        return _rows(records, policies), _pairs(records, policies, options.compare), records
 
     return evaluate("gsm8k", config, units, work, summarise, out=out, world=world, progress=progress)
 

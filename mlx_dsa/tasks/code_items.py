@@ -16,6 +16,7 @@ from typing import Any
 from .code_window import Lines, Mark, Window, line_ends
 from .facts import VALUES, is_correct, make_value
 from .needle_items import NeedleItem, Turn, locate, tokens_of
+from .options import check_choices, option
 from .prompts import frame
 from .source import Definition, Function, Source
 from .wordlists import PARTS
@@ -91,26 +92,24 @@ class CodeSpec:
             value, or with a block of code up to the function's name.
     """
 
-    task: str = "constants"
-    setting: str = "before-question"
-    value: str = "mixed"
-    phrasing: str = "train"
-    per_document: int = 4
+    task: str = option(
+        "constants",
+        "What is asked for: constants planted among the code, its own definitions, or its functions.",
+        choices=TASKS,
+    )
+    setting: str = option("before-question", "When the question comes.", choices=SETTINGS)
+    value: str = option("mixed", "Of planted constants.", choices=VALUES)
+    phrasing: str = option(
+        "train",
+        "Forms of constants and wordings of questions: those that training has too, or others.",
+        choices=tuple(FORMS),
+    )
+    per_document: int = option(4, "Questions about each text, which is read once.", least=1)
     seed: int = 0
-    stem: bool = False
+    stem: bool = option(False, "Begin each reply with the answer up to its value, or a function up to its name.")
 
     def __post_init__(self) -> None:
-        allowed = {
-            "task": TASKS,
-            "setting": SETTINGS,
-            "value": VALUES,
-            "phrasing": tuple(FORMS),
-        }
-        for name, names in allowed.items():
-            if getattr(self, name) not in names:
-                raise ValueError(
-                    f"[CodeSpec] '{name}' must be one of {', '.join(names)} but got {getattr(self, name)!r}."
-                )
+        check_choices("CodeSpec", self, "task", "setting", "value", "phrasing")
         if self.per_document < 1:
             raise ValueError(f"[CodeSpec] 'per_document' must be at least 1 but got {self.per_document}.")
 

@@ -15,9 +15,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
-from .facts import Fact, Task, is_correct, make_facts, make_key_value, make_multi_query, make_multi_value, stem_of
+from .facts import (
+    VALUES,
+    Fact,
+    Task,
+    is_correct,
+    make_facts,
+    make_key_value,
+    make_multi_query,
+    make_multi_value,
+    stem_of,
+)
 from .haystack import Haystack
+from .options import check_choices, option
 from .prompts import CLOSINGS, MORE_CLOSINGS, Frame, begun, evened, frame
+from .wordlists import SPLITS
 
 TASKS = ("single", "multi-key", "multi-value", "multi-query", "key-value")
 SETTINGS = ("in-prompt", "before-question", "two-turns")
@@ -87,23 +99,29 @@ class NeedleSpec:
             on; not for task "multi-query", whose answer has a stem for each value.
     """
 
-    task: str = "single"
-    setting: str = "in-prompt"
-    value: str = "digits"
-    phrasing: str = "train"
-    distractors: int = 3
-    per_document: int = 1
+    task: str = option("single", "What is hidden and asked.", choices=TASKS)
+    setting: str = option("in-prompt", "When the question comes.", choices=SETTINGS)
+    value: str = option("digits", "What the fact tells.", choices=VALUES)
+    phrasing: str = option(
+        "train", "Wordings of facts and questions; the bundled model saw those of train.", choices=SPLITS
+    )
+    distractors: int = option(3, "Other facts in the text.", least=0)
+    per_document: int = option(
+        1, "Questions about each text, which is read once; not with --setting two-turns.", least=1
+    )
     seed: int = 0
-    turns: int = 1
-    even: bool = False
-    stem: bool = False
+    turns: int = option(
+        1,
+        "Questions one after the other in a conversation, with --setting before-question; the last is judged.",
+        least=1,
+    )
+    even: bool = option(
+        False, "Make the questions of a run equally long, by words of no weight: they are answered at once."
+    )
+    stem: bool = option(False, "Begin each reply with the answer up to its value; not with --task multi-query.")
 
     def __post_init__(self) -> None:
-        for name, allowed in (("task", TASKS), ("setting", SETTINGS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"[NeedleSpec] '{name}' must be one of {', '.join(allowed)} but got {getattr(self, name)!r}."
-                )
+        check_choices("NeedleSpec", self, "task", "setting")
         if self.setting == "two-turns" and self.task != "single":
             raise ValueError("[NeedleSpec] setting 'two-turns' goes with task 'single' only.")
         if self.stem and self.task == "multi-query":

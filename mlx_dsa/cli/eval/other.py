@@ -8,8 +8,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
-from ...evals.evaluator import Evaluator, evaluator_kinds, evaluator_of
+from ...evals.evaluator import Evaluator, evaluator_kinds, evaluator_of, options_class
 from ..command import Command
+from .declared import chosen, declared_options
 from .options import Numbers, eval_options, open_run
 from .show import progress_bar, show
 
@@ -36,9 +37,10 @@ class Evaluations(click.Group):
 def command_of(evaluator: Evaluator) -> click.Command:
     """Return a command with an option for each of an evaluator's.
 
-    Their types are those of annotations, else of defaults. A list has commas between its
-    numbers, and what is true or false is a flag.
+    They are those of its dataclass, if it has one. Else their types are those of annotations, or
+    of defaults: a list has commas between its numbers, and what is true or false is a flag.
     """
+    declared = options_class(evaluator)
     own = {name: p for name, p in evaluator.options.items() if name not in _SHARED}
     shared = [name for name in _SHARED if name in evaluator.options]
 
@@ -47,7 +49,9 @@ def command_of(evaluator: Evaluator) -> click.Command:
         for name, default in (("batch_size", 1), ("compare", "dense"), ("seed", 0)):
             if name not in shared and given.pop(name) != default:
                 raise click.UsageError(f"{evaluator.kind} has no --{name.removesuffix('_size')}: leave it out.")
-        if quick and "limit" in own and given["limit"] == own["limit"].default:
+        if declared:
+            given = chosen(declared, quick, given)
+        elif quick and "limit" in own and given["limit"] == own["limit"].default:
             given["limit"] = 1
         plot, top_k = given.pop("plot"), given.pop("top_k")
         policies = given if evaluator.takes_policies else {**given, "policies": ["dense"]}
@@ -60,7 +64,10 @@ def command_of(evaluator: Evaluator) -> click.Command:
 
     text = (evaluator.run.__doc__ or "").strip().partition("\n\n")[0]
     add = eval_options(policies=evaluator.takes_policies)
-    command = click.command(evaluator.kind, cls=Command, help=text)(add(run))
+    make = click.command(evaluator.kind, cls=Command, help=text)
+    if declared:
+        return make(declared_options(declared)(add(run)))
+    command = make(add(run))
     hints = get_type_hints(evaluator.run)
     command.params[:0] = [_option(name, parameter, hints.get(name)) for name, parameter in own.items()]
     return command
