@@ -107,7 +107,8 @@ class Reply {
     if (!(total > 0)) return;
     this.progress.max = total;
     this.progress.value = Math.min(processed, total);
-    this.told.textContent = processed < total ? `Reading: ${count(processed)} of ${tokens(total)}` : "Thinking of an answer";
+    const reading = `Reading: ${count(processed)} of ${tokens(total)}`;
+    this.told.textContent = processed < total ? reading : "Thinking of an answer";
   }
 
   #think(text) {

@@ -30,7 +30,7 @@ function facts(one) {
   if (Number.isFinite(one.tokens)) line.push(tokens(one.tokens));
   if (Number.isFinite(one.entries)) line.push(`${count(one.entries)} kept`);
   if (Number.isFinite(one.bytes)) line.push(bytes(one.bytes));
-  return line.join(" · ");
+  return line.join(", ");
 }
 
 function option(id, name, detail, ...more) {
@@ -91,9 +91,11 @@ async function read(name, text) {
   const control = new AbortController();
   const bar = make("progress", { "aria-label": `Reading ${name}` });
   const told = make("span", { class: "quiet", text: "Waiting" });
-  const cancel = make("button", { type: "button", class: "small", text: "Cancel", "aria-label": `Cancel reading ${name}` });
+  const label = `Cancel reading ${name}`;
+  const cancel = make("button", { type: "button", class: "small", text: "Cancel", "aria-label": label });
   cancel.addEventListener("click", () => control.abort());
-  const line = make("li", {}, make("span", { class: "name", text: name }), bar, make("div", { class: "row" }, told, cancel));
+  const below = make("div", { class: "row" }, told, cancel);
+  const line = make("li", {}, make("span", { class: "name", text: name }), bar, below);
   find("readings").append(line);
   say(`Reading ${name}.`);
   let done = null;

@@ -1,5 +1,6 @@
 // What is kept of a document: its text, shaded by the share of layers that keep each token.
-// The text stands in blocks. Only blocks near the view are shaded, the others are plain text: 100,000 tokens stay quick.
+// The text stands in blocks. Only blocks near the view are shaded, the others are plain text, so that 100,000 tokens
+// stay quick.
 
 import { asLine, json } from "./api.js";
 import { count, make, percent, say, tellError } from "./words.js";
@@ -13,7 +14,7 @@ const LEFT_OUT = " … ";
 let shown = null; // of the document in view: pieces, layers, bits, counts, level, blocks
 let wanted = null; // the document to show once the view is open
 let opening = null;
-let marks = { id: "", order: [], at: -1 }; // of an answer: id of its document, tokens by share, the one pointed at
+let marks = { id: "", order: [], at: 0 }; // of an answer: id of its document, tokens by share, the one pointed at
 
 const bitsOf = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 const keeps = (bits, token) => (bits[token >> 3] >> (7 - (token & 7))) & 1;
@@ -109,12 +110,13 @@ function shade() {
   const some = all - totals[0];
   find("kept-summary").textContent = layer
     ? `${name} keeps ${count(some)} of ${count(all)} tokens (${percent(some, all)}).`
-    : `${count(some)} of ${count(all)} tokens are kept by at least one of ${layers.length} layers (${percent(some, all)}).`;
+    : `At least one of ${layers.length} layers keeps ${count(some)} of ${count(all)} tokens (${percent(some, all)}).`;
   const legend = layer ? [[0, "dropped"], [4, "kept"]] : SHARES.map((words, index) => [index, words]);
   find("legend").replaceChildren(
-    ...legend.map(([index, words]) =>
-      make("li", {}, make("span", { class: `swatch k${index}`, text: "text" }), ` ${words}: ${count(totals[index])}`),
-    ),
+    ...legend.map(([index, words]) => {
+      const swatch = make("span", { class: `swatch k${index}`, text: "Aa", "aria-hidden": "true" });
+      return make("li", {}, swatch, ` ${words}: ${count(totals[index])}`);
+    }),
   );
   redraw();
 }
@@ -125,10 +127,12 @@ function redraw(textChanges = find("only-kept").checked) {
   showCurrent();
 }
 
+const markOf = (token) => place.querySelector(`[data-token="${token}"]`);
+
 function showCurrent() {
   const token = marks.order[marks.at];
   place.querySelector("mark.current")?.classList.remove("current");
-  if (marks.id === shown.id && token !== undefined) place.querySelector(`[data-token="${token}"]`)?.classList.add("current");
+  if (marks.id === shown.id && token !== undefined) markOf(token)?.classList.add("current");
 }
 
 function showBar() {
@@ -136,33 +140,34 @@ function showBar() {
   find("read-bar").hidden = !ours;
   if (!ours) return;
   const token = marks.order[marks.at];
-  find("read-text").textContent =
-    token === undefined
-      ? `Underlined: the ${count(marks.order.length)} tokens that the answer read most.`
-      : `${marks.at + 1} of ${marks.order.length}: “${shown.pieces[token].trim()}”, ${percent(marks.shares.get(token), 1)} of its ` +
-        `attention, kept by ${shown.counts[token]} of ${shown.layers.length} layers.`;
+  const place = `${marks.at + 1} of ${marks.order.length}: “${shown.pieces[token].trim()}”`;
+  const share = `${percent(marks.shares.get(token), 1)} of its attention`;
+  const layers = `kept by ${shown.counts[token]} of ${shown.layers.length} layers`;
+  find("read-text").textContent = `${place}, ${share}, ${layers}.`;
 }
 
 function step(by) {
-  marks.at = marks.at < 0 && by < 0 ? marks.order.length - 1 : (marks.at + by + marks.order.length) % marks.order.length;
+  marks.at = (marks.at + by + marks.order.length) % marks.order.length;
   const token = marks.order[marks.at];
   const block = shown.blocks.find(({ end }) => token < end);
   block.near = true;
   fill(block);
   showCurrent();
-  place.querySelector(`[data-token="${token}"]`)?.scrollIntoView({ block: "center" });
+  markOf(token)?.scrollIntoView({ block: "center" });
   showBar();
 }
 
 function clear() {
-  marks = { id: "", order: [], at: -1 };
+  marks = { id: "", order: [], at: 0 };
   showBar();
   redraw();
   place.focus();
 }
 
+const isNeeded = () => wanted && wanted.id !== shown?.id && !find("panel-kept").hidden;
+
 async function fetchWanted() {
-  while (wanted && wanted.id !== shown?.id && !find("panel-kept").hidden) {
+  while (isNeeded()) {
     const one = wanted;
     find("kept-hint").textContent = `Fetching what is kept of ${one.name} …`;
     try {
@@ -184,7 +189,7 @@ async function fetchWanted() {
 }
 
 function open() {
-  opening ??= fetchWanted().finally(() => (opening = null));
+  if (isNeeded()) opening ??= fetchWanted().finally(() => (opening = null));
   return opening;
 }
 
@@ -203,14 +208,16 @@ export function show(one) {
 
 /** Underline the tokens that an answer read most: pairs of token and share. */
 export async function mark(id, read) {
-  const shares = new Map(read);
-  marks = { id, shares, order: [...shares.keys()].sort((one, other) => shares.get(other) - shares.get(one)), at: -1 };
   await open();
   if (shown?.id !== id) return;
+  const shares = new Map(read.filter(([token]) => token in shown.pieces));
+  marks = { id, shares, order: [...shares.keys()].sort((one, other) => shares.get(other) - shares.get(one)), at: 0 };
   redraw();
   showBar();
-  if (marks.order.length) step(1);
-  find("read-next").focus();
+  if (marks.order.length) {
+    step(0);
+    find("read-next").focus();
+  } else tellError("The server named nothing that this answer read.");
 }
 
 /** Join the controls; gives what to call when the view opens. */
