@@ -10,16 +10,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from mlx_dsa.serve import pages
 
-LAYERS = 12
+LAYERS = 36
+ENTRY = 147_456  # bytes of a token in all layers of Qwen3-8B
 STATISTICS = {
-    "tokens_seen": 31954,
-    "entries_kept": 2048,
-    "kv_bytes": 301_989_888,
-    "dense_kv_bytes": 4_711_776_256,
+    "tokens_seen": 3881,
+    "entries_kept": 1001,
+    "kv_bytes": 1001 * ENTRY,
+    "dense_kv_bytes": 3881 * ENTRY,
     "prompt_tps": 1912.0,
     "generation_tps": 41.27,
     "first_token_s": 0.38,
 }
+READ = ("kitchen.", "key", "motor", "lower", "store,", "blue", "spare")
 TIDES = """\
 The harbour of Skarrow, a handbook for new keepers
 
@@ -45,7 +47,8 @@ looked for.
 
 The glass is read at six in the morning, at noon and at six in the evening. When it falls more than six millibars in
 three hours, the storm cone is hoisted and the ferry is told to stay. Fog is announced with one long stroke of the horn
-each minute. The old keeper, Ingrid Halvorsen, held that gulls on the meadow mean wind before night; she was mostly right.
+each minute. The old keeper, Ingrid Halvorsen, held that gulls on the meadow mean wind before night;
+she was mostly right.
 
 5. The stores
 
@@ -55,7 +58,10 @@ the house and is to be fed, whatever it says.
 TIDES = re.sub(r"(?<!\n)\n(?=\w)", " ", TIDES)
 ANSWERS = {
     "think": ([("reasoning", "The person greets me. "), ("reasoning", "I greet back.")], "Hello! How can I help?"),
-    "code": ([], "Here it is:\n\n```python\nfor name in names:\n    print(f\"<b>{name}</b>\")\n```\n\nIt prints <b>names</b>."),
+    "code": (
+        [],
+        'Here it is:\n\n```python\nfor name in names:\n    print(f"<b>{name}</b>")\n```\n\nIt prints <b>names</b>.',
+    ),
     "markup": ([], "<img src=x onerror=\"document.title='broken'\"> <script>document.title='broken'</script> & done."),
     "fence": ([], "One ``` in a line.\n~~~\ncode without an end"),
     "key": (
@@ -77,11 +83,11 @@ def kept_of(pieces):
     shares = []
     for piece in pieces:
         word = piece.strip()
-        heavy = bool(re.search(r"\d|^[A-Z]", word)) + (len(word) > 5)
-        shares.append((0.06, 0.45, 0.97)[heavy] if word else 0.02)
+        heavy = bool(re.search(r"\d|^[A-Z]", word)) + (len(word) > 6)
+        shares.append((0.01, 0.4, 0.85)[2 if word in READ else heavy] if word else 0.005)
     rows = []
     for layer in range(LAYERS):
-        bits = [chance.random() < share * (0.6 + 0.06 * layer) for share in shares]
+        bits = [chance.random() < share * (0.6 + 0.02 * layer) for share in shares]
         bits += [False] * (-len(bits) % 8)
         packed = bytes(sum(bit << (7 - i) for i, bit in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8))
         rows.append(base64.b64encode(packed).decode())
@@ -156,8 +162,8 @@ class Handler(BaseHTTPRequestHandler):
         pieces = pieces_of(server.texts[name])
         if rest == ["kept"]:
             return self.answer({"pieces": pieces, "layers": list(range(LAYERS)), "kept": kept_of(pieces)})
-        wanted = [i for word in server.read for i, piece in enumerate(pieces) if piece.strip() == word][:50]
-        return self.answer({"read": [[token, round(0.2 / (1 + rank), 4)] for rank, token in enumerate(wanted)]})
+        wanted = [i for word in READ for i, piece in enumerate(pieces) if piece.strip() == word][:50]
+        return self.answer({"read": [[token, round(0.2 / (1 + rank / 4), 4)] for rank, token in enumerate(wanted)]})
 
     def reading(self, body):
         """Yield the progress of a document, then the document."""
@@ -218,13 +224,13 @@ class PageServer(ThreadingHTTPServer):
     def reset(self):
         """Forget what was seen and set."""
         self.seen, self.gone, self.documents, self.texts = [], [], {}, {}
-        self.key, self.pause, self.read = None, 0.002, ["kitchen;", "kitchen", "blue", "key", "lower", "motor"]
+        self.key, self.pause = None, 0.002
 
     def add(self, name, text):
         """Hold a document, as if it had been read."""
         key = f"doc-{abs(hash(text)) % 16**8:08x}"
         total = len(pieces_of(text))
-        facts = {"tokens": total, "entries": total // 4, "bytes": 36_864 * (total // 4), "created": 1_790_000_000}
+        facts = {"tokens": total, "entries": total // 4, "bytes": ENTRY * (total // 4), "created": 1_790_000_000}
         self.documents[key] = {"id": key, "object": "document", "name": name, "status": "ready", **facts}
         self.texts[key] = text
         return self.documents[key]

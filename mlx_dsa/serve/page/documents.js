@@ -70,7 +70,8 @@ async function remove(one, name) {
   find("confirm-text").textContent = `Delete ${name}? To ask it again, it has to be read again.`;
   dialog.returnValue = "no";
   dialog.showModal();
-  await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
+  // In a loop: the event of an earlier question may come late.
+  while (dialog.open) await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
   if (dialog.returnValue !== "yes") return;
   tellError();
   try {

@@ -8,8 +8,7 @@ import { count, make, percent, say, tellError } from "./words.js";
 const find = (id) => document.getElementById(id);
 const place = find("kept-text");
 const BLOCK = 600; // tokens, then up to the end of the line
-const SHARES = ["by no layer", "by up to 25 % of layers", "26 to 50 %", "51 to 75 %", "76 to 100 %"];
-const LEFT_OUT = " … ";
+const SHARES = ["none", "up to 25 %", "26–50 %", "51–75 %", "76–100 %"];
 
 let shown = null; // of the document in view: pieces, layers, bits, counts, level, blocks
 let wanted = null; // the document to show once the view is open
@@ -49,7 +48,10 @@ function runsOf({ start, end }) {
     if (last && !isRead && !last.read && last.level === level[token]) last.text.push(pieces[token]);
     else runs.push({ level: level[token], read: isRead, token, text: [pieces[token]] });
   }
-  for (const run of runs) run.text = leaveOut && !run.level && !run.read ? LEFT_OUT : run.text.join("");
+  for (const run of runs) {
+    run.text = run.text.join("");
+    if (leaveOut && !run.level && !run.read) run.text = run.text.includes("\n") ? " …\n" : " … ";
+  }
   return runs;
 }
 
@@ -108,9 +110,10 @@ function shade() {
   find("layer").setAttribute("aria-valuetext", name);
   const all = level.length;
   const some = all - totals[0];
+  const kept = `${count(some)} of ${count(all)} tokens (${percent(some, all)})`;
   find("kept-summary").textContent = layer
-    ? `${name} keeps ${count(some)} of ${count(all)} tokens (${percent(some, all)}).`
-    : `At least one of ${layers.length} layers keeps ${count(some)} of ${count(all)} tokens (${percent(some, all)}).`;
+    ? `${name} keeps ${kept}.`
+    : `At least one layer keeps ${kept}. The shade tells the share of the ${layers.length} layers.`;
   const legend = layer ? [[0, "dropped"], [4, "kept"]] : SHARES.map((words, index) => [index, words]);
   find("legend").replaceChildren(
     ...legend.map(([index, words]) => {

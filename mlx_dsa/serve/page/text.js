@@ -54,6 +54,7 @@ export class Answer {
   }
 
   #openCode(language) {
+    if (this.#node) this.#node.data = this.#node.data.trimEnd(); // around code the frame is space enough
     const code = make("code");
     const copy = make("button", { type: "button", text: "Copy", class: "small" });
     copy.addEventListener("click", async () => {
@@ -78,7 +79,7 @@ export class Answer {
       const block = make("div", { class: "text" });
       this.#place.append(block);
       this.#node = block.appendChild(document.createTextNode(""));
-      text = text.replace(/^\n+/, ""); // around code the frame is space enough
+      text = text.replace(/^\n+/, "");
       if (!text) {
         block.remove();
         this.#node = null;

@@ -56,8 +56,8 @@ export function statistics(figure, usage) {
   if (known(figure.generation_tps)) line.push(`${figure.generation_tps.toFixed(1)} tokens/s`);
   if (known(figure.first_token_s)) line.push(`first token after ${seconds(figure.first_token_s)}`);
   const cached = usage?.prompt_tokens_details?.cached_tokens;
-  if (known(cached) && cached > 0) line.push(`${count(cached)} read before`);
-  return line.join(" · ");
+  if (known(cached) && cached > 0) line.push(`${tokens(cached)} re-used`);
+  return line.join("\u00a0· "); // a line never begins with the dot
 }
 
 /** Show one clear line; no text hides it. */
