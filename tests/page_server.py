@@ -175,6 +175,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def chat(self, body):
         question = body["messages"][-1]["content"]
+        if body.get("document", "") not in ("", *self.server.documents):
+            return self.refuse(404, f"there is no document {body['document']}")
         if question == "refused":
             return self.refuse(400, "the prompt has 90,000 tokens; this server takes 40,000")
         if question == "busy":

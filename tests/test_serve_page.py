@@ -120,6 +120,16 @@ def test_stop_before_an_answer_gives_the_question_back(server, open_page):
     assert page.locator(".turn").count() == 0 and until(page, lambda: server.gone)
 
 
+def test_a_new_chat_ends_the_old_answer(server, open_page):
+    page = open_page()
+    say(page, "endless")
+    page.wait_for_selector("text=more and more")
+    page.click("#new-chat")
+    assert until(page, lambda: server.gone) and page.locator(".turn").count() == 0
+    say(page, "hello")
+    assert "You said: hello." in answered(page) and page.is_hidden("#error")
+
+
 def test_reasoning_is_folded(open_page):
     page = open_page()
     say(page, "please think")

@@ -185,7 +185,7 @@ def test_the_guards_of_these_tests_see(open_page):
 def test_pictures(server, open_page):
     long = page_server.TIDES * 12
     server.add("minutes-of-march.txt", long[:9_000])
-    page = kept_page(server, open_page, long, width=1000, height=640)
+    page = kept_page(server, open_page, long, width=1100, height=640)
     page.click("#tab-chat")
     say(page, "Where is the key?")
     answered(page)

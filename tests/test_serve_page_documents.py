@@ -77,6 +77,17 @@ def test_a_document_is_deleted_once_that_is_confirmed(server, open_page):
     assert page.is_checked("input[value='']")
 
 
+def test_a_document_that_is_gone_leaves_the_list(server, open_page):
+    name = server.add("tides.txt", page_server.TIDES)["id"]
+    page = open_page()
+    page.check(f"input[value='{name}']")
+    server.documents.clear()
+    say(page, "Where is the key?")
+    page.wait_for_selector(f"text=there is no document {name}")
+    page.wait_for_function("() => document.querySelectorAll('#documents .option').length === 1")
+    assert "without a document" in page.inner_text("#asked")
+
+
 # What is kept
 
 

@@ -184,6 +184,7 @@ async function send(text) {
     remark = stopped(error) ? "Stopped." : "Broken off.";
     failed = !stopped(error);
     if (failed) tellError(asLine(error));
+    if (document && error.status === 404) dispatchEvent(new Event("document-gone"));
   }
   chat.running = null;
   if (!chat.list.isConnected) return; // a new chat began meanwhile

@@ -198,6 +198,7 @@ export function start(choice, deletion) {
   joinDrop();
   joinPaste();
   addEventListener("key-accepted", () => missing && load());
+  addEventListener("document-gone", load);
   show();
   load();
 }

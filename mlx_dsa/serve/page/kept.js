@@ -113,7 +113,7 @@ function shade() {
   const kept = `${count(some)} of ${count(all)} tokens (${percent(some, all)})`;
   find("kept-summary").textContent = layer
     ? `${name} keeps ${kept}.`
-    : `At least one layer keeps ${kept}. The shade tells the share of the ${layers.length} layers.`;
+    : `At least one layer keeps ${kept}. Shade: share of the ${layers.length} layers.`;
   const legend = layer ? [[0, "dropped"], [4, "kept"]] : SHARES.map((words, index) => [index, words]);
   find("legend").replaceChildren(
     ...legend.map(([index, words]) => {
