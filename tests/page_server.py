@@ -162,7 +162,8 @@ class Handler(BaseHTTPRequestHandler):
         pieces = pieces_of(server.texts[name])
         if rest == ["kept"]:
             return self.answer({"pieces": pieces, "layers": list(range(LAYERS)), "kept": kept_of(pieces)})
-        wanted = [i for word in READ for i, piece in enumerate(pieces) if piece.strip() == word][:50]
+        wanted = [i for word in READ for i, piece in enumerate(pieces) if piece.strip() == word][:49]
+        wanted.append(pieces.index("\n"))
         return self.answer({"read": [[token, round(0.2 / (1 + rank / 4), 4)] for rank, token in enumerate(wanted)]})
 
     def reading(self, body):

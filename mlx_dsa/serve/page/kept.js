@@ -55,6 +55,8 @@ function runsOf({ start, end }) {
   return runs;
 }
 
+const blankness = (text) => (text.trim() ? "" : "blank"); // white space alone: an underline would not be seen
+
 function fill(block) {
   const runs = runsOf(block);
   if (!block.near) {
@@ -63,7 +65,7 @@ function fill(block) {
     block.element.replaceChildren(
       ...runs.map((run) =>
         run.read
-          ? make("mark", { class: `k${run.level}`, "data-token": run.token, text: run.text })
+          ? make("mark", { class: `k${run.level} ${blankness(run.text)}`, "data-token": run.token, text: run.text })
           : make("span", { class: `k${run.level}`, text: run.text }),
       ),
     );
@@ -138,12 +140,17 @@ function showCurrent() {
   if (marks.id === shown.id && token !== undefined) markOf(token)?.classList.add("current");
 }
 
+function nameOf(piece) {
+  if (piece.trim()) return `“${piece.trim()}”`;
+  return piece.includes("\n") ? "a line break" : "a space";
+}
+
 function showBar() {
   const ours = shown && marks.id === shown.id && marks.order.length > 0;
   find("read-bar").hidden = !ours;
   if (!ours) return;
   const token = marks.order[marks.at];
-  const place = `${marks.at + 1} of ${marks.order.length}: “${shown.pieces[token].trim()}”`;
+  const place = `${marks.at + 1} of ${marks.order.length}: ${nameOf(shown.pieces[token])}`;
   const share = `${percent(marks.shares.get(token), 1)} of its attention`;
   const layers = `kept by ${shown.counts[token]} of ${shown.layers.length} layers`;
   find("read-text").textContent = `${place}, ${share}, ${layers}.`;
