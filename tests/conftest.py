@@ -24,8 +24,9 @@ import pytest  # noqa: E402
 _SLOW = """
 auto bench cli compact compact_commands compact_reference cuts ending evals_alone evals_board evals_bundled
 evals_code evals_coverage evals_needle evals_real evals_runs evals_stem eviction families forgetting
-identities kernels packaging retention rules saved select_rules selection servers stream terminal tiered
-tiered_recall tiered_stream train train_retention unfinished
+identities kernels packaging retention rules saved select_rules selection serve_page
+serve_page_access serve_page_documents servers stream terminal tiered tiered_recall
+tiered_stream train train_retention unfinished
 """.split()
 
 

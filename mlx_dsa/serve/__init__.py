@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server of many conversations at once, with a page."""
