@@ -31,9 +31,10 @@ LAYERS = [
     {"eviction"},
     {"attention"},
     {"patch"},
-    {"reach", "saved"},
+    {"maker", "reach", "saved"},
     {"unfinished"},
     {"presets"},
+    {"serve"},
     {"train", "evals", "bench"},
     {"cli"},
 ]  # fmt: skip
