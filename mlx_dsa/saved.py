@@ -16,7 +16,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from .cache import BudgetKVCache, FullKVCache
 from .maker import check_maker, maker_of
 from .patch import SparsePatch
-from .sealed import Damaged, NotSealed, read_sealed, write_sealed
+from .sealed import Damaged, NotSealed, peek_sealed, read_sealed, write_sealed
 
 _CLASSES: dict[str, type[Any]] = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache, ArraysCache)}
 _FORMAT = "mlx-dsa cache 5"
@@ -144,9 +144,7 @@ def write_saved(path: str | os.PathLike, arrays: Mapping[str, mx.array], header:
     return path
 
 
-def load_cache(
-    path: str | os.PathLike, patch: SparsePatch, maker: Mapping[str, Any] | None = None
-) -> SavedCache:
+def load_cache(path: str | os.PathLike, patch: SparsePatch, maker: Mapping[str, Any] | None = None) -> SavedCache:
     """Load caches for a patched model, to go on where they were saved.
 
     Args:
@@ -169,6 +167,33 @@ def load_cache(
     caches = unpack_caches(arrays, header)
     patch.adopt(caches)
     return SavedCache(caches, int(header["tokens"]), json.loads(header["metadata"]))
+
+
+def peek_saved(path: str | os.PathLike, patch: SparsePatch, maker: Mapping[str, Any]) -> dict[str, str]:
+    """Read what was saved with a cache, and verify nothing yet.
+
+    Args:
+        path, patch, maker: As in :func:`load_cache`.
+
+    Returns:
+        dict: The metadata.
+
+    Raises:
+        ValueError: If the file is of another kind, or was made with another model, other
+          indexers or other settings.
+    """
+    path = Path(path)
+    try:
+        header = peek_sealed(path)
+        if header.get("format") != _FORMAT:
+            raise NotSealed
+        _check_config(path, _settings_of(header), patch)
+        check_maker(path, json.loads(header["made by"]), maker)
+        return {str(name): str(value) for name, value in json.loads(header["metadata"]).items()}
+    except OSError as error:
+        raise ValueError(f"[load_cache] {path} can't be read: {error.strerror}.") from None
+    except (NotSealed, KeyError, TypeError, AttributeError):
+        raise ValueError(f"[load_cache] {path} is not a cache that this version saved, or is damaged.") from None
 
 
 def read_saved(path: str | os.PathLike) -> SavedSettings:

@@ -36,7 +36,7 @@ def segments_of(
     Returns:
         tuple: The segments, one after the other the prompt, and the kind of what is kept at the end of
         each: ``"system"``, ``"user"``, ``"context"`` (just before the last cut of a stream) or
-        ``"assistant"``.
+        ``"prompt"``, the last.
     """
     kinds: dict[int, str] = {}
     text = _render(tokenizer, messages, template)
@@ -78,7 +78,7 @@ def _cut(prompt: Sequence[int], kinds: dict[int, str], config: SparseConfig | No
     kinds.pop(0, None)
     places = sorted(kinds)
     segments = [prompt[a:b] for a, b in zip([0, *places], [*places, len(prompt)])]
-    return segments, [*(kinds[place] for place in places), "assistant"]
+    return segments, [*(kinds[place] for place in places), "prompt"]
 
 
 def _end_of_system(tokenizer, prompt, messages, template, text) -> int:
