@@ -21,7 +21,7 @@ PACKAGE = ROOT / "mlx_dsa"
 # Imports run from right to left only (docs/design.md, layout).
 LAYERS = [
     {"arrays", "blas", "config", "files", "fingerprint", "gguf", "hub", "machine", "plugins", "pictures", "positions",
-     "registry", "sealed", "texts", "versions"},
+     "registry", "sealed", "template", "texts", "versions"},
     {"startup", "tasks"},
     {"ops"},
     {"families", "indexer", "indexer_args", "selection", "cache", "checkpoint", "checkpoint_file", "chunks",

@@ -19,7 +19,7 @@ from ..reach import reach_of
 from ..unfinished import UnfinishedReading
 from .documents import check_text
 from .stats import Report, measure
-from .template import ChatTemplate
+from ..template import ChatTemplate
 
 # Tokens of a question for which what is cold is brought back one by one, and how many at once.
 _QUESTION, _PIECE = 512, 16
