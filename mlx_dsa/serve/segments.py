@@ -92,8 +92,8 @@ def _end_of_system(tokenizer, prompt, messages, template, text) -> int:
     if rendered is None:
         return 0
     # These are few tokens; what a merge over the edge makes another is left out.
-    begin = tokenizer.encode(text[: _common(text, rendered)], add_special_tokens=False)
-    return _common(begin, prompt)
+    begin = tokenizer.encode(text[: common(text, rendered)], add_special_tokens=False)
+    return common(begin, prompt)
 
 
 def _end_of_turn(tokenizer, prompt, messages, template, text) -> int:
@@ -101,14 +101,14 @@ def _end_of_turn(tokenizer, prompt, messages, template, text) -> int:
     later = _render(tokenizer, [*messages, *_SOME], template)
     if later is None:
         return 0
-    common = _common(text, later)
+    shared = common(text, later)
     # Encoding a whole prompt again would hold up whoever is being answered: what is not in
     # common is short, and begins with a mark of the template, which is a token by itself.
-    rest = tokenizer.encode(text[common:], add_special_tokens=False) if common < len(text) else []
+    rest = tokenizer.encode(text[shared:], add_special_tokens=False) if shared < len(text) else []
     n = len(prompt) - len(rest)
     if list(prompt[n:]) == rest:
         return n
-    return _common(tokenizer.encode(text[:common], add_special_tokens=False), prompt)
+    return common(tokenizer.encode(text[:shared], add_special_tokens=False), prompt)
 
 
 def _render(tokenizer, messages, template) -> str | None:
@@ -120,8 +120,12 @@ def _render(tokenizer, messages, template) -> str | None:
         return None
 
 
-def _common(a: Any, b: Any) -> int:
-    """Return the length of the longest common beginning of two texts or lists."""
+def common(a: Any, b: Any) -> int:
+    """Return the length of the longest common beginning of two texts or lists.
+
+    Args:
+        a, b (str or list): Them.
+    """
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2

@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..patch import SparsePatch
-from .copies import hold, trimmable, trimmed
+from .copies import hold, trimmed
+from .snapshot import Snapshot, common_tokens, key_of, usable
 from .store import SnapshotStore
 
 # A snapshot that was not cut to its budget yet may be this share of all; larger ones are cut.
 _SHARE = 4
 # Tokens that make it worth to read a file, or to write one.
 _WORTH_A_FILE = 64
-
-
-@dataclass(eq=False)
-class Snapshot:
-    """Caches that have read some tokens.
-
-    Args:
-        model (Any): The key of the model.
-        tokens (np.ndarray): The tokens, int32. Of what begins with a document the first is
-          the document's number, which is negative.
-        caches (list): One cache a layer.
-        kind (str): What ends there: see :func:`mlx_dsa.serve.segments.segments_of`.
-        turn (int): Where in it the last turn of a user ends, 0 where that is not known.
-    """
-
-    model: Any
-    tokens: np.ndarray
-    caches: list[Any]
-    kind: str
-    turn: int = 0
-    used: int = 0
-
-    def measure(self):
-        """Note what changes where caches are cut."""
-        self.nbytes = sum(cache.nbytes for cache in self.caches)
-        self.trimmable = trimmable(self.caches)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 class Snapshots:
@@ -72,6 +43,8 @@ class Snapshots:
         self._read: dict[int, list[Any]] = {}  # those that were
         self._clock = 0
         self._counts: Counter[str] = Counter()
+        # Has a document in memory, by its number, or raises: no model is asked with such a token.
+        self.bring: Callable[[int], None] = lambda number: None
 
     def attach(self, patch: SparsePatch | None):
         """Begin, once the model is loaded.
@@ -88,6 +61,11 @@ class Snapshots:
             self.store = None
         if self.store is not None and patch is not None:
             self.store.attach(patch)
+
+    @property
+    def maker(self) -> Mapping[str, Any]:
+        """What makes keys and values, where that is known."""
+        return self.store.maker if self.store is not None else {}
 
     def close(self):
         """Wait for what is being written."""
@@ -124,7 +102,9 @@ class Snapshots:
             mlx-lm needs to begin an answer.
         """
         tokens = list(tokens)
-        if _key(tokens) in self._reading:  # a document is the same whatever was read before
+        if tokens and tokens[0] < 0:
+            self.bring(tokens[0])
+        if key_of(tokens) in self._reading:  # a document is the same whatever was read before
             return None, tokens
         found = self._find(model, np.array(tokens, np.int32))
         self._counts["hits" if found else "misses"] += 1
@@ -196,25 +176,29 @@ class Snapshots:
             n (int): How many of them are the document's.
             number (int): The document's, negative.
         """
-        self._reading[_key(tokens[:n])] = self._reading[_key(tokens)] = number
+        self._reading[key_of(tokens[:n])] = self._reading[key_of(tokens)] = number
 
     def end_document(self, number: int) -> list[Any] | None:
         """Return a document's caches, ``None`` where it was not read to its end; expect it no more."""
         self._reading = {key: other for key, other in self._reading.items() if other != number}
         return self._read.pop(number, None)
 
-    def pin(self, number: int, name: str, tokens: Sequence[int], caches: list[Any]):
-        """Keep a document until :meth:`unpin`.
+    def name(self, number: int, name: str):
+        """Say what a document is called on disk."""
+        self._names[number] = name
+
+    def pin(self, number: int, tokens: Sequence[int], caches: list[Any]):
+        """Keep a document in memory until :meth:`unpin`.
 
         Args:
             number (int): What prompts begin with that ask it, in place of its first token.
-            name (str): What it is called on disk.
             tokens (sequence of int): Its tokens.
             caches (list): One cache a layer, cut to their budget.
         """
         document = Snapshot(None, np.array([number, *tokens[1:]], np.int32), caches, "document")
         document.measure()
-        self._documents[number], self._names[number] = document, name
+        self._documents[number] = document
+        self._touch(document)
 
     def unpin(self, number: int, forget: bool = False):
         """Keep a document no longer in memory.
@@ -240,7 +224,7 @@ class Snapshots:
         document = self._documents.get(int(tokens[0])) if len(tokens) else None
         there = [s for s in self._there if s.model == model] + ([document] if document else [])
         # Most tokens first; among equals what needs no trimming, and then what is newest.
-        reach = {s: _usable(s.tokens, tokens, s.trimmable) for s in there}
+        reach = {s: usable(s.tokens, tokens, s.trimmable) for s in there}
         order = sorted(there, key=lambda s: (reach[s], -len(s), s.used), reverse=True)
         most = reach[order[0]] if order else 0
         loaded = self._load(model, tokens, most)
@@ -259,7 +243,7 @@ class Snapshots:
         number = int(tokens[0])
         name = self._names.get(number, "")
         as_stored = np.concatenate([[0], tokens[1:]]).astype(np.int32) if name else tokens
-        found = [(_usable(s.tokens, as_stored, 0), s) for s in self.store.all() if s.document == name]
+        found = [(usable(s.tokens, as_stored, 0), s) for s in self.store.all() if s.document == name]
         for n, stored in sorted(found, key=lambda pair: pair[0], reverse=True):
             if n < most + _WORTH_A_FILE:
                 break
@@ -280,7 +264,7 @@ class Snapshots:
         for other in list(self._there):
             if other.model != snapshot.model:
                 continue
-            n = _common(other.tokens, snapshot.tokens)
+            n = common_tokens(other.tokens, snapshot.tokens)
             if n == len(snapshot) and self._replaces(other, snapshot):
                 other.turn = max(other.turn, snapshot.turn)
                 self._touch(other)
@@ -310,7 +294,7 @@ class Snapshots:
 
     def _reading_of(self, tokens: Sequence[int]) -> int | None:
         for key, number in self._reading.items():
-            if _key(tokens[: len(key) // 4]) == key:
+            if key_of(tokens[: len(key) // 4]) == key:
                 return number
         return None
 
@@ -321,7 +305,7 @@ class Snapshots:
     def _store_turn(self, answer: Snapshot):
         if self.store is None:
             return
-        asked = [s for s in self._there if s.turn and _common(s.tokens[: s.turn], answer.tokens) == s.turn]
+        asked = [s for s in self._there if s.turn and common_tokens(s.tokens[: s.turn], answer.tokens) == s.turn]
         if asked:
             self._store(max(asked, key=lambda s: s.turn))
 
@@ -337,22 +321,3 @@ class Snapshots:
         caches = trimmed(snapshot.caches, len(snapshot) - snapshot.turn)
         if caches is not None:
             self.store.save(tokens, name, caches)
-
-
-def _usable(read: np.ndarray, wanted: np.ndarray, takes_back: int) -> int:
-    """Return how many tokens of a prompt caches can stand for, one at least left to read."""
-    n = min(_common(read, wanted), len(wanted) - 1)
-    return n if len(read) - n <= takes_back else 0
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    n = min(len(a), len(b))
-    if not n:
-        return 0
-    differ = a[:n] != b[:n]
-    first = int(differ.argmax())
-    return first if differ[first] else n
-
-
-def _key(tokens: Sequence[int]) -> bytes:
-    return np.array(tokens, np.int32).tobytes()

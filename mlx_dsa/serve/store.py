@@ -85,7 +85,7 @@ class SnapshotStore:
         self._patch, self.maker = patch, maker_of(patch)
         for path, metadata in saved_in(self.folder, patch, self.maker, _SNAPSHOT):
             with suppress(OSError, KeyError, ValueError):
-                tokens = _unpacked(metadata["read"])
+                tokens = unpacked(metadata["read"])
                 about = path.stat()
                 self._stored[path] = Stored(path, tokens, metadata["document"], about.st_size, about.st_mtime)
         self._thread = threading.Thread(target=self._write, name="mlx-dsa snapshots", daemon=True)
@@ -138,7 +138,7 @@ class SnapshotStore:
         """
         assert self._patch is not None
         path = self._path(tokens, document)
-        metadata = {KIND: _SNAPSHOT, "read": _packed(tokens), "document": document}
+        metadata = {KIND: _SNAPSHOT, "read": packed(tokens), "document": document}
         self._patch.prune(caches)
         try:
             arrays, header = pack_saved(caches, self._patch, metadata, self.maker)
@@ -170,7 +170,7 @@ class SnapshotStore:
 
     def _path(self, tokens: np.ndarray, document: str) -> Path:
         assert self._patch is not None
-        return self.folder / f"{name_of(self.maker, self._patch, document, tokens.tobytes())}.safetensors"
+        return self.folder / f"{name_of(self.maker, repr(self._patch.config), document, tokens.tobytes())}.safetensors"
 
     def _write(self):
         while (item := self._queue.get()) is not None:
@@ -239,24 +239,25 @@ def saved_in(
         yield path, metadata
 
 
-def name_of(maker: Mapping[str, Any], patch: SparsePatch, *parts: str | bytes) -> str:
+def name_of(maker: Mapping[str, Any], *parts: str | bytes) -> str:
     """Return a file's name for what a model has read: 32 hexadecimal digits.
 
     Args:
         maker (Mapping): ``maker_of(patch)``.
-        patch (SparsePatch): Of the model.
-        *parts (str or bytes): What else tells it apart.
+        *parts (str or bytes): What else tells it apart, such as settings.
     """
-    digest = hashlib.sha256(json.dumps([maker, repr(patch.config)], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(maker, sort_keys=True).encode())
     for part in parts:
         data = part if isinstance(part, bytes) else part.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()[:32]
 
 
-def _packed(tokens: np.ndarray) -> str:
+def packed(tokens: np.ndarray) -> str:
+    """Return tokens for a header."""
     return base64.b64encode(tokens.astype("<i4").tobytes()).decode()
 
 
-def _unpacked(text: str) -> np.ndarray:
+def unpacked(text: str) -> np.ndarray:
+    """Return the tokens in a header."""
     return np.frombuffer(base64.b64decode(text, validate=True), "<i4").astype(np.int32)
