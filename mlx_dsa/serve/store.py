@@ -72,6 +72,7 @@ class SnapshotStore:
         self._queue: Queue[tuple[Stored, Any] | None] = Queue(_WAITING)
         self._thread: threading.Thread | None = None
         self._pending: set[Path] = set()
+        self._forgotten: set[str] = set()  # documents; what is being written of them must go, too
 
     def attach(self, patch: SparsePatch):
         """Look what is there for a model, in its thread.
@@ -152,11 +153,13 @@ class SnapshotStore:
         if nbytes > self.max_bytes:
             return
         with suppress(Full):
+            self._forgotten.discard(document)
             self._queue.put_nowait((Stored(path, tokens, document, nbytes, 0.0), (arrays, header)))
             self._pending.add(path)
 
     def forget(self, document: str):
         """Delete what begins with a document."""
+        self._forgotten.add(document)
         for stored in self.all():
             if stored.document == document:
                 self._remove(stored)
@@ -181,6 +184,8 @@ class SnapshotStore:
                 stored.nbytes, stored.used = about.st_size, about.st_mtime
                 with self._lock:
                     self._stored[stored.path] = stored
+                if stored.document in self._forgotten:
+                    self._remove(stored)
                 self._shrink()
             except (ValueError, OSError) as error:
                 logging.warning(f"{error} A conversation is not kept on disk.")
