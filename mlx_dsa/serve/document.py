@@ -14,9 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..config import SparseConfig
 from ..template import ChatTemplate
 from .errors import bad
-from .segments import common, turn_segments
-
-Prompt = tuple[list[int], list[list[int]], list[str], str, None]
+from .segments import Prompt, common, state_of, turn_segments
 
 
 @dataclass(eq=False)
@@ -140,7 +138,7 @@ class DocumentPrompts:
             prompt = [document.number, *document.tokens[1:], *rest]
             options = {**template, **(options or {})}
             segments, kinds = turn_segments(self._tokenizer, prompt, [*own, *turns], options, self._config)
-        return prompt, segments, kinds, self._state([*document.tokens[-1:], *rest]), None
+        return prompt, segments, kinds, state_of(self._tokenizer, rest), None
 
     def _cut(self, messages: list[Any], place: str, options: Mapping[str, Any]) -> tuple[str, str]:
         try:
@@ -152,11 +150,6 @@ class DocumentPrompts:
         if not found:
             raise bad("The model's chat template leaves out the message that the document stands before.")
         return before, after
-
-    def _state(self, tokens: list[int]) -> str:
-        tokenizer = self._tokenizer
-        thinks = tokenizer.has_thinking and tokenizer.rfind_think_start(tokens) > tokenizer.rfind_think_end(tokens)
-        return tokenizer.response_initial_state or ("reasoning" if thinks else "normal")
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text."""

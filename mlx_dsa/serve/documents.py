@@ -21,10 +21,11 @@ from ..texts import is_broken
 from .answer import listen
 from .bodies import plain_arguments
 from .copies import copies_of
-from .document import Document, DocumentPrompts, Prompt
+from .document import Document, DocumentPrompts
 from .errors import ApiError, Gone, bad, overloaded
 from .generation import Generation
 from .looks import Looks, kept_tokens
+from .segments import Prompt
 from .snapshots import Snapshots
 from .store import KIND, name_of, packed, saved_in, unpacked
 from .ticket import Request

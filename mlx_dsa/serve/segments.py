@@ -13,6 +13,42 @@ from ..config import SparseConfig
 _SOME = {"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}
 
 Segments = tuple[list[list[int]], list[str]]
+# The tokens, their segments and kinds, the state in which an answer begins, and no images.
+Prompt = tuple[list[int], list[list[int]], list[str], str, None]
+
+
+def prompt_of(
+    tokenizer: TokenizerWrapper,
+    messages: Sequence[Mapping[str, Any]],
+    template: Mapping[str, Any],
+    config: SparseConfig | None = None,
+) -> Prompt:
+    """Make the prompt of a chat, as ``_tokenize`` of mlx-lm's server returns it.
+
+    Args:
+        tokenizer, messages, template, config: As in :func:`segments_of`; each content is one text.
+
+    Returns:
+        tuple: All of it, with ``None`` for images.
+
+    Raises:
+        Exception: What the chat template raises.
+    """
+    prompt = tokenizer.apply_chat_template(
+        list(messages), **{**template, "tokenize": True, "add_generation_prompt": True}
+    )
+    return prompt, *segments_of(tokenizer, prompt, messages, template, config), state_of(tokenizer, prompt), None
+
+
+def state_of(tokenizer: TokenizerWrapper, prompt: Sequence[int]) -> str:
+    """Return in which state the answer to a prompt begins: ``"normal"`` or ``"reasoning"``.
+
+    Args:
+        tokenizer (TokenizerWrapper): The model's.
+        prompt (sequence of int): The prompt's tokens, or its last ones.
+    """
+    thinks = tokenizer.has_thinking and tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt)
+    return tokenizer.response_initial_state or ("reasoning" if thinks else "normal")
 
 
 def segments_of(

@@ -106,7 +106,7 @@ class Snapshots:
             self.bring(tokens[0])
         if key_of(tokens) in self._reading:  # a document is the same whatever was read before
             return None, tokens
-        found = self._find(model, np.array(tokens, np.int32))
+        found = self._find(model, np.array(tokens, np.int32)) if len(tokens) > 1 else None
         self._counts["hits" if found else "misses"] += 1
         if not found:
             return None, tokens
@@ -221,7 +221,7 @@ class Snapshots:
     # How it is done.
 
     def _find(self, model: Any, tokens: np.ndarray) -> tuple[list[Any], int] | None:
-        document = self._documents.get(int(tokens[0])) if len(tokens) else None
+        document = self._documents.get(int(tokens[0]))
         there = [s for s in self._there if s.model == model] + ([document] if document else [])
         # Most tokens first; among equals what needs no trimming, and then what is newest.
         reach = {s: usable(s.tokens, tokens, s.trimmable) for s in there}

@@ -89,6 +89,7 @@ class SnapshotStore:
                 tokens = unpacked(metadata["read"])
                 about = path.stat()
                 self._stored[path] = Stored(path, tokens, metadata["document"], about.st_size, about.st_mtime)
+        self._shrink()
         self._thread = threading.Thread(target=self._write, name="mlx-dsa snapshots", daemon=True)
         self._thread.start()
 
