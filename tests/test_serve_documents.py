@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache
 
-from mlx_dsa import load_preset, patch_sparse_generate
+from mlx_dsa import load_preset, patch_sparse_generate, saved
 from mlx_dsa.cli.conversation import Conversation
 from mlx_dsa.serve.bodies import plain_arguments
 from mlx_dsa.serve.documents import Documents
@@ -347,3 +347,21 @@ def test_a_question_on_a_long_prompt(start, preset):
     n_question = len(tokenizer.encode("Is it?<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False))
     assert (first[0], other[1], again[0]) == (0, n - n_question, n - 1)
     assert again[1] == first[1]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(start, text, tmp_path, monkeypatch, caplog):
+    server = start(tmp_path)
+    ident = server.documents.create(text, "prose")["id"]
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saved, "write_sealed", fail)
+    with pytest.raises(ApiError, match="No space left on device") as error:
+        server.documents.create(f"{text} More.", "more")
+    assert error.value.status == 503 and len(server.documents.listed()) == 1
+    with caplog.at_level(logging.WARNING):
+        assert "48213" in server.ask(ident, f"{QUESTION} Take your time, and look at each line. " * 4).text
+        server.stop()
+    assert [len(list((tmp_path / folder).iterdir())) for folder in ("documents", "snapshots")] == [1, 0]
+    assert any("No space left" in record.getMessage() for record in caplog.records)
