@@ -8,7 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .arrays import start_on
-from .cache import BudgetKVCache, FullKVCache, SparseKVCache
+from .batch import attend_rows
+from .cache import BudgetKVCache, FullKVCache, RowsCache, SparseKVCache
 from .chunks import cut_chunk, stream_cuts
 from .config import SparseConfig
 from .crossovers import PrefillPlan
@@ -42,6 +43,7 @@ class SparseAttention(nn.Module):
         eviction (Eviction): What keeps a budget cache to its budget.
         limit (PositionLimit): Warns where a text has more positions than the model.
         by_head (bool): Whether each key head keeps entries of its own.
+        joined (callable): Projects with one product, for steps of decode.
         starts (bool): Whether the device starts on a chunk of a prompt at this layer,
           while Python builds the layers after it.
     """
@@ -66,7 +68,7 @@ class SparseAttention(nn.Module):
         self.by_head = self.eviction.rule.by_head and config.cache == "budget"
         self.starts = False
         self.limit = PositionLimit(None)
-        self._joined = JoinedProjections(layer.module)
+        self.joined = JoinedProjections(layer.module)
 
     def __call__(
         self,
@@ -79,7 +81,7 @@ class SparseAttention(nn.Module):
         Args:
             x (mx.array): Normalised hidden states ``[B, L, dim]``.
             mask: Not read: mlx-lm builds it for the first layer's cache.
-            cache (SparseKVCache, optional): Without it the tokens
+            cache (SparseKVCache or RowsCache, optional): Without it the tokens
               are the whole text, of which only a stream drops something.
 
         Returns:
@@ -88,6 +90,8 @@ class SparseAttention(nn.Module):
         Raises:
             ValueError: If the cache was not made for this patch.
         """
+        if isinstance(cache, RowsCache):
+            return attend_rows(self, x, cache)
         streams = self.prefill == "stream"
         if cache is None:
             cache = BudgetKVCache(self.config.top_k) if streams else FullKVCache()
@@ -110,7 +114,16 @@ class SparseAttention(nn.Module):
         if x.shape[1] > 1 and cache.prompt.held == "decode":
             steps = [self(step, mask, cache) for step in mx.split(x, x.shape[1], axis=1)]
             return mx.concatenate(steps, axis=1)
-        in_prompt = cache.prompt.call(x.shape[1])
+        return self.attend(x, cache, x.shape[1])
+
+    def attend(self, x: mx.array, cache: SparseKVCache, n_tokens: int) -> mx.array:
+        """Run the layer as :meth:`__call__` does, for a cache of its own kind.
+
+        Args:
+            n_tokens (int): Tokens of the model's call: more than ``L`` where ``x`` was padded.
+        """
+        streams = self.prefill == "stream"
+        in_prompt = cache.prompt.call(n_tokens)
         if streams and cache.asks():
             in_prompt = False  # what is cold is recalled for it, as for a step of decode
         if in_prompt and streams:
@@ -118,12 +131,12 @@ class SparseAttention(nn.Module):
         else:
             cache.end_stream()
             if not in_prompt and cache.evicts:
-                self._make_room(cache)  # which may number entries anew
+                self.make_room(cache)  # which may number entries anew
             self.limit.check(cache, x.shape[1])
             read = self._prefill if in_prompt else self._decode
             # A sparse step is not bit for bit a dense one, so it takes the fastest way.
             is_sparse_step = not in_prompt and cache.size() >= self.config.top_k
-            linear = self._joined if is_sparse_step else None
+            linear = self.joined if is_sparse_step else None
             queries, keys, values, gate = self._project(x, cache, linear)
             output = read(x, queries, keys, values, cache)
         if self.by_head:
@@ -135,11 +148,11 @@ class SparseAttention(nn.Module):
     def join(self):
         """Project in steps of decode with one product; changes the wrapped layer's arrays
         to views with the same values."""
-        self._joined.join()
+        self.joined.join()
 
     def release(self):
         """Let go of what the layer shares with the one that it wraps."""
-        self._joined.release()
+        self.joined.release()
 
     def _project(self, x, cache, linear=None) -> Projected:
         projected = self.layer.project(x, cache.number, linear)
@@ -186,7 +199,7 @@ class SparseAttention(nn.Module):
             cache.append(keys, values, entry)
         return self._attend_exact(queries, probe, cache, cache.size())
 
-    def _make_room(self, cache):
+    def make_room(self, cache: Any):
         """Cut a cache to its budget where a prompt has left more; decide what a step drops."""
         if cache.size() > cache.budget:
             self.eviction.prune(cache, decoding=True)

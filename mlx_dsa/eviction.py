@@ -82,7 +82,7 @@ class Eviction:
         # Recent entries are never dropped, so their scores may come late.
         if cache.n_late >= min(self._config.n_recent, cache.most_late):
             cache.settle(self.project)
-        if self._plans and not cache.n_planned:
+        if self.plans and not cache.n_planned:
             # What entries are worth is decided, and no younger one can go before.
             cache.settle(self.project)
             cache.sort()
@@ -106,14 +106,15 @@ class Eviction:
             cache (BudgetKVCache): A full cache, changed in place.
             queries (mx.array, optional): Its queries ``[B, Hq, 1, D]``, where at hand.
         """
-        if self._plans:
+        if self.plans:
             cache.replace_planned(keys, values, x)
         else:
             cache.replace(self._least(x, cache), keys, values, x)
             self.credit(x, cache, queries)
 
     @property
-    def _plans(self) -> bool:
+    def plans(self) -> bool:
+        """Whether evictions are planned for many steps at once."""
         return steps_planned(self._config, self.rule) > 0
 
     def _plan(self, worth, size) -> tuple[mx.array, int]:
@@ -158,7 +159,7 @@ class Eviction:
         if self.rule.merges:
             cache.write_values(slots, self.rule.merged(cache, slots, scores))
         n_planned = 0
-        if decoding and self._plans and self.rule.is_final:
+        if decoding and self.plans and self.rule.is_final:
             kept = None if scores is None else mx.take_along_axis(scores, slots, axis=1)
             order, n_planned = self._plan(kept, cache.budget)
             slots = mx.take_along_axis(slots, order, axis=1)

@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from .arrays import evaluate, is_imprecise
 from .attention import SparseAttention
-from .cache import ColdFile, SparseKVCache, make_cache
+from .cache import ColdFile, RowsCache, SparseKVCache, make_cache
 from .cache.callers import find_caller
 from .cache.cold_file import claim
 from .config import SparseConfig
@@ -124,6 +124,8 @@ class SparsePatch:
         for i, sparse in self.layers.items():
             if sparse.by_head:
                 caches[i].rows_a_text = sparse.layer.n_kv_heads
+            if not self.keeps_all:  # mlx-lm makes one mask for all layers with attention
+                caches[i].merge = RowsCache
         empty = self._family.make_caches(self._model)
         self._caches.update(zip(caches, empty))
 

@@ -10,7 +10,7 @@ from builders import make_indexers, make_model, make_tokens
 from click.testing import CliRunner
 
 from mlx_dsa import SparseConfig
-from mlx_dsa.bench import BENCH_SHAPES, bench, check_contexts, end_to_end, models, random_model
+from mlx_dsa.bench import BENCH_SHAPES, bench, bench_rows, check_contexts, end_to_end, models, random_model
 from mlx_dsa.bench.models import BenchShape
 from mlx_dsa.cli import main
 from mlx_dsa.cli.subject import open_subject
@@ -291,3 +291,29 @@ def test_bad_input_is_one_line(small_shape, options, code, words):
     assert result.exit_code == code, result.output
     assert len(errors) == 1 and words in errors[0]
     assert "Traceback" not in result.output
+
+
+def test_rows_are_timed_in_turns_and_in_numbers_that_hold(subject):
+    model, indexers, config = subject
+    lines = []
+    found = list(bench_rows(model, indexers, config, [40], [1, 3], repeats=2, steps=4, report=lines.append))
+    assert [(line["rows"], line["kind"]) for line in lines] == [
+        (rows, kind) for rows in (1, 3) for _ in range(2) for kind in ("dense", "sparse")
+    ]
+    for row in found:
+        for kind in ("dense", "sparse"):
+            assert row[kind]["tokens_s"] == pytest.approx(1e3 * row["rows"] / row[kind]["decode_ms"], rel=0.5)
+        assert row["speedup"] == pytest.approx(row["dense"]["decode_ms"] / row["sparse"]["decode_ms"])
+    alone = list(bench_rows(model, indexers, config, [40], [2], repeats=1, steps=4, beside_dense=False))
+    assert "dense" not in alone[0] and "speedup" not in alone[0]
+
+
+def test_rows_on_the_command_line(small_shape, tmp_path):
+    options = "--model-shape tiny --top-k 24 --n-recent 8 --contexts 40 --repeats 1 --steps 4"
+    out = tmp_path / "rows.json"
+    result = CliRunner().invoke(main, ["bench", *options.split(), "--rows", "1,2", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert [row["rows"] for row in json.loads(out.read_text())["rows"]] == [1, 2]
+    assert "tokens/s" in result.output
+    result = CliRunner().invoke(main, ["bench", "--rows", "2", "--ops"])
+    assert result.exit_code == 2 and "--rows has no effect with --ops" in result.output

@@ -29,7 +29,7 @@ LAYERS = [
     {"search", "convert"},
     {"rules"},
     {"eviction"},
-    {"attention"},
+    {"attention", "batch"},
     {"patch"},
     {"maker", "reach", "saved"},
     {"unfinished"},

@@ -10,7 +10,7 @@ import pytest
 from builders import VOCAB, make_indexers, make_model, make_tokens
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
-from mlx_dsa import BudgetKVCache, load_preset, patch_sparse_generate
+from mlx_dsa import load_preset, patch_sparse_generate
 from mlx_dsa.serve import snapshots as module
 from mlx_dsa.serve.segments import plain_segments, segments_of
 from mlx_dsa.serve.snapshots import Snapshots
@@ -84,15 +84,10 @@ def close(a, b, within=1e-4):
     return mx.abs(a.logits - b.logits).max().item() <= within
 
 
-HAS_CUTS = hasattr(BudgetKVCache, "trimmable")  # a stream can be taken back to its last cut
-
-
 @pytest.mark.parametrize("settings", [STREAM, EXACT, None], ids=["stream", "exact", "dense"])
 @pytest.mark.parametrize("length", [40, 71, 72, 73, 100, 118, 121])
 def test_another_question_and_the_first_again(served, settings, length):
     """Of one prompt all is re-used but the question, of the same one all but a token."""
-    if settings is STREAM and length > 71 and not HAS_CUTS:
-        pytest.skip("a stream can't be taken back")
     text, questions = words(length), [words(12, seed=s) for s in (5, 6)]
     questions[1][0] = (questions[0][0] + 1) % VOCAB
     server = served(settings=settings)

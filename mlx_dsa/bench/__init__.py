@@ -3,6 +3,7 @@
 from .end_to_end import Pass, bench, check_contexts
 from .models import BENCH_SHAPES, BenchShape, random_model
 from .ops import OpsShape, Rates, bench_ops, measure_ops, measure_rates
+from .rows import bench_rows
 from .training import TRAINED, bench_training
 from .tune import tune
 
@@ -15,6 +16,7 @@ __all__ = [
     "TRAINED",
     "bench",
     "bench_ops",
+    "bench_rows",
     "bench_training",
     "check_contexts",
     "measure_ops",

@@ -5,6 +5,7 @@ from .cold import MemoryStore
 from .cold_file import ColdFile, FileStore
 from .full import FullKVCache
 from .making import make_cache
+from .rows import RowsCache
 from .sparse import SparseKVCache
 from .tiered import TieredKVCache
 
@@ -14,6 +15,7 @@ __all__ = [
     "FileStore",
     "FullKVCache",
     "MemoryStore",
+    "RowsCache",
     "SparseKVCache",
     "TieredKVCache",
     "make_cache",

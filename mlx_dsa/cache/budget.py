@@ -8,10 +8,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..ops import gather_rows, write_rows
+from .contents import pack, unpack
 from .late import LateStates
 from .numbers import Numbers
 from .observed import Observed
-from .prompt import PromptPhase
 from .sparse import SparseKVCache, snapshot
 
 # Steps that may leave something open, and the share of the budget that they may be.
@@ -39,11 +39,11 @@ class BudgetKVCache(SparseKVCache):
         n_planned (int): Entries, the last ones, that the next steps replace in order.
         rows_a_text (int): Rows that a text has: its key heads, where each keeps its own.
 
-    Raises:
-        ValueError: If the budget is below 1.
+    Raises ``ValueError`` if the budget is below 1.
     """
 
     evicts, phase, rows_a_text = True, 0, 1  # the last two of a cache that from_state builds
+    _cut_at = 1 << 62  # tokens seen when an entry was last dropped; likewise: as if just now
     _saves_memory = "for less memory lower top_k, the number of entries that it keeps"
 
     def __init__(self, budget: int, phase: int = 0):
@@ -67,6 +67,7 @@ class BudgetKVCache(SparseKVCache):
         self._late = LateStates(self.most_late)
         self._late_slots: list[mx.array] = []  # theirs, where no plan tells them
         self.n_planned = 0
+        self._cut_at = 0
 
     @property
     def n_late(self) -> int:
@@ -82,7 +83,7 @@ class BudgetKVCache(SparseKVCache):
             return self._positions[...]  # which writes in place don't reach
         # Steps of a plan leave their positions to be written when they are wanted.
         end = self._size - self.n_planned
-        new = mx.arange(self.offset - self.n_late, self.offset, dtype=mx.int32)
+        new = mx.arange(self.offset - self.n_late, self.offset, dtype=mx.int32)[None]
         new = mx.broadcast_to(new, (self._positions.shape[0], self.n_late))
         before, after = self._positions[:, : end - self.n_late], self._positions[:, end:]
         return mx.concatenate([before, new, after], axis=1)
@@ -136,9 +137,8 @@ class BudgetKVCache(SparseKVCache):
               scores, twice, ``[B, 1, L, 2]`` in float32.
         """
         if self.evicted:
-            B, L = entries[0].shape[0], entries[0].shape[2]
-            new = mx.arange(self.offset, self.offset + L, dtype=mx.int32)
-            new = mx.broadcast_to(new, (B, L))
+            B, _, L, _ = entries[0].shape
+            new = mx.broadcast_to(mx.arange(self.offset, self.offset + L, dtype=mx.int32), (B, L))
             self._positions = mx.concatenate([self._positions, new], axis=1)
         super().append(*entries)
         if self.evicted:
@@ -172,12 +172,11 @@ class BudgetKVCache(SparseKVCache):
         """Drop all entries but some, and forget the observed queries.
 
         Args:
-            slots (mx.array): Slots to keep ``[B, budget]``, of a sorted cache:
-              ascending, but for those that a plan lays last.
+            slots (mx.array): Slots to keep ``[B, budget]``, of a sorted cache, ascending.
             worth (mx.array, optional): What orders the entries ``[B, size]`` for
               later evictions, in place of the head's own scores.
-            n_planned (int): How many of the slots are laid last, in the order in
-              which the next steps replace them. Default: ``0``.
+            n_planned (int): How many of the slots, not ascending, are laid last, as by
+              :meth:`plan`. Default: ``0``.
         """
         if worth is not None:
             self.worth = worth
@@ -188,8 +187,7 @@ class BudgetKVCache(SparseKVCache):
         """Lay the entries that the next steps replace last, in their order.
 
         Args:
-            order (mx.array): The slots of a sorted cache that stay ``[B, n]`` or
-              ``[1, n]``, int32, in their new order.
+            order (mx.array): The slots of a sorted cache that stay ``[B, n]`` or ``[1, n]``, in their new order.
             n_planned (int): How many entries the next steps replace.
         """
         B = self._buffers[0].shape[0]
@@ -199,8 +197,7 @@ class BudgetKVCache(SparseKVCache):
     def renumber(self, turn: Callable[[mx.array, mx.array], mx.array]):
         """Number entries from 0 on, in the order of the text, after a prune or a plan;
         ``turn`` rotates keys ``[B, Hkv, n, D]`` on by ``[B, n]`` positions."""
-        held = self.positions, self.offset, self.keys
-        self._buffers[0] = self._numbers.renew(*held, turn, self._sorted)
+        self._buffers[0] = self._numbers.renew(self.positions, self.offset, self.keys, turn, self._sorted)
         self._tie(*self._numbers.arrays)
 
     def _set_planned(self, n: int):
@@ -220,18 +217,14 @@ class BudgetKVCache(SparseKVCache):
         for buffer, new in zip(self._buffers, (keys, values)):
             buffer[..., slot : slot + 1, :] = new
         self._add_late(x)
-        self.offset += 1
-        self._set_planned(self.n_planned - 1)
+        self.advance(1)
 
     def replace(self, slots: mx.array, keys: mx.array, values: mx.array, x: mx.array):
         """Overwrite one entry a batch row with the next token's.
 
         Args:
             slots (mx.array): The slot in each row ``[B]``, int32.
-            keys (mx.array): ``[B, Hkv, 1, D]``.
-            values (mx.array): ``[B, Hkv, 1, D]``.
-            x (mx.array): The token's hidden state ``[B, 1, dim]``, for
-              :meth:`settle`.
+            keys, values, x (mx.array): As of :meth:`replace_planned`.
         """
         # A copy the first time: the property's array is shared.
         positions = mx.array(self.positions) if not self.evicted else self._positions
@@ -242,25 +235,24 @@ class BudgetKVCache(SparseKVCache):
         self._late_slots.append(slots)
         self._add_late(x)
         self._tie(self._positions)
-        self.offset += 1
+        self.offset = self._cut_at = self.offset + 1
         self._sorted = False
 
     def _add_late(self, x: mx.array):
-        written = self._late.add(x)
-        if written is not None:
+        if (written := self._late.add(x)) is not None:
             self._tie(written)
 
     def settle(self, project: Callable[[mx.array, int], Sequence[mx.array]]):
         """Make the index keys and retention scores of the latest steps' entries.
 
         Args:
-            project (callable): From hidden states ``[B, n, dim]`` and the position of
-              the first to what :meth:`append` takes after keys and values.
+            project (callable): From hidden states ``[B, n, dim]`` and the first one's
+              position to what :meth:`append` takes after keys and values.
         """
         if not self.n_late:
             return
         end = self._size - self.n_planned
-        if not self._late_slots:
+        if self._positions is not None and not self._late_slots:
             late = mx.arange(self.offset - self.n_late, self.offset, dtype=mx.int32)
             self._positions[:, end - self.n_late : end] = late
         entries = project(self._late.join(), self.offset - self.n_late)
@@ -271,8 +263,36 @@ class BudgetKVCache(SparseKVCache):
             elif new is not None:
                 self._buffers[i][..., end - self.n_late : end, :] = new
         self._late.clear()
-        self._late_slots = []
+        self._late_slots.clear()
         self._tie(*self._buffers[2:], self._positions)
+
+    # Entries that another object keeps for a while: see Stack.
+
+    def advance(self, n: int):
+        """Note the next ``n`` tokens: each replaced a planned entry, or came after the last one."""
+        self.offset += n
+        if self.n_planned:
+            self._cut_at = self.offset
+            self._set_planned(self.n_planned - n)
+        else:
+            self._size += n
+
+    def park(self) -> list[mx.array | None]:
+        """Hand over all that entries have, and what is late, up to :meth:`unpark`."""
+        buffers, self._buffers = [self._fetch(i) for i in range(len(self._buffers))], None
+        self._parked_at = self._size - self.n_planned
+        self._late.clear()
+        return buffers
+
+    def unpark(self, buffers: list[mx.array | None], late: mx.array | None):
+        """Take entries back, and what is late ``[B, n, dim]``, after :meth:`advance`."""
+        self._buffers = buffers
+        if self._positions is not None:
+            n = self._size - self.n_planned - self._parked_at
+            new = mx.arange(self.offset - n, self.offset, dtype=mx.int32)
+            self._positions[:, self._parked_at : self._parked_at + n] = new
+        if late is not None:
+            self._late.add(late)
 
     def sort(self):
         """Put the slots in the order of their positions."""
@@ -284,8 +304,10 @@ class BudgetKVCache(SparseKVCache):
         positions = self.positions
         self._numbers.take(positions, slots)
         self._positions = mx.take_along_axis(positions, slots, axis=1)
-        held = [self._fetch(i) for i in range(len(self._buffers))]
+        held = map(self._fetch, range(len(self._buffers)))
         self._buffers = [x if x is None else gather_rows(x, slots) for x in held]
+        if slots.shape[1] < self._size:
+            self._cut_at = self.offset
         self._size = slots.shape[1]
         self._tie(*self._buffers[2:], self._positions, *self._numbers.arrays)
 
@@ -300,51 +322,29 @@ class BudgetKVCache(SparseKVCache):
     @property
     def contents(self) -> list[Any]:
         """What a copy needs: arrays, whole numbers and ``None``."""
-        late: list[Any] = [None, None]
-        if self.n_late:
-            late[0] = self._late.join()
-            if self._late_slots:
-                late[1] = mx.stack(self._late_slots, axis=1)
-        window: list[Any] = [None, None, None]
-        if self.observed is not None:
-            window = [*self.observed[:2], mx.array(self.observed.positions, mx.int32)]
-        state = [
-            *(self.keys, self.values, self.index_keys, self.offset, self.prompt.code),
-            *(self.positions if self.evicted else None, int(self._sorted)),
-            *(self.budget, self.n_planned),
-            *self._numbers.contents,
-            *window,
-            *late,
-            *(self._fetch(i) for i in range(3, len(self._buffers or ()))),
-        ]
-        return snapshot(state)
+        return snapshot(pack(self))
 
     @contents.setter
     def contents(self, contents: Sequence[Any]):
-        keys, values, index_keys, self.offset, prompt, *rest = snapshot(contents)
-        self.prompt = PromptPhase.from_code(prompt, getattr(self, "prompt", None))
-        self._positions, in_order, self.budget, self.n_planned, *rest = rest
-        self._numbers = Numbers()
-        self._numbers.contents, rest = rest[:5], rest[5:]
-        *window, late, late_slots = rest[:5]
-        self._late = LateStates(self.most_late)
-        if late is not None:
-            self._late.add(late)
-        self._buffers = None if keys is None else [keys, values, index_keys, *rest[5:]]
-        self._late_slots = []
-        if late_slots is not None:
-            self._late_slots = [late_slots[:, i] for i in range(self.n_late)]
-        self._size = 0 if keys is None else keys.shape[2]
-        self._sorted = bool(in_order)
-        queries, weights, at = window
-        self.observed = None if queries is None else Observed(queries, weights, tuple(at.tolist()))
+        unpack(self, snapshot(contents))
 
     def _is_trimmable(self) -> bool:
         return not self.evicted
 
+    @property
+    def trimmable(self) -> int:
+        """As of every cache; where entries have been dropped, the tokens since then."""
+        return max(0, self.offset - self._cut_at) if self.evicted else self.offset
+
     def trim(self, n: int) -> int:
         """Take back the newest ``n`` tokens; return how many were."""
-        n = super().trim(n)
+        if self.evicted and 0 < n <= self.trimmable:
+            self.sort()
+            self._size, self.offset = self._size - n, self.offset - n
+            self._positions = self._positions[:, : self._size]
+            self.prompt.reopen()
+        else:
+            n = super().trim(n)
         if self.observed is not None and n:
             self.observed = self.observed.before(self.offset)
         return n

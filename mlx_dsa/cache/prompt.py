@@ -55,6 +55,11 @@ class PromptPhase:
         self._ended = True
         return True
 
+    @property
+    def decodes(self) -> bool:
+        """Whether a call of one token now would be a step of decode."""
+        return self.held == "decode" if self.held else self._decoding or self._ended
+
     def state_was_read(self):
         """Note that the cache's ``state`` was read."""
         if self._ended and (not self._had_chunk or self._singles == 1):

@@ -29,11 +29,14 @@ class SparseKVCache:
         companion (Any): What a rule of selecting has built over the first entries, or
           ``None``. It is told of entries that are taken back (``trim(size)``), and no
           copy of the cache has it.
+        merge (callable): Where a patch gives it: from caches of one layer to the rows of a
+          batch; mlx-lm batches what has it.
     """
 
     step = 256
     evicts = recalls = False
     companion: Any = None
+    merge: Callable[[Sequence[Any]], Any]
     _saves_memory: str
 
     def __init__(self):
@@ -225,6 +228,11 @@ class SparseKVCache:
 
     def _is_trimmable(self) -> bool:
         return True
+
+    @property
+    def trimmable(self) -> int:
+        """How many of the newest tokens :meth:`trim` can take back."""
+        return self.offset if self._is_trimmable() else 0
 
     def trim(self, n: int) -> int:
         """Take back the newest ``n`` tokens; return how many were."""

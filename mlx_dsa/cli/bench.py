@@ -20,6 +20,7 @@ from ..crossovers import resolve_auto
 from ..families import family_of
 from ..files import write_text
 from ..machine import device, runs_float32, versions
+from .bench_rows import run_rows
 from .bench_training import check_options, run_training
 from .command import Command
 from .eval.options import Numbers
@@ -40,6 +41,12 @@ from .subject import Subject, open_subject, subject_options
     help="Tokens of the prompts.",
 )
 @click.option("--ops", is_flag=True, help="Time the operations of prefill one by one.")
+@click.option(
+    "--rows",
+    type=Numbers(),
+    metavar="N,...",
+    help="Time decode of so many conversations at once, by mlx-lm's BatchGenerator.",
+)
 @click.option("--train", is_flag=True, help="Time steps of mlx-dsa train, which needs no indexers.")
 @click.option(
     "--of",
@@ -78,6 +85,7 @@ from .subject import Subject, open_subject, subject_options
 def bench(
     contexts: list[int],
     ops: bool,
+    rows: list[int] | None,
     train: bool,
     of: tuple[str, ...],
     repeats: int | None,
@@ -95,12 +103,14 @@ def bench(
     timed but the training of what it needs.
     """
     if train:
-        _refuse("train", ops=ops, repeats=repeats, alone=alone, plot=plot)
+        _refuse("train", ops=ops, rows=rows, repeats=repeats, alone=alone, plot=plot)
         check_options(given)
     elif of:
         raise click.UsageError("--of goes with --train.")
     if ops:
-        _refuse("ops", steps=steps, alone=alone, plot=plot)
+        _refuse("ops", rows=rows, steps=steps, alone=alone, plot=plot)
+    if rows:
+        _refuse("rows", plot=plot)
     subject = open_subject(**given)
     config = {"model": subject.name, **({} if train else asdict(subject.config))}
     config["contexts"] = contexts
@@ -116,7 +126,11 @@ def bench(
             else:
                 config["steps"] = steps = steps or 256
                 options: dict[str, Any] = {"repeats": repeats, "steps": steps, "chunk": chunk}
-                result = _end_to_end(subject, contexts, alone, options, write)
+                if rows:
+                    config["rows"] = rows
+                    result = run_rows(subject, contexts, rows, alone, options, write)
+                else:
+                    result = _end_to_end(subject, contexts, alone, options, write)
                 config |= result.pop("config")
         result |= {"config": config, "device": device(), "versions": versions()}
         if out:

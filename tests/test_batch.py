@@ -1,0 +1,261 @@
+"""Rows of a batch answer as alone: with any rule, of any length, whenever they join and leave."""
+
+import copy
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from builders import SHAPES, make_model
+from family_models import FAMILIES, family_model
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from simulate import LOGITS
+from test_cuts import RULES, WAYS, kept, make_text
+from test_retention import with_heads
+
+from mlx_dsa import patch_sparse_generate
+from mlx_dsa.cache import RowsCache, stack
+from mlx_dsa.registry import rule_names
+
+LENGTHS = [60, 9, 31, 17, 100]
+MORE_WAYS = {
+    **WAYS,
+    "stream": dict(cache="budget", prefill="stream", stream_chunk=16, positions="compact"),
+    "snapkv-by-head": dict(cache="budget", evict="snapkv:by_head=true"),
+    "h2o": dict(cache="budget", evict="h2o"),
+    "blend": dict(cache="budget", evict="blend"),
+    "few-recent": dict(cache="budget", n_recent=2),
+}
+
+
+@pytest.fixture(scope="module")
+def small():
+    model = make_model(**SHAPES["gqa2"], vocab=1024)
+    return model, with_heads(model)
+
+
+def prompts():
+    return [make_text(n, seed=n)[0].tolist() for n in LENGTHS]
+
+
+class Script:
+    """Sample tokens that are in no prompt and come once: of two of one, either may be evicted,
+    as rounding has it, which differs by the number of rows."""
+
+    def __init__(self, prompt):
+        unseen = np.setdiff1d(np.arange(1024), prompt)
+        self.tokens = np.random.default_rng(len(prompt)).permutation(unseen).tolist()
+
+    def __call__(self, logprobs):
+        return mx.array([self.tokens.pop(0)])
+
+
+def alone(model, prompt, n, cache=None, step=32, script=None):
+    cache = make_prompt_cache(model) if cache is None else cache
+    options = dict(max_tokens=n, prompt_cache=cache, prefill_step_size=step, sampler=Script(script or prompt))
+    steps = generate_step(mx.array(prompt), model, **options)
+    tokens, logprobs = zip(*((int(t), np.array(p)) for t, p in steps))
+    return list(tokens), np.stack(logprobs), cache
+
+
+def together(model, prompts, counts, later=None, step=32, caches=None):
+    """Answer prompts in one batch; return by row the tokens, log-probabilities and caches.
+
+    ``later``: prompts and counts by the step after which they join.
+    """
+    batch = BatchGenerator(model, prefill_step_size=step)
+    results, later = {}, {0: list(zip(prompts, counts)), **(later or {})}
+    n = 0
+    while later or any(r[2] is None for r in results.values()):
+        if n in later:
+            texts, counts = zip(*later.pop(n))
+            samplers = [Script(text) for text in texts]
+            caches = caches and list(caches)
+            uids = batch.insert(list(texts), list(counts), samplers=samplers, caches=caches)
+            results |= {uid: ([], [], None) for uid in uids}
+        n += 1
+        for r in batch.next()[1]:
+            tokens, logprobs, _ = results[r.uid]
+            tokens.append(r.token)
+            logprobs.append(np.array(r.logprobs))
+            if r.finish_reason is not None:
+                results[r.uid] = (tokens, logprobs, r.prompt_cache)
+    batch.close()
+    return [(tokens, np.stack(logprobs), cache) for tokens, logprobs, cache in results.values()]
+
+
+def same_answer(one, other):
+    return one[0] == other[0] and np.abs(one[1] - other[1]).max() < LOGITS
+
+
+@pytest.mark.parametrize("way", MORE_WAYS)
+@pytest.mark.parametrize("shape", ["gqa2", "moe"])
+def test_rows_of_unequal_length_answer_as_alone(way, shape):
+    model = make_model(**SHAPES[shape], vocab=1024)
+    with patch_sparse_generate(model, with_heads(model), **{**RULES, **MORE_WAYS[way]}):
+        rows = together(model, prompts(), [40, 12, 70, 33, 1])
+        for prompt, row in zip(prompts(), rows):
+            mine = alone(model, prompt, len(row[0]))
+            assert same_answer(mine, row)
+            # mlx-lm has read one token more alone than it has given.
+            assert [c.offset for c in row[2]] == [c.offset - (len(row[0]) < 1) for c in mine[2]]
+
+
+@pytest.mark.parametrize("way", ["retention", "compact", "keydiff", "stream", "full"])
+def test_rows_join_and_leave_at_any_step(small, way):
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **{**RULES, **MORE_WAYS[way]}):
+        texts = prompts()
+        later = {3: [(texts[2], 50)], 20: [(texts[3], 5), (texts[4], 60)], 33: [(texts[0], 20)]}
+        rows = together(model, texts[:2], [45, 80], later)
+        asked = texts[:2] + [texts[2], texts[3], texts[4], texts[0]]
+        for prompt, row in zip(asked, rows):
+            assert same_answer(alone(model, prompt, len(row[0])), row)
+
+
+@pytest.mark.parametrize("way", MORE_WAYS)
+def test_what_a_row_leaves_goes_on(small, way):
+    """What a finished row's cache holds answers the next turn as a conversation alone does."""
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **{**RULES, **MORE_WAYS[way]}):
+        rows = together(model, prompts(), [40, 12, 70, 33, 9])
+        for i, (prompt, row) in enumerate(zip(prompts(), rows)):
+            cache = alone(model, prompt, len(row[0]))[2]
+            assert kept(cache) == kept(row[2])
+            turn = make_text(37, seed=70 + i)[0].tolist()
+            assert same_answer(alone(model, turn, 30, cache), alone(model, turn, 30, row[2]))
+        turns = [make_text(20 + 9 * i, seed=80 + i)[0].tolist() for i in range(len(rows))]
+        mine = [alone(model, t, 30, [c.copy() for c in row[2]]) for t, row in zip(turns, rows)]
+        theirs = together(model, turns, [30] * len(rows), caches=[row[2] for row in rows])
+        assert all(map(same_answer, mine, theirs))
+
+
+@pytest.mark.parametrize("evict", rule_names("evict"))
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+def test_any_rule_of_forgetting(small, evict, positions):
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **{**RULES, "evict": evict, "positions": positions}):
+        rows = together(model, prompts()[:3], [33, 60, 12], {5: [(prompts()[4], 40)]})
+        for prompt, row in zip([*prompts()[:3], prompts()[4]], rows):
+            assert same_answer(alone(model, prompt, len(row[0])), row)
+
+
+SELECT = [n for n in rule_names("select") if n not in ("projections", "hnsw", "sparsek")] + ["sparsek:window=6"]
+
+
+@pytest.mark.parametrize("select", SELECT)
+def test_any_rule_of_selecting(small, select):
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **{**RULES, "select": select, "cache": "full"}):
+        rows = together(model, prompts()[:3], [33, 60, 12], {5: [(prompts()[4], 40)]})
+        for prompt, row in zip([*prompts()[:3], prompts()[4]], rows):
+            assert same_answer(alone(model, prompt, len(row[0])), row)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_family(family):
+    model = family_model(family, vocab_size=1024)
+    with patch_sparse_generate(model, None, select="oracle", **{**RULES, "evict": "keydiff"}):
+        rows = together(model, prompts()[:3], [33, 60, 12], {5: [(prompts()[4], 40)]})
+        for prompt, row in zip([*prompts()[:3], prompts()[4]], rows):
+            assert same_answer(alone(model, prompt, len(row[0])), row)
+
+
+def test_budgets_are_one_array_in_decode(small, monkeypatch):
+    """Or the tests above would say nothing of it."""
+    model, indexers = small
+    seen = []
+    original = mx.fast.scaled_dot_product_attention
+
+    def attention(queries, *arguments, **options):
+        seen.append((queries.shape[0], queries.shape[2]))
+        return original(queries, *arguments, **options)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
+    with patch_sparse_generate(model, indexers, **RULES):
+        together(model, prompts(), [40] * 5)
+    assert seen.count((5, 1)) >= 2 * 36
+    seen.clear()
+    with patch_sparse_generate(model, indexers, **{**RULES, "evict": "index"}):
+        together(model, prompts(), [40] * 5)
+    assert (5, 1) not in seen
+
+
+@pytest.mark.parametrize("evict", ["retention", "keydiff"])
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+def test_rows_that_are_not_full_grow_together(small, monkeypatch, evict, positions):
+    model, indexers = small
+    monkeypatch.setattr(stack, "_STEP", 8)
+    rules = {**RULES, "top_k": 64, "n_recent": 16, "evict": evict, "positions": positions}
+    with patch_sparse_generate(model, indexers, **rules):
+        texts = prompts()[:4] + [make_text(3, seed=5)[0].tolist()]
+        rows = together(model, texts, [90, 100, 40, 120, 130], {7: [(prompts()[4], 30)], 70: [(texts[4], 9)]})
+        for prompt, row in zip([*texts, prompts()[4], texts[4]], rows):
+            assert same_answer(alone(model, prompt, len(row[0])), row)
+
+
+def test_a_wrong_row_would_show(small):
+    """The control: another row's numbers give another answer."""
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **RULES):
+        rows = together(model, prompts(), [20] * 5)
+        assert not same_answer(alone(model, prompts()[1], 20), rows[0])
+
+
+def test_a_batch_that_is_split_shares_what_it_can(small):
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **RULES):
+        caches = [alone(model, prompt, 3)[2][0] for prompt in prompts()[:3]]
+        batch = caches[0].merge(caches)
+        other = copy.deepcopy(batch)
+        batch.filter([0, 2])
+        other.filter([1])
+        assert batch.rows == [caches[0], caches[2]] and other.rows == [caches[1]]
+        third = copy.deepcopy(batch)  # both go on: the one that goes on first copies
+        (row, _), _ = third.parts(1)
+        assert row is not caches[0] and batch.rows[0] is caches[0]
+
+
+def test_padding_on_the_left_is_refused(small):
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **RULES):
+        batch = RowsCache(make_prompt_cache(model)[:1])
+        with pytest.raises(ValueError, match="right"):
+            batch.prepare(left_padding=[1])
+
+
+def test_a_layer_left_dense_is_not_batched(small):
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **RULES, dense_layers=(0,)):
+        assert not hasattr(make_prompt_cache(model)[1], "merge")
+    with patch_sparse_generate(model, indexers, **RULES):
+        assert all(hasattr(c, "merge") for c in make_prompt_cache(model))
+
+
+# What can be taken back: a server asks the same prompt another question.
+
+
+@pytest.mark.parametrize("evict", ["retention", "keydiff", "index", "window"])
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+def test_tokens_since_a_streams_last_cut_can_be_taken_back(small, evict, positions):
+    model, indexers = small
+    rules = {**RULES, "prefill": "stream", "stream_chunk": 16, "evict": evict, "positions": positions}
+    text, other = make_text(77, seed=1)[0].tolist(), make_text(40, seed=9)[0].tolist()
+    with patch_sparse_generate(model, indexers, **rules) as patch:
+        caches = make_prompt_cache(model)
+        for start in range(0, 77, 30):
+            mx.eval(model(mx.array([text[start : min(start + 30, 77)]]), cache=caches), [c.state for c in caches])
+        assert [c.trimmable for c in caches] == [13, 13]  # since 64
+        assert not any(c.is_trimmable() for c in caches)
+        for n in (1, 6, 13):
+            taken = [c.copy() for c in caches]
+            assert [c.trimmable for c in taken] == [13, 13]
+            assert [c.trim(n) for c in taken] == [n, n]
+            mine = alone(model, text[: 77 - n] + other, 20, script=text + other)
+            assert same_answer(mine, alone(model, other, 20, taken, script=text + other))
+            back = [c.copy() for c in caches]  # the control: one token less
+            assert [c.trim(n - 1) for c in back] == [n - 1, n - 1]
+            assert not same_answer(mine, alone(model, other, 20, back, script=text + other))
+        assert [c.trim(14) for c in caches] == [0, 0]  # what was cut is gone
+        patch.prune(caches)
+        assert [c.trimmable for c in caches] == [0, 0]
