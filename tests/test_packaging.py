@@ -34,8 +34,7 @@ LAYERS = [
     {"maker", "reach", "saved"},
     {"unfinished"},
     {"presets"},
-    {"serve"},
-    {"train", "evals", "bench"},
+    {"train", "evals", "bench", "serve"},
     {"cli"},
 ]  # fmt: skip
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
