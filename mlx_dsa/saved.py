@@ -14,10 +14,10 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, KVCache
 
 from .cache import BudgetKVCache, FullKVCache
-from .fingerprint import fingerprint
+from .maker import check_maker, maker_of
 from .patch import SparsePatch
 from .saved_before import FORMATS, named_contents
-from .sealed import Damaged, NotSealed, read_sealed, write_sealed
+from .sealed import Damaged, NotSealed, peek_sealed, read_sealed, write_sealed
 
 _CLASSES: dict[str, type[Any]] = {c.__name__: c for c in (BudgetKVCache, FullKVCache, KVCache, ArraysCache)}
 _FORMAT = "mlx-dsa cache 6"
@@ -97,16 +97,40 @@ def save_cache(
         ValueError: If the caches are empty or of a kind that can't be saved, or
           the file can't be written.
     """
+    return write_saved(path, *pack_saved(caches, patch, metadata))
+
+
+def pack_saved(
+    caches: Sequence[Any],
+    patch: SparsePatch,
+    metadata: Mapping[str, str] | None = None,
+    maker: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Make what :func:`save_cache` writes, for :func:`write_saved`.
+
+    Args:
+        caches, patch, metadata: As there.
+        maker (Mapping, optional): ``maker_of(patch)``, where it is known: making it reads
+          all weights. Default: ``None``.
+
+    Returns:
+        tuple: Arrays, and strings for the header.
+    """
     patch.end_prompts(caches)
     arrays, packed = pack_caches(caches, "save_cache")
     header = {
         "format": _FORMAT,
-        "made by": json.dumps(maker_of(patch)),
+        "made by": json.dumps(maker or maker_of(patch)),
         "config": json.dumps(dataclasses.asdict(patch.config)),
         **packed,
         "tokens": str(caches[min(patch.layers)].offset),
         "metadata": json.dumps(dict(metadata or {})),
     }
+    return arrays, header
+
+
+def write_saved(path: str | os.PathLike, arrays: Mapping[str, mx.array], header: Mapping[str, str]) -> Path:
+    """Write what :func:`pack_saved` made: see :func:`save_cache`."""
     path = Path(path)
     try:
         write_sealed(path, arrays, header)
@@ -118,13 +142,14 @@ def save_cache(
     return path
 
 
-def load_cache(path: str | os.PathLike, patch: SparsePatch) -> SavedCache:
+def load_cache(path: str | os.PathLike, patch: SparsePatch, maker: Mapping[str, Any] | None = None) -> SavedCache:
     """Load caches for a patched model, to go on where they were saved.
 
     Args:
         path (str or PathLike): A file of :func:`save_cache`.
         patch (SparsePatch): A patch of the same model, with the same indexers and
           the same settings of what a cache keeps.
+        maker (Mapping, optional): As in :func:`pack_saved`. Default: ``None``.
 
     Returns:
         SavedCache: The caches, the tokens read, and the metadata.
@@ -136,10 +161,37 @@ def load_cache(path: str | os.PathLike, patch: SparsePatch) -> SavedCache:
     path = Path(path)
     arrays, header = _read(path)
     _check_config(path, _settings_of(header), patch)
-    _check_maker(path, json.loads(header["made by"]), maker_of(patch))
+    check_maker(path, json.loads(header["made by"]), maker or maker_of(patch))
     caches = unpack_caches(arrays, header)
     patch.adopt(caches)
     return SavedCache(caches, int(header["tokens"]), json.loads(header["metadata"]))
+
+
+def peek_saved(path: str | os.PathLike, patch: SparsePatch, maker: Mapping[str, Any]) -> dict[str, str]:
+    """Read what was saved with a cache, and verify nothing yet.
+
+    Args:
+        path, patch, maker: As in :func:`load_cache`.
+
+    Returns:
+        dict: The metadata.
+
+    Raises:
+        ValueError: If the file is of another kind, or was made with another model, other
+          indexers or other settings.
+    """
+    path = Path(path)
+    try:
+        header = peek_sealed(path)
+        if header.get("format") != _FORMAT:
+            raise NotSealed
+        _check_config(path, _settings_of(header), patch)
+        check_maker(path, json.loads(header["made by"]), maker)
+        return {str(name): str(value) for name, value in json.loads(header["metadata"]).items()}
+    except OSError as error:
+        raise ValueError(f"[load_cache] {path} can't be read: {error.strerror}.") from None
+    except (NotSealed, KeyError, TypeError, AttributeError):
+        raise ValueError(f"[load_cache] {path} is not a cache that this version saved, or is damaged.") from None
 
 
 def read_saved(path: str | os.PathLike) -> SavedSettings:
@@ -240,58 +292,6 @@ def _rebuilt(name: str, contents: Mapping[str, Any]) -> Any:
     cache = BudgetKVCache(1) if name == BudgetKVCache.__name__ else _CLASSES[name]()
     cache.contents = contents
     return cache
-
-
-def maker_of(patch: SparsePatch) -> dict[str, Any]:
-    """Return what decides the keys and values that a patched model makes of a text.
-
-    Args:
-        patch (SparsePatch): Of the model.
-
-    Returns:
-        dict: As JSON gives it back: fingerprints of ``"model"`` and ``"indexer"``, and
-        ``"settings"`` that tell models apart by name.
-    """
-    modules = patch.dense_modules()
-    indexers = {
-        f"{i}.{name}": module
-        for i, layer in patch.layers.items()
-        for name, module in (layer.indexer.named_modules() if layer.indexer else ())
-    }
-    dtype = next(iter(patch.layers.values())).layer.dtype
-    quantized = next((m for m in modules.values() if hasattr(m, "bits")), None)
-    made_by = {
-        "model": fingerprint(modules)._asdict(),
-        "indexer": fingerprint(indexers)._asdict(),
-        # What is likely to differ where a form does, to name it.
-        "settings": {
-            **dataclasses.asdict(modules[""].args),
-            "dtype": str(dtype).removeprefix("mlx.core."),
-            "bits of a weight": quantized and quantized.bits,
-        },
-    }
-    return json.loads(json.dumps(made_by, default=str))
-
-
-def _check_maker(path: Path, stored: Mapping[str, Any], mine: Mapping[str, Any]):
-    for of in ("model", "indexer"):
-        if stored[of]["form"] != mine[of]["form"]:
-            raise ValueError(
-                f"[load_cache] {path} was made with {_difference(of, stored, mine)}. Load "
-                f"what it was made with, or make the cache again."
-            )
-        if stored[of]["weights"] != mine[of]["weights"]:
-            raise ValueError(
-                f"[load_cache] {path} was made with other {of} weights. Load those, or make the cache again."
-            )
-
-
-def _difference(of: str, stored: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
-    then, now = stored["settings"], mine["settings"]
-    for name in then | now if of == "model" else ():
-        if then.get(name) != now.get(name):
-            return f"{name} = {then.get(name)} but the model has {now.get(name)}"
-    return f"another form of {of}"
 
 
 def _check_config(path: Path, stored: Mapping[str, Any], patch: SparsePatch):

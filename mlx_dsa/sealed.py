@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -75,6 +76,31 @@ def read_sealed(path: str | os.PathLike) -> tuple[dict[str, mx.array], dict[str,
         raise Damaged
     loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)  # of its forms, a pair
     return loaded
+
+
+def peek_sealed(path: str | os.PathLike) -> dict[str, str]:
+    """Read the header of a file that :func:`write_sealed` wrote, of which nothing is verified.
+
+    Args:
+        path (str or PathLike): The file.
+
+    Returns:
+        dict: Its strings.
+
+    Raises:
+        NotSealed: If it was not written so, or its beginning is damaged.
+        OSError: If it can't be read.
+    """
+    with Path(path).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= _LARGEST_HEADER else b""
+    try:
+        strings = json.loads(header)["__metadata__"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise NotSealed from None
+    if _PLACE.search(header) is None or not all(isinstance(text, str) for text in strings.values()):
+        raise NotSealed
+    return strings
 
 
 def _digest(path: Path) -> tuple[int, bytes, bytes]:

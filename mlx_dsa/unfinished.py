@@ -15,8 +15,9 @@ import mlx.core as mx
 import numpy as np
 
 from . import __version__, blas
+from .maker import maker_of
 from .patch import SparsePatch
-from .saved import PART, maker_of, pack_caches, unpack_caches
+from .saved import PART, pack_caches, unpack_caches
 from .sealed import Damaged, NotSealed, read_sealed, write_sealed
 from .versions import package_version
 

@@ -9,9 +9,8 @@ import mlx.core as mx
 import pytest
 from local_models import write_indexers, write_model
 
-from mlx_dsa import load_preset, patch_sparse_generate
+from mlx_dsa import load_preset, patch_sparse_generate, template
 from mlx_dsa.cli import conversation as module
-from mlx_dsa.cli import template
 from mlx_dsa.cli.conversation import Conversation
 from mlx_dsa.cli.interrupt import Interrupt
 from mlx_dsa.presets import load_model

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "mlx_dsa"
 # Imports run from right to left only (docs/design.md, layout).
 LAYERS = [
     {"arrays", "blas", "config", "files", "fingerprint", "gguf", "hub", "machine", "plugins", "pictures", "positions",
-     "registry", "sealed", "texts", "versions"},
+     "registry", "sealed", "template", "texts", "versions"},
     {"startup", "tasks"},
     {"ops"},
     {"families", "indexer", "indexer_args", "selection", "cache", "checkpoint", "checkpoint_file", "chunks",
@@ -31,10 +31,10 @@ LAYERS = [
     {"eviction"},
     {"attention", "batch"},
     {"patch"},
-    {"reach", "saved", "saved_before"},
+    {"maker", "reach", "saved", "saved_before"},
     {"unfinished"},
     {"presets"},
-    {"train", "evals", "bench"},
+    {"train", "evals", "bench", "serve"},
     {"cli"},
 ]  # fmt: skip
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -13,8 +13,8 @@ from local_models import write_indexers, write_model
 from test_compress import options, refused, run
 
 from mlx_dsa.cli.shades import places_of, share_of, tenths, write_page
-from mlx_dsa.cli.template import ChatTemplate
 from mlx_dsa.presets import load_model, resource
+from mlx_dsa.template import ChatTemplate
 
 TEXT = 'One <b>&amp;</b> "two" \u00e9\u65e5\u672c \U0001f600\U0001f469\u200d\U0001f680.\n\n  End\x1b of\x7fit \ufb01'
 

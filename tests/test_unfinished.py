@@ -285,7 +285,7 @@ def test_other_settings_of_reading_are_refused(folder, half_read):
 
 def test_a_template_that_tells_the_time_goes_on(folder, half_read, whole, monkeypatch):
     """What was read before the document stays, as the first run had it."""
-    from mlx_dsa.cli.template import ChatTemplate
+    from mlx_dsa.template import ChatTemplate
 
     render = ChatTemplate._render
     monkeypatch.setattr(ChatTemplate, "_render", lambda *a, **k: "Sunday\n" + render(*a, **k))
@@ -294,7 +294,7 @@ def test_a_template_that_tells_the_time_goes_on(folder, half_read, whole, monkey
 
 
 def test_another_tokenizer_is_refused(folder, half_read, monkeypatch):
-    from mlx_dsa.cli.template import ChatTemplate
+    from mlx_dsa.template import ChatTemplate
 
     encode = ChatTemplate.encode
     monkeypatch.setattr(ChatTemplate, "encode", lambda self, text: encode(self, text)[1:])

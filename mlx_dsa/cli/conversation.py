@@ -16,10 +16,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..chunks import chunk_size
 from ..patch import patch_of
 from ..reach import reach_of
+from ..template import ChatTemplate
 from ..unfinished import UnfinishedReading
 from .documents import check_text
 from .stats import Report, measure
-from .template import ChatTemplate
 
 # Tokens of a question for which what is cold is brought back one by one, and how many at once.
 _QUESTION, _PIECE = 512, 16
