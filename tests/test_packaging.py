@@ -34,7 +34,7 @@ LAYERS = [
     {"reach", "saved"},
     {"unfinished"},
     {"presets"},
-    {"train", "evals", "bench"},
+    {"train", "evals", "bench", "serve"},
     {"cli"},
 ]  # fmt: skip
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
