@@ -187,7 +187,8 @@ def serve(
     server = Server(open_provider(settings, _short(name), options, dense), options)
     if not is_loopback(host) and not options.api_key:
         click.echo(f"Warning: anyone who reaches {host} may ask. Set --api-key.", err=True)
-    how = "dense" if dense else describe_config(server.provider.config)
+    running = server.provider.config
+    how = describe_config(running) if running else "dense"
     click.echo(f"{server.name}: {how}", err=True)
     _run(server)
 

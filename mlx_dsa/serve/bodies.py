@@ -193,7 +193,7 @@ def check_model(asked: Any, name: str) -> None:
         raise ApiError(404, f"The model {shown!r} is not served here; {name!r} is.", "model_not_found")
 
 
-def _check_number(body: dict[str, Any], key: str, low: float, high: float, types: tuple[type, ...]) -> None:
+def _check_number(body: dict[str, Any], key: str, low: float, high: float, types: tuple[Any, ...]) -> None:
     value = body.get(key)
     if value is None:
         return
@@ -305,7 +305,7 @@ def _arguments(
     if seed is not None and xtc > 0:
         raise bad("'seed' and 'xtc_probability' exclude each other.", "unsupported")
     return GenerationArguments(
-        model=ModelDescription(name, None, None),
+        model=ModelDescription(name, "", ""),
         sampling=SamplingArguments(
             temperature=temperature if temperature >= _LEAST_TEMP else 0.0,
             top_p=body.get("top_p", options.top_p),

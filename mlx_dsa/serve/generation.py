@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from queue import Empty, Queue
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 from mlx_lm.server import CompletionRequest, GenerationArguments, ResponseGenerator
@@ -49,7 +49,8 @@ class Generation(ResponseGenerator):
         self._tokenizing = threading.Lock()
         self._rows: Rows | None = None
         self._in_flight: set[Ticket] = set()
-        super().__init__(provider, prompt_cache)
+        self.provider = provider
+        super().__init__(cast(Any, provider), prompt_cache)
 
     # Any thread.
 
@@ -69,7 +70,7 @@ class Generation(ResponseGenerator):
         """
         self._check_open()
         self._check_queue()
-        provider = self.model_provider
+        provider = self.provider
         with self._tokenizing:
             prompt, segments, types, state = self._prompt_of(request, args)
             self._check_context(prompt, args)
@@ -198,7 +199,7 @@ class Generation(ResponseGenerator):
         self, request: CompletionRequest, args: GenerationArguments
     ) -> tuple[list[int], list[list[int]], list[str], str]:
         try:
-            prompt, segments, types, state, *_ = self._tokenize(self.model_provider.tokenizer, request, args)
+            prompt, segments, types, state, *_ = self._tokenize(self.provider.tokenizer, request, args)
         except ApiError:
             raise
         # A chat template is a program that came with the model: it can raise anything.
@@ -218,7 +219,7 @@ class Generation(ResponseGenerator):
         return super()._tokenize(tokenizer, request, args)
 
     def _check_context(self, prompt: list[int], args: GenerationArguments) -> None:
-        n, reach = len(prompt), self.model_provider.reach
+        n, reach = len(prompt), self.provider.reach
         most = self.options.max_context
         code = "context_length_exceeded"
         if most is not None and n >= most:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from mlx_lm.server import CompletionRequest
 
@@ -38,7 +38,8 @@ class Handler(Connection):
         found = pages.static_file(path) if pages and self.command in ("GET", "HEAD") else None
         if found is not None:
             self.endpoint = "page"
-            self.send_bytes(*found, headers=pages.HEADERS)
+            body, content_type = found
+            self.send_bytes(body, content_type, headers=pages.HEADERS)
         return found is not None
 
     def _send_health(self, _rest: str) -> None:
@@ -66,7 +67,13 @@ class Handler(Connection):
         app = self.app
         asked = read(kind, self.read_json(), app.options, app.name, app.provider.vocab_size)
         request = Request(
-            asked.kind, asked.prompt, asked.messages, asked.tools, None, document=asked.document, tokens=asked.tokens
+            cast(Any, asked.kind),
+            asked.prompt,
+            asked.messages,
+            asked.tools,
+            None,
+            document=asked.document,
+            tokens=asked.tokens,
         )
         self._adopt(asked)
         ticket = app.generation.submit(request, asked.arguments)
@@ -103,7 +110,7 @@ class Handler(Connection):
         context = next(pieces)
         context.tool_parser = checked_parser(context.tool_parser)
         self._answer = Answer(ticket, context, pieces)
-        generator, self.response_generator = self.response_generator, self._answer
+        generator, self.response_generator = self.response_generator, cast(Any, self._answer)
         try:
             self.handle_completion(request, ticket.args.stop_words)
         finally:

@@ -192,6 +192,7 @@ class HttpServer(ThreadingHTTPServer):
 
     def __init__(self, host: str, port: int, handler: Any, max_connections: int):
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        address: Any
         self.address_family, _, _, _, address = infos[0]
         self._free = threading.Semaphore(max_connections)
         super().__init__(address, handler)
@@ -201,7 +202,8 @@ class HttpServer(ThreadingHTTPServer):
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
+        name, self.server_port = self.server_address[:2]
+        self.server_name = str(name)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer a connection in a thread of its own, if there may be one more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache
 
 
 class PlainCache(LRUPromptCache):
@@ -15,7 +15,7 @@ class PlainCache(LRUPromptCache):
         caches, rest = super().fetch_nearest_cache(model, tokens)
         if rest or caches is None:
             return caches, rest
-        if can_trim_prompt_cache(caches) and trim_prompt_cache(caches, 1) == 1:
+        if can_trim_prompt_cache(caches) and all(cache.trim(1) == 1 for cache in caches):
             return caches, tokens[-1:]
         return None, tokens
 

@@ -99,7 +99,7 @@ def token_bytes(model: nn.Module) -> int:
     Args:
         model (nn.Module): From mlx-lm.
     """
-    args = getattr(model, "args", None)
+    args: Any = getattr(model, "args", None)
     heads = getattr(args, "num_key_value_heads", None) or getattr(args, "num_attention_heads", None)
     if not heads:
         return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.server import Response
@@ -86,8 +86,8 @@ class Row:
             self._detokenizer.finalize()
         text = self._detokenizer.last_segment
         wanted = self.ticket.args.logprobs
-        logprob = logprobs[token].item() if wanted else 0.0
-        top = top_tokens(logprobs, self.ticket.args.top_logprobs) if wanted else ()
+        logprob = float(cast(float, logprobs[token].item())) if wanted else 0.0
+        top: Any = top_tokens(logprobs, self.ticket.args.top_logprobs) if wanted else ()
         end = None if finish == "stop" else self._stop_text.end_in(text)
         if end is None:
             self._answer = Response(text, token, logprob, finish, top)
@@ -95,7 +95,7 @@ class Row:
                 self.ticket.put(self._answer)
             return finish
         self.ticket.put(Response(text[:end], token, logprob, None, top))
-        self._answer = Extra("", token, 0.0, "stop", ())
+        self._answer = Extra("", token, 0.0, "stop", cast(Any, ()))
         return "stop"
 
     def end(self, caches: list[Any] | None, n_seen: int) -> None:

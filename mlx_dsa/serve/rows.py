@@ -34,7 +34,7 @@ class Rows:
 
     def __init__(self, owner: Generation):
         self._owner = owner
-        self._provider = owner.model_provider
+        self._provider = owner.provider
         self._stream = mx.default_stream(mx.default_device())
         self._rows: dict[int, Row] = {}
         self._alone: Iterator[None] | None = None

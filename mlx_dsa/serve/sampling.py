@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors, make_sampler
@@ -38,7 +38,7 @@ def sampler_of(args: GenerationArguments, special: list[int]) -> Sampler:
 
 def _seeded(args: GenerationArguments) -> Sampler:
     how = args.sampling
-    key = [mx.random.key(args.seed % 2**64)]
+    key = [mx.random.key((args.seed or 0) % 2**64)]
 
     def sample(logprobs: mx.array) -> mx.array:
         if 0 < how.top_p < 1:
@@ -113,5 +113,5 @@ def top_tokens(logprobs: mx.array, n: int) -> tuple[dict[str, Any], ...]:
     if n <= 0:
         return ()
     best = mx.argpartition(-logprobs, kth=n - 1)[:n]
-    pairs = zip(best.tolist(), logprobs[best].tolist())
+    pairs: Any = zip(cast(Any, best.tolist()), cast(Any, logprobs[best].tolist()))
     return tuple({"id": i, "logprob": p} for i, p in sorted(pairs, key=lambda pair: -pair[1]))
