@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 import time
+from http.client import HTTPMessage
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -33,6 +34,7 @@ class Connection(APIHandler):
     """
 
     protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.0"  # of a request that says none: there is a status in every answer
     disable_nagle_algorithm = True
     rfile: Any
     wfile: Any
@@ -59,6 +61,7 @@ class Connection(APIHandler):
         self._body_left = -1  # not known
         self.endpoint = ""
         self.command = self.path = self.requestline = ""
+        self.headers = HTTPMessage()
         self.request_version = "HTTP/1.1"
         self._headers_buffer: list[bytes] = []
         self.close_connection = True
@@ -269,7 +272,7 @@ class Connection(APIHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what the standard library refuses."""
-        self._fail(ApiError(code, f"{message or 'The request is not valid'}."[:300]))
+        self._fail(ApiError(code if code < 500 else 400, f"{message or 'The request is not valid'}."[:300]))
 
     def version_string(self) -> str:
         """Name the server."""

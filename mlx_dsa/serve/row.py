@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.server import Response
+from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, SPMStreamingDetokenizer
 
 from .metrics import Metrics
 from .provider import dense_bytes
@@ -33,6 +34,8 @@ class Row:
         self._metrics = metrics
         self._token_nbytes = token_nbytes
         self._detokenizer = tokenizer.detokenizer
+        if ticket.request.request_type == "text":
+            keep_first_space(self._detokenizer)
         self._stop_text = StopText(ticket.args.stop_words)
         self._began = time.perf_counter()
         self._first_at: float | None = None
@@ -123,6 +126,12 @@ class Row:
             figures["entries_kept"] = max(map(entries_of, caches), default=0)
             figures["kv_bytes"] = sum(cache.nbytes for cache in caches)
         return {name: value for name, value in figures.items() if value is not None}
+
+
+def keep_first_space(detokenizer: Any) -> None:
+    """Let what continues a text begin with a space: mlx-lm takes the first one of any answer away."""
+    if isinstance(detokenizer, (BPEStreamingDetokenizer, SPMStreamingDetokenizer)):
+        detokenizer.text, detokenizer.offset = " ", 1
 
 
 def entries_of(cache: Any) -> int:

@@ -13,7 +13,7 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..patch import patch_of
-from .errors import Gone, overloaded
+from .errors import overloaded
 from .row import Row, cut_segments
 from .sampling import processors_of, sampler_of, try_out
 from .ticket import Ticket
@@ -137,16 +137,10 @@ class Rows:
     def step(self) -> None:
         """Take each row a step further."""
         if self._alone is not None:
-            row = self._rows[-1]
             try:
                 next(self._alone)
             except StopIteration:
                 self._forget(-1)
-            except Exception as error:
-                self._forget(-1)
-                if not isinstance(error, Gone):
-                    row.ticket.cancel()
-                    raise
             return
         assert self._batch is not None
         read, written = self._batch.next()
@@ -192,8 +186,9 @@ class Rows:
         model, ticket = self._provider.model, row.ticket
         caches = make_prompt_cache(model) if caches is None else caches
         *parts, last = cut_segments(ticket, row.n_cached)
-        n_read = 0
-        total = len(ticket.prompt) - row.n_cached
+        if len(last) > 1:  # as mlx-lm's batches do: the last token is read by itself
+            parts, last = [*parts, last[:-1]], last[-1:]
+        n_read, total = 0, len(ticket.prompt) - row.n_cached
         for part in parts:
             for begin in range(0, len(part), self._owner.options.prompt_chunk):
                 chunk = part[begin : begin + self._owner.options.prompt_chunk]
@@ -203,13 +198,6 @@ class Rows:
                 yield
             if row.types:
                 self._keep_copy(ticket.prompt[: row.n_cached + n_read], caches, row.types.pop(0))
-
-        def progress(done: int, _total: int) -> None:
-            row.read(n_read + done, total)
-            self._owner.run_calls()
-            if row.is_cancelled:
-                raise Gone
-
         tokens = ticket.prompt[:]
         matcher = ticket.stop_sequences.matcher()
         steps = generate_step(
@@ -220,9 +208,8 @@ class Rows:
             sampler=sampler,
             logits_processors=processors,
             prompt_cache=caches,
-            prefill_step_size=self._owner.options.prompt_chunk,
-            prompt_progress_callback=progress,
         )
+        row.read(total, total)
         for n, (token, logprobs) in enumerate(steps, 1):
             tokens.append(int(token))
             finish = "length" if n >= ticket.args.max_tokens else None
