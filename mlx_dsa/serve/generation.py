@@ -173,6 +173,11 @@ class Generation(ResponseGenerator):
         with self._wake:
             return self._wake.wait_for(lambda: not self._in_flight or not self.generation_available(), timeout)
 
+    def wait_until_told(self, seconds: float) -> None:
+        """Wait until every client has been told what became of its request, for some time at most."""
+        with self._wake:
+            self._wake.wait_for(lambda: not self._in_flight, seconds)
+
     def stop_and_join(self) -> None:
         """End the thread; what is in flight gets an error."""
         self.is_draining = True
@@ -310,7 +315,11 @@ class Generation(ResponseGenerator):
         # In the thread that made them, as mlx-lm does.
         rows.close()
         del self.prompt_cache
-        self.model_provider.reset()
+        self.provider.reset()
+        # A step begun ahead would still run when Python ends, and take the process down (SIGABRT).
+        mx.synchronize()
+        if hasattr(mx, "clear_streams"):
+            mx.clear_streams()
 
 
 def _told(error: Exception) -> Exception:

@@ -195,6 +195,7 @@ class HttpServer(ThreadingHTTPServer):
         address: Any
         self.address_family, _, _, _, address = infos[0]
         self._free = threading.Semaphore(max_connections)
+        self._open: dict[Any, threading.Thread] = {}
         super().__init__(address, handler)
 
     def server_bind(self) -> None:
@@ -226,10 +227,26 @@ class HttpServer(ThreadingHTTPServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer a connection."""
+        self._open[request] = threading.current_thread()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self._open.pop(request, None)
             self._free.release()
+
+    def close_connections(self, seconds: float) -> None:
+        """Close what is open, and wait for its threads: one that lives on when Python ends can take it down.
+
+        Args:
+            seconds (float): How long to wait.
+        """
+        end = time.monotonic() + seconds
+        for connection, thread in list(self._open.items()):
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            thread.join(max(0.0, end - time.monotonic()))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Tell what no handler has caught, in a line."""

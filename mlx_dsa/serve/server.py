@@ -119,5 +119,7 @@ class Server:
         if self._thread is not None:
             self._http.shutdown()
             self._thread.join()
-        self._http.server_close()
         self.generation.stop_and_join()
+        self.generation.wait_until_told(2.0)
+        self._http.close_connections(5.0)
+        self._http.server_close()
