@@ -96,7 +96,7 @@ class Server:
         """Return whether a request may ask, by the key it shows."""
         if self._key is None:
             return True
-        return hmac.compare_digest((key or "").encode("utf-8", "surrogateescape"), self._key)
+        return hmac.compare_digest((key or "").encode("latin-1", "replace"), self._key)
 
     def start(self) -> None:
         """Listen, in a thread of its own."""
