@@ -158,6 +158,7 @@ def serve(
     # Not at the top: mlx-lm's server takes a second to import.
     from ..serve import ServeOptions, Server
     from ..serve.guard import is_loopback
+    from ..serve.http import check_address
     from ..serve.provider import open_provider
 
     settings = settings_from(dense=dense, preset=preset, model=model, config=config, **given)
@@ -182,6 +183,7 @@ def serve(
         min_p=min_p,
         think=think,
     )
+    check_address(host, port)
     _log()
     hint_at_blas()
     server = Server(open_provider(settings, _short(name), options, dense), options)

@@ -175,6 +175,23 @@ class ChunkedWriter:
         self._out.write(b"0\r\n\r\n")
 
 
+def check_address(host: str, port: int) -> None:
+    """Refuse an address that can't be listened at, before a model is loaded for it.
+
+    Args:
+        host (str): The address.
+        port (int): The port.
+
+    Raises:
+        ValueError: If it is taken, or not of this machine.
+    """
+    try:
+        HttpServer(host, port, None, 1).server_close()
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no address"
+        raise ValueError(f"[serve] can't listen at {host}, port {port}: {reason}.") from None
+
+
 class HttpServer(ThreadingHTTPServer):
     """Listen, with a thread a connection and a bound on connections.
 
