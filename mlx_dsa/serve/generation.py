@@ -46,7 +46,7 @@ class Generation(ResponseGenerator):
         self._waiting: deque[Ticket] = deque()
         self._calls: deque[tuple[Callable[[], Any], Queue[Any]]] = deque()
         self._wake = threading.Condition()
-        self._tokenizing = threading.Lock()
+        self.tokenizing = threading.Lock()
         self._rows: Rows | None = None
         self._in_flight: set[Ticket] = set()
         self.provider = provider
@@ -71,7 +71,7 @@ class Generation(ResponseGenerator):
         self._check_open()
         self._check_queue()
         provider = self.provider
-        with self._tokenizing:
+        with self.tokenizing:
             prompt, segments, types, state = self._prompt_of(request, args)
             self._check_context(prompt, args)
             stops = self._make_state_machine(provider.model_key, provider.tokenizer, args.stop_words)

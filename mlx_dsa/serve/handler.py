@@ -102,7 +102,7 @@ class Handler(Connection):
             self.object_type += ".chunk"
 
     def _answer_with(self, ticket: Ticket, request: CompletionRequest) -> None:
-        generation, self._n_told = self.app.generation, 0
+        generation, self._n_told, self._called = self.app.generation, 0, False
         self._ticket = ticket
         pieces: Iterator[Any] = listen(
             ticket, lambda seconds: generation.next_said(ticket, seconds), self.has_gone, self._tell_progress
@@ -152,6 +152,9 @@ class Handler(Connection):
         answer = self._answer
         assert answer is not None
         parts.pop("token_logprobs", None), parts.pop("top_tokens", None)
+        self._called |= bool(parts.get("tool_calls"))
+        if finish_reason == "tool_calls" and not self._called:
+            finish_reason = "stop"  # a call that could not be parsed is none
         if len(counts) > 1:
             counts = (counts[0], answer.n_tokens, *counts[2:])
         response: dict = super().generate_response(text, finish_reason, *counts, **parts)  # type: ignore[arg-type]

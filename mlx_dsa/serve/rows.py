@@ -12,7 +12,6 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..patch import patch_of
 from .errors import overloaded
 from .row import Row, cut_segments
 from .sampling import processors_of, sampler_of, try_out
@@ -223,13 +222,9 @@ class Rows:
             yield
 
     def _read(self, tokens: list[int], caches: list[Any]) -> None:
-        patch = patch_of(self._provider.model)
         with mx.stream(self._stream):
-            if patch is None:
-                self._provider.model(mx.array([tokens]), cache=caches)
-            else:
-                with patch.reading(caches):
-                    self._provider.model(mx.array([tokens]), cache=caches)
+            self._provider.model(mx.array([tokens]), cache=caches)
+            # Also tells sparse caches that a call of one token was of a prompt.
             mx.eval([cache.state for cache in caches])
         mx.clear_cache()
 
