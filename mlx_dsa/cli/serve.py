@@ -156,10 +156,13 @@ def serve(
     answers that are being written end; a second one stops at once.
     """
     # Not at the top: mlx-lm's server takes a second to import.
-    from ..serve import ServeOptions, Server
-    from ..serve.guard import is_loopback
-    from ..serve.http import check_address
-    from ..serve.provider import open_provider
+    try:
+        from ..serve import ServeOptions, Server
+        from ..serve.guard import is_loopback
+        from ..serve.http import check_address
+        from ..serve.provider import open_provider
+    except ImportError as error:
+        raise ValueError(f"[serve] this needs mlx-lm 0.32.2 or newer ({error}). Upgrade it.") from None
 
     settings = settings_from(dense=dense, preset=preset, model=model, config=config, **given)
     name = subject_name(settings, preset, model, config).removeprefix("preset ")

@@ -17,6 +17,7 @@ from .metrics import Metrics
 from .options import ServeOptions
 from .provider import Provider
 from .rows import Rows
+from .seams import part
 from .ticket import Request, Ticket
 
 T = TypeVar("T")
@@ -46,7 +47,9 @@ class Generation(ResponseGenerator):
         self._waiting: deque[Ticket] = deque()
         self._calls: deque[tuple[Callable[[], Any], Queue[Any]]] = deque()
         self._wake = threading.Condition()
-        self.tokenizing = threading.Lock()
+        self.tokenizing = threading.RLock()
+        self.documents: Any = None
+        self._segments = part("segments")
         self._rows: Rows | None = None
         self._in_flight: set[Ticket] = set()
         self.provider = provider
@@ -221,7 +224,20 @@ class Generation(ResponseGenerator):
             segments = request.segments or [request.tokens]
             types = request.segment_types or ["assistant"] * len(segments)
             return request.tokens, segments, types, "normal", None
-        return super()._tokenize(tokenizer, request, args)
+        document = getattr(request, "document", None)
+        if request.request_type != "chat" or not tokenizer.has_chat_template:
+            if document is not None:
+                raise bad("Only a chat can ask a document.")
+            return super()._tokenize(tokenizer, request, args)
+        options = args.chat_template_kwargs or {}
+        if document is not None:
+            if self.documents is None:
+                raise ApiError(404, "There is no such document.", "not_found")
+            return self.documents.tokenize(document, request.messages, request.tools, options)
+        if self._segments is None:
+            return super()._tokenize(tokenizer, request, args)
+        template = {"tools": request.tools, **self.options.template_arguments, **options}
+        return self._segments.prompt_of(tokenizer, request.messages, template, self.provider.config)
 
     def _check_context(self, prompt: list[int], args: GenerationArguments) -> None:
         n, reach = len(prompt), self.provider.reach
@@ -314,6 +330,7 @@ class Generation(ResponseGenerator):
             answer.put((None, error))
         # In the thread that made them, as mlx-lm does.
         rows.close()
+        getattr(self.prompt_cache, "close", lambda: None)()
         del self.prompt_cache
         self.provider.reset()
         # A step begun ahead would still run when Python ends, and take the process down (SIGABRT).

@@ -96,6 +96,7 @@ class Handler(Connection):
         self.logprobs, self.top_logprobs = args.logprobs, args.top_logprobs
         self.chat_template_kwargs = args.chat_template_kwargs
         is_chat = asked.kind == "chat"
+        self.created = int(time.time())
         self.request_id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4()}"
         self.object_type = "text_completion" if not is_chat else "chat.completion"
         if is_chat and asked.stream:

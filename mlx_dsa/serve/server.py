@@ -15,7 +15,7 @@ from .http import HttpServer
 from .metrics import Metrics
 from .options import ServeOptions
 from .provider import Provider
-from .seams import make_prompt_cache, part
+from .seams import add_documents, make_prompt_cache, part
 
 Route = Callable[[Handler, str], None]
 
@@ -44,6 +44,7 @@ class Server:
         self.pages = part("pages")
         self._key = options.api_key.encode() if options.api_key else None
         self._routes: dict[tuple[str, str], Route] = {}
+        self._thread: threading.Thread | None = None
         # Before the generation thread: an address that is taken must not leave one behind.
         self._http = HttpServer(
             options.host,
@@ -51,9 +52,13 @@ class Server:
             lambda *arguments: Handler(self, *arguments),
             options.max_connections,
         )
-        cache = make_prompt_cache(options.snapshot_bytes) if prompt_cache is None else prompt_cache
+        cache = make_prompt_cache(options) if prompt_cache is None else prompt_cache
         self.generation = Generation(provider, cache, options, self.metrics)
-        self._thread: threading.Thread | None = None
+        try:
+            self.generation.documents = add_documents(self) if prompt_cache is None else None
+        except BaseException:
+            self.stop()
+            raise
 
     @property
     def address(self) -> tuple[str, int]:
