@@ -106,6 +106,18 @@ def test_a_client_that_goes_while_it_waits(server):
         connection.close()
 
 
+def test_a_stream_that_waits_is_told_so(server, monkeypatch):
+    monkeypatch.setattr("mlx_dsa.serve.answer._TELL_SECONDS", 0.3)
+    running = [send_chat(server, max_tokens=5000, logit_bias={"2": -100, "0": -100}) for _ in range(2)]
+    wait_until(lambda: server.generation.gauges.get("rows_decoding") == 2)
+    waiting = Client(server).events(ASK)
+    assert next(waiting) == ": waiting"
+    for connection in running:
+        connection.close()
+    events = list(waiting)
+    assert events[-1] is None and events[-2]["choices"][0]["finish_reason"]
+
+
 # Bounds.
 
 
@@ -147,6 +159,22 @@ def test_a_request_that_memory_has_no_room_for():
         status, headers, told = client.send("POST", CHAT, {**ASK, "messages": user(long_text(8000))})
         assert status == 503 and "memory" in told["error"]["message"] and headers["Retry-After"]
         assert client.chat("Hi", max_tokens=2)
+
+
+def test_a_head_alone(server):
+    status, headers, body = Client(server).send("HEAD", "/health")
+    assert status == 200 and int(headers["Content-Length"]) > 0 and not body
+    assert Client(server).send("HEAD", "/v1/nothing")[0] == 404
+
+
+def test_a_body_that_asks_before_it_comes(server):
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+    raw = json.dumps(ASK).encode()
+    with socket.create_connection(server.address, timeout=10) as connection:
+        connection.sendall(head % len(raw))
+        assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(raw)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
 
 
 def test_connections_are_bounded():
