@@ -18,6 +18,7 @@ from .errors import Boundary
 from .eval import evaluate
 from .generate import generate
 from .info import info
+from .serve import serve
 from .train import train
 from .tune import tune
 
@@ -40,5 +41,5 @@ def _show_warning(message: Warning | str, *_args: Any, **_options: Any) -> None:
     click.echo(f"Note: {text}", err=True)
 
 
-for _command in (chat, generate, compress, train, convert, info, demo, evaluate, bench, tune):
+for _command in (chat, generate, compress, serve, train, convert, info, demo, evaluate, bench, tune):
     main.add_command(_command)

@@ -1,0 +1,130 @@
+"""A server: a model, its generation thread, and HTTP in front of it."""
+
+from __future__ import annotations
+
+import hmac
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..versions import package_version
+from .generation import Generation
+from .handler import Handler
+from .http import HttpServer
+from .metrics import Metrics
+from .options import ServeOptions
+from .provider import Provider
+from .seams import add_documents, make_prompt_cache, part
+
+Route = Callable[[Handler, str], None]
+
+
+class Server:
+    """Serve a model.
+
+    Other parts put their addresses in with :meth:`route`. A route is a function of the handler
+    and of what follows its address; it reads a body with ``handler.read_body()``, answers with
+    ``handler.send_json`` or ``handler.begin_events``, and raises ``ApiError`` for anything else.
+
+    Args:
+        provider (Provider): The model.
+        options (ServeOptions): How it is set up.
+        prompt_cache (optional): What is kept between requests, with the contract of mlx-lm's
+          ``LRUPromptCache``. Default: ``None``, one of mlx-lm's.
+    """
+
+    def __init__(self, provider: Provider, options: ServeOptions, prompt_cache: Any = None):
+        self.options = options
+        self.provider = provider
+        self.name = provider.name
+        self.created = int(time.time())
+        self.fingerprint = f"mlx-dsa {package_version('mlx-dsa')}"
+        self.metrics = Metrics()
+        self.pages = part("pages")
+        self._key = options.api_key.encode() if options.api_key else None
+        self._routes: dict[tuple[str, str], Route] = {}
+        self._thread: threading.Thread | None = None
+        # Before the generation thread: an address that is taken must not leave one behind.
+        self._http = HttpServer(
+            options.host,
+            options.port,
+            lambda *arguments: Handler(self, *arguments),
+            options.max_connections,
+        )
+        cache = make_prompt_cache(options) if prompt_cache is None else prompt_cache
+        self.generation = Generation(provider, cache, options, self.metrics)
+        try:
+            self.generation.documents = add_documents(self) if prompt_cache is None else None
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The address and port where it listens."""
+        host, port = self._http.server_address[:2]
+        return str(host), int(port)
+
+    @property
+    def url(self) -> str:
+        """Where it listens, as a browser takes it."""
+        host, port = self.address
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def route(self, method: str, path: str, function: Route) -> None:
+        """Add an address.
+
+        Args:
+            method (str): ``"GET"``, ``"POST"`` or ``"DELETE"``.
+            path (str): The address; one that ends in ``/`` is of everything below it.
+            function (callable): Takes the handler and what follows the address.
+        """
+        self._routes[path, method] = function
+
+    def find(self, path: str) -> tuple[str, dict[str, tuple[Route, str]]]:
+        """Return what answers at an address.
+
+        Args:
+            path (str): Of a request, without its query.
+
+        Returns:
+            tuple: The route's own address, and by method its function and what follows.
+        """
+        known = {address for address, _ in self._routes}
+        below = (a for a in known if a.endswith("/") and path.startswith(a) and len(path) > len(a))
+        address = path if path in known else max(below, key=len, default="")
+        rest = path[len(address) :]
+        return address, {m: (f, rest) for (a, m), f in self._routes.items() if a == address}
+
+    def admits(self, key: str | None) -> bool:
+        """Return whether a request may ask, by the key it shows."""
+        if self._key is None:
+            return True
+        return hmac.compare_digest((key or "").encode("latin-1", "replace"), self._key)
+
+    def start(self) -> None:
+        """Listen, in a thread of its own."""
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.1,), daemon=True)
+        self._thread.start()
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Refuse new requests, and wait for the answers that are being written.
+
+        Args:
+            timeout (float, optional): Seconds to wait at most. Default: ``None``.
+
+        Returns:
+            bool: Whether all have been written.
+        """
+        return self.generation.drain(timeout)
+
+    def stop(self) -> None:
+        """End; what is in flight gets an error."""
+        if self._thread is not None:
+            self._http.shutdown()
+            self._thread.join()
+        self.generation.stop_and_join()
+        self.generation.wait_until_told(2.0)
+        self._http.close_connections(5.0)
+        self._http.server_close()
