@@ -9,7 +9,7 @@ import pytest
 from serving import Client, idle, long_text, raw_request, serving, text_of, tiny, user, wait_until
 
 from mlx_dsa.serve.errors import ApiError
-from mlx_dsa.serve.plain_cache import PlainCache
+from mlx_dsa.serve.snapshots import Snapshots
 
 ASK = {"messages": user("Hi"), "max_tokens": 2}
 CHAT = "/v1/chat/completions"
@@ -189,7 +189,7 @@ def test_connections_are_bounded():
 # What goes wrong inside.
 
 
-class Broken(PlainCache):
+class Broken(Snapshots):
     """A store that fails for some prompts."""
 
     fails = None
@@ -207,7 +207,7 @@ class Broken(PlainCache):
 
 @pytest.fixture(scope="module")
 def breakable():
-    store = Broken(max_size=8)
+    store = Broken(1 << 30)
     with serving(prompt_cache=store) as server:
         yield server, store
 

@@ -17,7 +17,7 @@ from .metrics import Metrics
 from .options import ServeOptions
 from .provider import Provider
 from .rows import Rows
-from .seams import part
+from .segments import plain_segments, prompt_of
 from .ticket import Request, Ticket
 
 T = TypeVar("T")
@@ -49,7 +49,6 @@ class Generation(ResponseGenerator):
         self._wake = threading.Condition()
         self.tokenizing = threading.RLock()
         self.documents: Any = None
-        self._segments = part("segments")
         self._rows: Rows | None = None
         self._in_flight: set[Ticket] = set()
         self.provider = provider
@@ -228,16 +227,15 @@ class Generation(ResponseGenerator):
         if request.request_type != "chat" or not tokenizer.has_chat_template:
             if document is not None:
                 raise bad("Only a chat can ask a document.")
-            return super()._tokenize(tokenizer, request, args)
+            prompt, _, _, state, vision = super()._tokenize(tokenizer, request, args)
+            return prompt, *plain_segments(prompt, self.provider.config), state, vision
         options = args.chat_template_kwargs or {}
         if document is not None:
             if self.documents is None:
                 raise ApiError(404, "There is no such document.", "not_found")
             return self.documents.tokenize(document, request.messages, request.tools, options)
-        if self._segments is None:
-            return super()._tokenize(tokenizer, request, args)
         template = {"tools": request.tools, **self.options.template_arguments, **options}
-        return self._segments.prompt_of(tokenizer, request.messages, template, self.provider.config)
+        return prompt_of(tokenizer, request.messages, template, self.provider.config)
 
     def _check_context(self, prompt: list[int], args: GenerationArguments) -> None:
         n, reach = len(prompt), self.provider.reach

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from mlx_lm.server import CompletionRequest
 
+from . import pages
 from .answer import Answer, chat_logprobs, checked_parser, listen, text_logprobs
 from .bodies import Asked, check_model, read
 from .connection import Connection
@@ -34,8 +35,7 @@ class Handler(Connection):
         return self.app.find(path)
 
     def _send_page(self, path: str) -> bool:
-        pages = self.app.pages
-        found = pages.static_file(path) if pages and self.command in ("GET", "HEAD") else None
+        found = pages.static_file(path) if self.command in ("GET", "HEAD") else None
         if found is not None:
             self.endpoint = "page"
             body, content_type = found

@@ -6,16 +6,19 @@ import hmac
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 from ..versions import package_version
+from .document_routes import add_routes
+from .documents import Documents
 from .generation import Generation
 from .handler import Handler
 from .http import HttpServer
 from .metrics import Metrics
 from .options import ServeOptions
 from .provider import Provider
-from .seams import add_documents, make_prompt_cache, part
+from .snapshots import Snapshots
+from .store import SnapshotStore
 
 Route = Callable[[Handler, str], None]
 
@@ -30,18 +33,21 @@ class Server:
     Args:
         provider (Provider): The model.
         options (ServeOptions): How it is set up.
-        prompt_cache (optional): What is kept between requests, with the contract of mlx-lm's
-          ``LRUPromptCache``. Default: ``None``, one of mlx-lm's.
+        prompt_cache (Snapshots, optional): What is kept between requests. Default: ``None``, as
+          the options say.
+
+    Raises:
+        OSError: If the address is taken.
+        ValueError: If the folder of ``store`` can't be used.
     """
 
-    def __init__(self, provider: Provider, options: ServeOptions, prompt_cache: Any = None):
+    def __init__(self, provider: Provider, options: ServeOptions, prompt_cache: Snapshots | None = None):
         self.options = options
         self.provider = provider
         self.name = provider.name
         self.created = int(time.time())
         self.fingerprint = f"mlx-dsa {package_version('mlx-dsa')}"
         self.metrics = Metrics()
-        self.pages = part("pages")
         self._key = options.api_key.encode() if options.api_key else None
         self._routes: dict[tuple[str, str], Route] = {}
         self._thread: threading.Thread | None = None
@@ -52,10 +58,17 @@ class Server:
             lambda *arguments: Handler(self, *arguments),
             options.max_connections,
         )
-        cache = make_prompt_cache(options) if prompt_cache is None else prompt_cache
-        self.generation = Generation(provider, cache, options, self.metrics)
+        folder = None if options.store is None else Path(options.store)
+        store = None if folder is None else SnapshotStore(folder / "snapshots", options.snapshot_bytes)
+        snapshots = prompt_cache if prompt_cache is not None else Snapshots(options.snapshot_bytes, store)
+        self.generation = generation = Generation(provider, snapshots, options, self.metrics)
         try:
-            self.generation.documents = add_documents(self) if prompt_cache is None else None
+            generation.call(lambda: snapshots.attach(provider.patch))
+            kept_in = folder and folder / "documents"
+            documents = Documents(generation, snapshots, folder=kept_in, think=options.think)
+            documents.attach()
+            add_routes(self, documents)
+            generation.documents = documents
         except BaseException:
             self.stop()
             raise
