@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..cache import RowsCache
 from .errors import overloaded
 from .row import Row, cut_segments
 from .sampling import processors_of, sampler_of, try_out
@@ -293,6 +294,8 @@ class Rows:
 
 def _entries(cache: Any) -> int:
     """Return the entries of a batch's cache over all rows, as far as it says."""
+    if isinstance(cache, RowsCache):
+        return sum(row.size() for row in cache.rows)
     try:
         rows = cache.offset.shape[0] if hasattr(cache.offset, "shape") else 1
         return int(cache.size() or getattr(cache, "_idx", 0)) * rows
