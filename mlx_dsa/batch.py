@@ -32,8 +32,8 @@ def attend_rows(sparse: SparseAttention, x: mx.array, cache: RowsCache) -> mx.ar
         most_late = sparse.config.n_recent
         stack = cache.stacked(sparse.make_room, sparse.eviction.project, most_late)
         if stack is not None:
-            for row in cache.rows:
-                sparse.limit.check(row, 1)
+            for row in stack.rows if sparse.limit.is_set else ():
+                sparse.limit.check(row, stack.steps + 1)
             queries, keys, values, gate = sparse.layer.project(x, stack.numbers, sparse.joined)
             stack.write(keys, values, x)
             scale = sparse.layer.scale

@@ -67,6 +67,11 @@ class PositionLimit:
         self._limit = limit
         self._of_text = of_text
 
+    @property
+    def is_set(self) -> bool:
+        """Whether there is a limit of which nobody has been told yet."""
+        return self._limit is not None
+
     def check(self, cache: Any, n_tokens: int):
         """Note that the next tokens are read.
 

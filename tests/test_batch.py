@@ -1,6 +1,7 @@
 """Rows of a batch answer as alone: with any rule, of any length, whenever they join and leave."""
 
 import copy
+import warnings
 
 import mlx.core as mx
 import numpy as np
@@ -259,3 +260,24 @@ def test_tokens_since_a_streams_last_cut_can_be_taken_back(small, evict, positio
         assert [c.trim(14) for c in caches] == [0, 0]  # what was cut is gone
         patch.prune(caches)
         assert [c.trimmable for c in caches] == [0, 0]
+
+
+def test_a_row_that_outgrows_the_positions_is_told_at_that_token():
+    model = make_model(**SHAPES["gqa2"], vocab=1024)
+    indexers = with_heads(model)
+    seen = []
+
+    def answer(model, texts, counts):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            batch = BatchGenerator(model)
+            batch.insert(texts, counts)
+            while batch.next_generated():
+                seen.append(sum("positions" in str(w.message) for w in told))
+            batch.close()
+
+    model.args.max_position_embeddings = 100
+    with patch_sparse_generate(model, indexers, **{**RULES, "positions": "absolute"}):
+        answer(model, [make_text(n, seed=n)[0].tolist() for n in (70, 20)], [60, 60])
+    # Its 101st token is fed for the 31st after its prompt, one ahead of what is given.
+    assert seen[-1] == 1 and abs(seen.index(1) - 31) <= 1

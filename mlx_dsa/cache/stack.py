@@ -27,13 +27,16 @@ class Stack:
     Args:
         rows (list of BudgetKVCache): Each within its budget, with evictions planned where it is
           full, and nothing late. Their entries move here, until :meth:`release`.
+
+    Attributes:
+        steps (int): Steps that the rows' caches have not been told of yet.
     """
 
     def __init__(self, rows: list[BudgetKVCache]):
         self.rows = rows
         longest = max(row.size() for row in rows)
         self._n_slots = min(rows[0].budget, -(-(longest + 1) // _STEP) * _STEP)
-        self._cursor = self._steps = 0  # steps: since the rows were told of them
+        self._cursor = self.steps = 0
         self._late = LateStates(rows[0].most_late)
         self._places = [0] * len(rows)
         laid = [self._lay(i) for i in range(len(rows))]
@@ -58,7 +61,7 @@ class Stack:
     @property
     def numbers(self) -> mx.array:
         """What the next tokens' keys are rotated by ``[n]``, int32."""
-        return self._numbers + self._steps if self._steps else self._numbers
+        return self._numbers + self.steps if self.steps else self._numbers
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +82,7 @@ class Stack:
         """
         if len(self._late) >= min(most_late, self.rows[0].most_late):
             self.settle(project)
-        if self._steps < self._ready:
+        if self.steps < self._ready:
             return True
         self.settle(project)
         self._tell()
@@ -110,7 +113,7 @@ class Stack:
         if written is not None:
             self._tie(written)
         self._cursor = (at + 1) % self._n_slots
-        self._steps += 1
+        self.steps += 1
 
     def settle(self, project: Callable[[mx.array, mx.array], Sequence[mx.array]]):
         """Make what the entries of the latest steps lack: see :meth:`BudgetKVCache.settle`."""
@@ -181,11 +184,11 @@ class Stack:
 
     def _tell(self):
         """Tell the rows of the steps that they have taken."""
-        for row in self.rows if self._steps else ():
-            row.advance(self._steps)
-        self._ready -= self._steps
+        for row in self.rows if self.steps else ():
+            row.advance(self.steps)
+        self._ready -= self.steps
         self._numbers = self.numbers
-        self._steps = 0
+        self.steps = 0
 
     def _count(self):
         """Count for how many steps each row knows where its token goes."""
