@@ -20,6 +20,7 @@ from .cache.callers import find_caller
 from .cache.cold_file import claim
 from .config import SparseConfig
 from .crossovers import describe, lookup, plan_prefill, resolve_auto
+from .dense import DenseAttention
 from .families import Layer, family_of
 from .files import HeldFile
 from .indexer import Indexer
@@ -74,9 +75,11 @@ class SparsePatch:
         self.keeps_all = not set(layers) <= set(self.layers)
         limit = PositionLimit(self._family.max_positions(model), of_text=self.keeps_all)
         next(iter(self.layers.values())).limit = limit
+        self._dense = [DenseAttention(layer) for i, layer in layers.items() if i not in self.layers]
         for sparse in self.layers.values():
             sparse.join()
-            sparse.layer.put(sparse)
+        for put in (*self.layers.values(), *self._dense):
+            put.layer.put(put)
         model.make_cache = self._make_cache_for_mlx_lm
         evaluate(model, *(x for x in indexers.values() if isinstance(x, nn.Module)))
 
@@ -124,8 +127,7 @@ class SparsePatch:
         for i, sparse in self.layers.items():
             if sparse.by_head:
                 caches[i].rows_a_text = sparse.layer.n_kv_heads
-            if not self.keeps_all:  # mlx-lm makes one mask for all layers with attention
-                caches[i].merge = RowsCache
+            caches[i].merge = RowsCache
         empty = self._family.make_caches(self._model)
         self._caches.update(zip(caches, empty))
 
@@ -134,7 +136,7 @@ class SparsePatch:
         return {
             name.replace(".self_attn.attention", ".self_attn"): module
             for name, module in self._model.named_modules()
-            if not isinstance(module, SparseAttention) and ".self_attn.indexer" not in name
+            if not isinstance(module, (SparseAttention, DenseAttention)) and ".self_attn.indexer" not in name
         }
 
     def prune(self, caches: Sequence[Any]):
@@ -218,9 +220,10 @@ class SparsePatch:
 
     def restore(self):
         """Put the model back as it was, and delete the patch's cold file."""
+        for put in (*self.layers.values(), *self._dense):
+            if put.layer.current is put:
+                put.layer.put(put.attention)
         for sparse in self.layers.values():
-            if sparse.layer.current is sparse:
-                sparse.layer.put(sparse.attention)
             sparse.release()
         if self._claimed is not None:
             self._claimed.release()

@@ -16,6 +16,7 @@ from test_retention import with_heads
 
 from mlx_dsa import patch_sparse_generate
 from mlx_dsa.cache import RowsCache, stack
+from mlx_dsa.dense import DenseAttention
 from mlx_dsa.registry import rule_names
 
 LENGTHS = [60, 9, 31, 17, 100]
@@ -225,12 +226,23 @@ def test_padding_on_the_left_is_refused(small):
             batch.prepare(left_padding=[1])
 
 
-def test_a_layer_left_dense_is_not_batched(small):
+@pytest.mark.parametrize("dense", [0, 1])
+@pytest.mark.parametrize("cache", ["budget", "full"])
+def test_a_layer_left_dense_has_a_mask_of_its_own(small, monkeypatch, dense, cache):
     model, indexers = small
-    with patch_sparse_generate(model, indexers, **RULES, dense_layers=(0,)):
-        assert not hasattr(make_prompt_cache(model)[1], "merge")
-    with patch_sparse_generate(model, indexers, **RULES):
-        assert all(hasattr(c, "merge") for c in make_prompt_cache(model))
+    later = {5: [(prompts()[4], 40)]}
+
+    def differ():
+        rows = together(model, prompts()[:3], [33, 60, 12], later)
+        asked = [*prompts()[:3], prompts()[4]]
+        return [not same_answer(alone(model, prompt, len(row[0])), row) for prompt, row in zip(asked, rows)]
+
+    with patch_sparse_generate(model, indexers, **RULES, cache=cache, dense_layers=(dense,)) as patch:
+        assert not any(differ())
+        if dense:  # the first layer's cache makes the mask that mlx-lm gives to all
+            monkeypatch.setattr(DenseAttention, "__call__", lambda self, x, mask, cache: self.attention(x, mask, cache))
+            assert any(differ())
+    assert not any(isinstance(m, DenseAttention) for m in model.modules()) and patch.keeps_all
 
 
 # What can be taken back: a server asks the same prompt another question.

@@ -29,7 +29,7 @@ LAYERS = [
     {"search", "convert"},
     {"rules"},
     {"eviction"},
-    {"attention", "batch"},
+    {"attention", "batch", "dense"},
     {"patch"},
     {"maker", "reach", "saved", "saved_before"},
     {"unfinished"},
