@@ -97,11 +97,12 @@ def test_rows_are_read_and_written_together(server):
 
 @pytest.fixture(scope="module")
 def alone(request):
-    """Where a layer is left dense, one goes after the other."""
-    config = dict(cache="tiered", prefill="stream", stream_chunk=256, dense_layers=(1,))
-    with serving(dense=False, config=config, prompt_chunk=128) as s:
-        assert not s.provider.is_batchable
+    """As where a model has caches that mlx-lm does not batch."""
+    with serving(dense=False, config=dict(cache="tiered", prefill="stream", stream_chunk=256), prompt_chunk=128) as s:
+        assert s.provider.is_batchable
+        s.provider.is_batchable = False
         yield s
+        assert s.generation._rows._batch is None
 
 
 def test_one_after_the_other_answers_all(alone):
