@@ -10,6 +10,7 @@ from . import (  # noqa: F401
     lagkv,
     lightning,
     merging,
+    power,
     projections,
     quest,
     retention,

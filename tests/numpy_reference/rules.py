@@ -59,6 +59,18 @@ def sparsek(queries, keys, rules, window, stride, heads=None):
     return best(scores, forced, rules["top_k"])
 
 
+def power(n, rules, block=1, count=None):
+    """Return the set of a query that sees `n` keys; what it may hang on is no number."""
+    own = (n - 1) // block
+    powers = {own - 2**i for i in range(own.bit_length())}
+    chosen = forced_of(n, rules["n_sink"], rules["n_recent"])
+    keys = range(n)[::-1]
+    for s in [s for s in keys if s // block in powers] + [s for s in keys if s // block not in powers]:
+        if len(chosen) < (count or rules["top_k"]):
+            chosen.add(s)
+    return chosen, 1.0
+
+
 def oracle(queries, keys, rules, scale):
     total = 0
     for q, k in grouped(queries, keys):
