@@ -5,7 +5,7 @@ import copy
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, make_model
+from builders import SHAPES, make_model, rules_alone
 from family_models import FAMILIES, family_model
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
@@ -140,7 +140,7 @@ def test_any_rule_of_forgetting(small, evict, positions):
             assert same_answer(alone(model, prompt, len(row[0])), row)
 
 
-SELECT = [n for n in rule_names("select") if n not in ("projections", "hnsw", "sparsek")] + ["sparsek:window=6"]
+SELECT = [n for n in rules_alone() if n != "sparsek"] + ["sparsek:window=6"]
 
 
 @pytest.mark.parametrize("select", SELECT)

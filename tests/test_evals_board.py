@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from builders import rules_alone
 from click.testing import CliRunner
 from evals_subject import make_subject
 
@@ -129,7 +130,7 @@ def test_selections_of_rules_are_those_of_the_runtime():
     result = retrieval(subject, top_k=[32], length=200, queries=8, limit=2, select=["*"])
     masses = {r["policy"]: (r["value"], r["mass_value"]) for r in result["rows"] if r["layer"] is None}
     # Search projections are not what the subject has.
-    there = [f"select:{n}" for n in rule_names("select") if n not in ("projections", "hnsw")]
+    there = [f"select:{n}" for n in rules_alone()]
     assert set(masses) == {"index", "random", "window", "attention", *there}
     assert masses["select:lightning"] == masses["index"] and masses["select:window"] == masses["window"]
     assert masses["index"] != masses["window"]

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SMALL_RULES, feed, feed_calls, layer_of, make_indexers, make_model, make_tokens
+from builders import SMALL_RULES, feed, feed_calls, layer_of, make_indexers, make_model, make_tokens, rules_alone
 from mlx_lm.models.cache import make_prompt_cache
 from probe import Probe
 from simulate import MARGIN, generate_calls, whole_calls
@@ -12,7 +12,7 @@ from mlx_dsa import FullKVCache, SparseConfig, patch_sparse_generate, sparse_att
 from mlx_dsa.evals.running.watch import Watch
 from mlx_dsa.ops import index_scores
 from mlx_dsa.rules import Probe as Queries
-from mlx_dsa.rules import make_rule, rule_names
+from mlx_dsa.rules import make_rule
 from numpy_reference import rules as expected
 
 SMALL = {"quest": "quest:page=4", "sparsek": "sparsek:window=6,stride=16", "top_p": "top_p:p=0.6"}
@@ -273,7 +273,7 @@ def test_a_patched_layer_attends_to_what_numpy_selects(text, calls):
     assert np.abs(run("window") - theirs).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", [n for n in rule_names("select") if n not in ("projections", "hnsw")])
+@pytest.mark.parametrize("name", rules_alone())
 @pytest.mark.parametrize("cache", ["full", "budget"])
 def test_a_budget_for_the_whole_text_is_dense_bit_for_bit(name, cache):
     model, tokens = make_model(), make_tokens(60)
@@ -289,7 +289,7 @@ def test_a_budget_for_the_whole_text_is_dense_bit_for_bit(name, cache):
         assert all(same) if is_dense else not all(same)
 
 
-@pytest.mark.parametrize("name", [n for n in rule_names("select") if n not in ("projections", "hnsw")])
+@pytest.mark.parametrize("name", rules_alone())
 def test_any_cut_of_a_prompt_gives_one_answer(name):
     model, tokens = make_model(), make_tokens(70)
     indexers = None if name in KEYS_ALONE else make_indexers(model)

@@ -3,6 +3,7 @@
 from ..registry import make_rule, register, rule_names
 from . import (  # noqa: F401
     baselines,
+    double_sparsity,
     expected,
     h2o,
     hnsw,

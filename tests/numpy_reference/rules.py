@@ -81,6 +81,20 @@ def oracle(queries, keys, rules, scale):
     return best(total / len(queries), forced, rules["top_k"])
 
 
+def double_sparsity(queries, keys, rules, channels, scale, heads=None):
+    """Of each key head some channels `[Hkv][n]` stand for its keys."""
+    n_kv_heads = len(keys)
+    group = len(queries) // n_kv_heads
+    total = 0
+    for h in range(n_kv_heads) if heads is None else heads:
+        for q in queries[h * group : (h + 1) * group]:
+            logits = keys[h][:, channels[h]] @ q[channels[h]] * scale
+            paid = np.exp(logits - logits.max())
+            total = total + paid / paid.sum()
+    forced = forced_of(keys.shape[1], rules["n_sink"], rules["n_recent"])
+    return best(total, forced, rules["top_k"])
+
+
 def top_p(scores, rules, p, least):
     """Return the set and the margin for index scores `[n]`."""
     n = len(scores)
