@@ -22,7 +22,12 @@ def channels(layer, draw):
     return {"channels": np.array(order, np.int32)}
 
 
-FOUND = {"double_sparsity": channels}
+def patterns(layer, draw):
+    every = draw.permutation(np.resize(np.arange(3), layer.n_kv_heads))
+    return {"pattern": every.astype(np.int32), "vertical": draw.choice([0.1, 0.4, 0.9], layer.n_kv_heads)}
+
+
+FOUND = {"double_sparsity": channels, "minference": patterns}
 
 
 def calibrations_for(model, kind):

@@ -19,6 +19,7 @@ from mlx_dsa.cli import main
 
 CONFIG = CalibrateConfig(sequences=3, sequence_length=64, chunk_size=16, top_k=24, n_sink=2, n_recent=4)
 RULES = list(CALIBRATIONS)
+SMALL_TEXT = {"minference": "minference:block=16"}  # where a block has room in top_k
 
 
 def arrays_of(calibrations):
@@ -73,9 +74,13 @@ def test_another_models_is_refused_in_one_line(kind, tmp_path):
     made = load_calibration(save_calibration(tmp_path, calibrations_for(make_model(), kind)), kind)
     for other in (make_model(seed=1), make_model(heads=8)):
         with pytest.raises(ValueError, match="is of some/model, and this is another model") as error:
-            patch_sparse_generate(other, made, 24, n_recent=4, n_sink=2, select=kind, cache="full")
+            patch_sparse_generate(
+                other, made, 24, n_recent=4, n_sink=2, select=SMALL_TEXT.get(kind, kind), cache="full"
+            )
         assert "\n" not in str(error.value) and f"calibrate --rule {kind}" in str(error.value)
-    patch_sparse_generate(make_model(), made, 24, n_recent=4, n_sink=2, select=kind, cache="full").restore()
+    patch_sparse_generate(
+        make_model(), made, 24, n_recent=4, n_sink=2, select=SMALL_TEXT.get(kind, kind), cache="full"
+    ).restore()
 
 
 def test_files_of_other_kinds_are_refused(tmp_path):
@@ -135,7 +140,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(rule, tmp_path):
     with pytest.raises(ValueError, match="holds finished"):
         calibrate(*given, tmp_path / "cut", rule, CONFIG, resume=True)
     # And it is what the rule reads.
-    rules = dict(n_sink=2, n_recent=4, select=rule, cache="full", prefill="exact")
+    rules = dict(n_sink=2, n_recent=4, select=SMALL_TEXT.get(rule, rule), cache="full", prefill="exact")
     with patch_sparse_generate(model, files[0], 24, **rules):
         assert mx.isfinite(model(mx.arange(60)[None])).all()
 
@@ -146,6 +151,11 @@ def test_what_a_run_needs_is_told(tmp_path):
         calibrate(model, tokenizer, data, tmp_path / "a", "quest", CONFIG)
     with pytest.raises(ValueError, match="'sequences' must be a whole number of at least 1 but got 0"):
         CalibrateConfig(sequences=0)
+    with pytest.raises(ValueError, match="'top_k' must be at least n_sink . n_recent = 68 but got 60"):
+        CalibrateConfig(top_k=60)
+    with pytest.raises(ValueError, match="'sequence_length' must exceed 64 but got 64"):
+        given = CalibrateConfig(sequence_length=64, top_k=64, n_recent=8)
+        calibrate(model, tokenizer, data, tmp_path / "a", "minference", given)
     with patch_sparse_generate(model, None, 24, n_recent=4, select="window", evict="window"):
         with pytest.raises(ValueError, match="must be unpatched"):
             calibrate(model, tokenizer, data, tmp_path / "a", "double_sparsity", CONFIG)
@@ -170,7 +180,7 @@ def test_the_command_makes_a_file_that_the_others_read(rule, tmp_path):
     run = command(*words, *SMALL)
     assert run.exit_code == 0, run.output
     assert f"--select {rule} --indexer {tmp_path / 'out'}" in " ".join(run.output.split())
-    settings = "--select", rule, "--indexer", tmp_path / "out", "--top-k", 32, "--n-recent", 8
+    settings = "--select", SMALL_TEXT.get(rule, rule), "--indexer", tmp_path / "out", "--top-k", 32, "--n-recent", 8
     settings += "--evict", "window", "--cache", "full"
     answers = []
     for prefill in ("exact", "dense"):
@@ -184,7 +194,7 @@ def test_the_command_makes_a_file_that_the_others_read(rule, tmp_path):
     run = command("generate", "--model", other, "--prompt", "a " * 99, *settings)
     assert run.exit_code == 1 and "is of the-model, and this is another model" in " ".join(run.output.split())
     assert "Traceback" not in run.output
-    run = command("generate", "--model", model, "--prompt", "a", "--select", rule, "--evict", "window")
+    run = command("generate", "--model", model, "--prompt", "a", "--select", SMALL_TEXT.get(rule, rule), "--top-k", 32)
     assert run.exit_code == 1 and "no indexers are known" in run.output
 
 

@@ -41,6 +41,11 @@ class CalibrateConfig:
                 raise ValueError(
                     f"[CalibrateConfig] '{name}' must be a whole number of at least {least} but got {value!r}."
                 )
+        if self.top_k < self.n_sink + self.n_recent:
+            raise ValueError(
+                f"[CalibrateConfig] 'top_k' must be at least n_sink + n_recent = {self.n_sink + self.n_recent} "
+                f"but got {self.top_k}."
+            )
 
 
 class CalibrateProgress(NamedTuple):

@@ -22,9 +22,10 @@ from ..train.teacher import check_model, layer_views
 from .channels import Channels
 from .config import CalibrateConfig, CalibrateProgress, CalibrateResult
 from .finder import Finder, Found
+from .patterns import Patterns
 
 # By the rule of selecting that reads what they find.
-CALIBRATIONS: dict[str, type[Finder]] = {finder.kind: finder for finder in (Channels,)}
+CALIBRATIONS: dict[str, type[Finder]] = {finder.kind: finder for finder in (Channels, Patterns)}
 
 
 def calibrate(
@@ -65,6 +66,11 @@ def calibrate(
     if rule not in CALIBRATIONS:
         raise ValueError(f"[calibrate] 'rule' must be one of {', '.join(CALIBRATIONS)} but got {rule!r}.")
     out, finder = Path(out), CALIBRATIONS[rule](config)
+    if config.sequence_length <= finder.shortest:
+        raise ValueError(
+            f"[calibrate] 'sequence_length' must exceed {finder.shortest} but got {config.sequence_length}: "
+            f"queries that see no more than top_k keys read all. Use longer sequences, or a smaller top_k."
+        )
     check_model(model)
     check_out(out, resume)
     layers, report = family_of(model).layers(model), Report()

@@ -11,6 +11,7 @@ from . import (  # noqa: F401
     lagkv,
     lightning,
     merging,
+    minference,
     power,
     projections,
     quest,
