@@ -27,7 +27,15 @@ def patterns(layer, draw):
     return {"pattern": every.astype(np.int32), "vertical": draw.choice([0.1, 0.4, 0.9], layer.n_kv_heads)}
 
 
-FOUND = {"double_sparsity": channels, "minference": patterns}
+def windows(layer, draw):
+    n = layer.n_kv_heads
+    return {
+        "alpha": draw.integers(-4, 12, n).astype(np.float32),
+        "beta": draw.choice([0.0, 0.0625, 0.125], n).astype(np.float32),
+    }
+
+
+FOUND = {"double_sparsity": channels, "minference": patterns, "mixture": windows}
 
 
 def calibrations_for(model, kind):

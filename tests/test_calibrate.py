@@ -17,7 +17,7 @@ from mlx_dsa.calibrate import CALIBRATIONS, CalibrateConfig, calibrate
 from mlx_dsa.calibrated import digits_of, load_calibration, save_calibration
 from mlx_dsa.cli import main
 
-CONFIG = CalibrateConfig(sequences=3, sequence_length=64, chunk_size=16, top_k=24, n_sink=2, n_recent=4)
+CONFIG = CalibrateConfig(sequences=3, sequence_length=64, chunk_size=16, top_k=24, n_sink=2, n_recent=4, density=0.4)
 RULES = list(CALIBRATIONS)
 SMALL_TEXT = {"minference": "minference:block=16"}  # where a block has room in top_k
 
@@ -153,6 +153,11 @@ def test_what_a_run_needs_is_told(tmp_path):
         CalibrateConfig(sequences=0)
     with pytest.raises(ValueError, match="'top_k' must be at least n_sink . n_recent = 68 but got 60"):
         CalibrateConfig(top_k=60)
+    with pytest.raises(ValueError, match="'density' must be above 0 and at most 1 but got 1.5"):
+        CalibrateConfig(density=1.5)
+    with pytest.raises(ValueError, match="'density' must be at least .n_sink . n_recent. / top_k = 0.2500 but got 0.2"):
+        given = CalibrateConfig(**{**vars(CONFIG), "density": 0.2})
+        calibrate(model, tokenizer, data, tmp_path / "a", "mixture", given)
     with pytest.raises(ValueError, match="'sequence_length' must exceed 64 but got 64"):
         given = CalibrateConfig(sequence_length=64, top_k=64, n_recent=8)
         calibrate(model, tokenizer, data, tmp_path / "a", "minference", given)
@@ -169,7 +174,7 @@ def command(*words):
     return CliRunner().invoke(main, [str(word) for word in words])
 
 
-SMALL = ("--sequences", 2, "--sequence-length", 64, "--top-k", 32, "--n-recent", 8, "--n-sink", 2)
+SMALL = ("--sequences", 2, "--sequence-length", 64, "--top-k", 32, "--n-recent", 8, "--n-sink", 2, "--density", 0.5)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -22,6 +22,8 @@ class CalibrateConfig:
         top_k (int): Keys that a query will read; channels need none. Default: ``1024``.
         n_sink (int): First keys, always read. Default: ``4``.
         n_recent (int): Newest keys, likewise. Default: ``64``.
+        density (float): Share of the keys that a query sees which it is to read, on the mean
+          of all heads; for windows. Default: ``0.125``.
 
     Raises:
         ValueError: If a value is of the wrong type or out of range.
@@ -33,6 +35,7 @@ class CalibrateConfig:
     top_k: int = 1024
     n_sink: int = SparseConfig.n_sink
     n_recent: int = SparseConfig.n_recent
+    density: float = 0.125
 
     def __post_init__(self):
         for name, least in _LEAST.items():
@@ -41,6 +44,8 @@ class CalibrateConfig:
                 raise ValueError(
                     f"[CalibrateConfig] '{name}' must be a whole number of at least {least} but got {value!r}."
                 )
+        if not 0 < self.density <= 1:
+            raise ValueError(f"[CalibrateConfig] 'density' must be above 0 and at most 1 but got {self.density!r}.")
         if self.top_k < self.n_sink + self.n_recent:
             raise ValueError(
                 f"[CalibrateConfig] 'top_k' must be at least n_sink + n_recent = {self.n_sink + self.n_recent} "

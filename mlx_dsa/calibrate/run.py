@@ -23,9 +23,10 @@ from .channels import Channels
 from .config import CalibrateConfig, CalibrateProgress, CalibrateResult
 from .finder import Finder, Found
 from .patterns import Patterns
+from .windows import Windows
 
 # By the rule of selecting that reads what they find.
-CALIBRATIONS: dict[str, type[Finder]] = {finder.kind: finder for finder in (Channels, Patterns)}
+CALIBRATIONS: dict[str, type[Finder]] = {finder.kind: finder for finder in (Channels, Patterns, Windows)}
 
 
 def calibrate(

@@ -29,6 +29,7 @@ HELP = {
     "top_k": "Keys that a query will read.",
     "n_sink": "First keys, always read.",
     "n_recent": "Newest keys, likewise.",
+    "density": "Mixture: share of the keys that heads read on average.",
 }
 
 

@@ -12,6 +12,7 @@ from . import (  # noqa: F401
     lightning,
     merging,
     minference,
+    mixture,
     power,
     projections,
     quest,

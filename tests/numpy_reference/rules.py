@@ -147,6 +147,12 @@ def _blocks(queries, keys, n_visible, rules, block, scale):
     return sets, margin
 
 
+def mixture(n, rules, alpha, beta):
+    """Return a key head's set of a query that sees `n` keys."""
+    width = min(max(int(np.floor(alpha + beta * n)), rules["n_recent"]), rules["top_k"] - rules["n_sink"])
+    return set(range(min(rules["n_sink"], n))) | set(range(max(n - width, 0), n))
+
+
 def top_p(scores, rules, p, least):
     """Return the set and the margin for index scores `[n]`."""
     n = len(scores)
