@@ -72,6 +72,7 @@ class MInference(SelectRule):
     block: int = 64
     wants_indexer = True
     fills = False
+    together = True
     reads = MINFERENCE
     _patterns: ClassVar[Sequence[int]]  # once bound, one a key head
     _shares: ClassVar[Sequence[float]]  # likewise
