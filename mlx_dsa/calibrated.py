@@ -14,7 +14,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .arrays import evaluate
 from .checkpoint_file import CALIBRATED, KIND, check_kind, find_file, read_header, write_checkpoint
 from .families import Layer
 
@@ -36,7 +35,14 @@ class Calibration(nn.Module):
     def __init__(self, kind: str, found: Mapping[str, mx.array], model: str, digits: str):
         super().__init__()
         self.kind, self.model, self.digits = kind, model, digits
-        self.found = dict(found)
+        # As constants: the sums by which a fingerprint knows weights don't tell orders of channels apart.
+        for name, array in found.items():
+            setattr(self, f"_{name}", array)
+
+    @property
+    def found(self) -> dict[str, mx.array]:
+        """What was found, by name."""
+        return {name[1:]: a for name, a in self.items() if isinstance(a, mx.array)}
 
     def bind(self, layer: Layer) -> Calibration:
         """Return it for a layer of a model.
@@ -137,5 +143,5 @@ def load_calibration(path: str | os.PathLike, kind: str) -> dict[int, Calibratio
     except (KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"[load_calibration] {file} is not a whole calibration ({error}). Make it again.") from None
     made = {int(i): Calibration(kind, found, model, digits[i]) for i, found in layers.items()}
-    evaluate(*made.values())
+    mx.eval([calibration.found for calibration in made.values()])
     return made

@@ -10,12 +10,16 @@ import pytest
 from builders import layer_of, make_model, make_tokenizer
 from calibrations import FOUND, calibrations_for
 from click.testing import CliRunner
+from family_models import FAMILIES, family_model
 from local_models import write_indexers, write_model
+from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_dsa import load_indexers, patch_sparse_generate
+from mlx_dsa import load_cache, load_indexers, patch_sparse_generate, save_cache
 from mlx_dsa.calibrate import CALIBRATIONS, CalibrateConfig, calibrate
-from mlx_dsa.calibrated import digits_of, load_calibration, save_calibration
+from mlx_dsa.calibrated import Calibration, digits_of, load_calibration, save_calibration
 from mlx_dsa.cli import main
+from mlx_dsa.families import family_of
+from mlx_dsa.train.teacher import layer_views
 
 CONFIG = CalibrateConfig(sequences=3, sequence_length=64, chunk_size=16, top_k=24, n_sink=2, n_recent=4, density=0.4)
 RULES = list(CALIBRATIONS)
@@ -143,6 +147,52 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(rule, tmp_path):
     rules = dict(n_sink=2, n_recent=4, select=SMALL_TEXT.get(rule, rule), cache="full", prefill="exact")
     with patch_sparse_generate(model, files[0], 24, **rules):
         assert mx.isfinite(model(mx.arange(60)[None])).all()
+
+
+@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_family_selects_by_a_calibration(family, kind):
+    model, tokens = family_model(family), mx.arange(60)[None]
+    finder, layers = CALIBRATIONS[kind](CONFIG), family_of(model).layers(model)
+    shown = {i: finder.measure(layers[i], view) for i, view in layer_views(model, tokens, 16)}
+    found, _ = finder.conclude(shown)
+    made = {i: Calibration(kind, found[i], "a", digits_of(layers[i])) for i in found}
+    rules = dict(n_sink=2, n_recent=4, select=SMALL_TEXT.get(kind, kind), cache="full", prefill="exact")
+    with patch_sparse_generate(model, made, 24, **rules):
+        caches = make_prompt_cache(model)
+        whole = model(tokens, cache=caches)
+        step = model(tokens[:, :1], cache=caches)
+    assert mx.isfinite(whole).all() and mx.isfinite(step).all()
+    assert mx.abs(whole - model(tokens)).max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_saved_conversation_goes_on_with_its_calibration_alone(kind, tmp_path):
+    model, tokens = make_model(), mx.arange(80)[None]
+    rules = dict(n_sink=2, n_recent=4, select=SMALL_TEXT.get(kind, kind), cache="full", prefill="exact")
+    made = calibrations_for(model, kind)
+    with patch_sparse_generate(model, made, 24, **rules) as patch:
+        caches = make_prompt_cache(model)
+        with patch.reading(caches):
+            model(tokens[:, :60], cache=caches)
+        file = save_cache(tmp_path / "it.kv", caches, patch)
+        loaded = load_cache(file, patch).caches
+        for i in range(60, 70):
+            there, here = (model(tokens[:, i : i + 1], cache=c) for c in (loaded, caches))
+            assert mx.array_equal(there, here)
+    for calibration in made.values():
+        name, there = next(iter(calibration.found.items()))
+        assert (there[0] != there[1]).any()
+        setattr(calibration, f"_{name}", mx.concatenate([there[1:], there[:1]]))
+    with patch_sparse_generate(model, made, 24, **rules) as patch:
+        with pytest.raises(ValueError, match="another form of indexer"):
+            load_cache(file, patch)
+
+
+def test_a_text_that_is_short_is_told(tmp_path):
+    given = make_model(), make_tokenizer(), write_text(tmp_path, n=100)
+    result = calibrate(*given, tmp_path / "out", "double_sparsity", CONFIG)
+    assert result.told[-1] == "The text has 2 of the 3 sequences that were asked for."
 
 
 def test_what_a_run_needs_is_told(tmp_path):

@@ -197,7 +197,7 @@ def test_calibrated_channels_select_better_than_others():
     made = calibrations_for(model, NAME)[0]
     read = {}
     for name, order in (("calibrated", np.argsort(-products)), ("others", np.argsort(products))):
-        made.found["channels"] = mx.array(order.astype(np.int32))
+        made._channels = mx.array(order.astype(np.int32))
         rule = make_rule("select", f"{NAME}:share=0.125").bind(layer, made)
         cache = FullKVCache()
         labels = rule._of_channels(mx.array(keys), rule._channels).transpose(0, 2, 1, 3).reshape(1, 1, 200, -1)

@@ -103,6 +103,8 @@ def calibrate(
         _save(out, identity, done, sums)
         tell()
     found, told = finder.conclude(sums)
+    if len(sequences) < config.sequences:
+        told.append(f"The text has {len(sequences)} of the {config.sequences} sequences that were asked for.")
     made = {i: Calibration(rule, found[i], name, digits[i]) for i in found}
     about = {"calibrate": dataclasses.asdict(config), "sequences": len(sequences), "told": told}
     path = save_calibration(out, made, about)

@@ -71,6 +71,7 @@ def calibrate(
     if preset and model:
         raise click.UsageError("--preset and --model exclude each other here.")
     config = CalibrateConfig(**{name: value for name, value in given.items() if value is not None})
+    CALIBRATIONS[rule](config)  # what is wrong shows before a long load
     check_out(Path(out), resume)
     if resume and not (Path(out) / CHECKPOINT).exists():
         raise click.UsageError(f"there is no run in {out} to go on with. Leave --resume out to begin one.")
