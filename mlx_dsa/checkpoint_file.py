@@ -16,7 +16,9 @@ INDEXERS = "indexers.safetensors"  # the file in a folder
 RUN_CONFIG = "run_config.json"  # beside it
 # What a file holds, by the rule of selecting that reads it. One that does not say has indexers.
 KIND, LIGHTNING, PROJECTIONS = "kind", "lightning", "projections"
+DOUBLE_SPARSITY, MINFERENCE, MIXTURE = CALIBRATED = ("double_sparsity", "minference", "mixture")  # mlx-dsa calibrate
 _NAMES = {LIGHTNING: "lightning indexers", PROJECTIONS: "search projections"}
+_NAMES |= {DOUBLE_SPARSITY: "channels of keys", MINFERENCE: "patterns of heads", MIXTURE: "windows of heads"}
 _FOREIGN = (".pt", ".pth", ".bin", ".gguf")  # what mlx-dsa convert reads
 
 

@@ -14,8 +14,9 @@ from mlx_lm import load
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .arrays import evaluate
+from .calibrated import Calibration, load_calibration
 from .checkpoint import has_heads, load_indexers
-from .checkpoint_file import INDEXERS, PROJECTIONS
+from .checkpoint_file import CALIBRATED, INDEXERS, PROJECTIONS
 from .config import SparseConfig, override
 from .families import family_of
 from .gguf import read_metadata
@@ -290,14 +291,14 @@ def load_settings(settings: Settings) -> Preset:
     return Preset(model, tokenizer, indexers, settings.config)
 
 
-def read_indexers(settings: Settings) -> dict[int, Indexer] | dict[int, Projections]:
+def read_indexers(settings: Settings) -> dict[int, Indexer] | dict[int, Projections] | dict[int, Calibration]:
     """Load the indexers that settings name, fetching them if they are on the hub.
 
     Args:
         settings (Settings): From :func:`resolve`.
 
     Returns:
-        dict: Layer number to :class:`Indexer`.
+        dict: Layer number to :class:`Indexer`, or what else the rule of selecting reads.
 
     Raises:
         ValueError: If none are named, or they cannot be loaded.
@@ -309,8 +310,10 @@ def read_indexers(settings: Settings) -> dict[int, Indexer] | dict[int, Projecti
             f"(--select, --evict), or run it dense (--dense)."
         )
     path = fetch(settings.indexer, INDEXER_FILES)
-    reads_projections = rule_class("select", settings.config.select).reads == PROJECTIONS
-    return load_projections(path) if reads_projections else load_indexers(path)
+    reads = rule_class("select", settings.config.select).reads
+    if reads in CALIBRATED:
+        return load_calibration(path, reads)
+    return load_projections(path) if reads == PROJECTIONS else load_indexers(path)
 
 
 def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:

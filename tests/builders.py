@@ -11,9 +11,11 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlx_dsa import Indexer, IndexerArgs
+from mlx_dsa.checkpoint_file import LIGHTNING
 from mlx_dsa.families import family_of
 from mlx_dsa.patch import patch_of
 from mlx_dsa.presets import resource
+from mlx_dsa.registry import rule_class, rule_names
 
 VOCAB = 101
 
@@ -39,6 +41,11 @@ SHAPES = {
     "moe": dict(kind="qwen3_moe"),
     "moe-4bit": dict(kind="qwen3_moe", quantized=True),
 }
+
+
+def rules_alone():
+    """Return the rules of selecting that read lightning indexers, or nothing."""
+    return [n for n in rule_names("select") if rule_class("select", n).reads == LIGHTNING]
 
 
 def build_model(config, *, seed=0, norms=True, bits=None, group_size=32, dtype=None):

@@ -6,7 +6,8 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, make_model
+from builders import SHAPES, make_model, rules_alone
+from calibrations import FOUND, calibrations_for
 from family_models import FAMILIES, family_model
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
@@ -142,13 +143,24 @@ def test_any_rule_of_forgetting(small, evict, positions):
             assert same_answer(alone(model, prompt, len(row[0])), row)
 
 
-SELECT = [n for n in rule_names("select") if n not in ("projections", "hnsw", "sparsek")] + ["sparsek:window=6"]
+SELECT = [n for n in rules_alone() if n != "sparsek"] + ["sparsek:window=6"]
 
 
 @pytest.mark.parametrize("select", SELECT)
 def test_any_rule_of_selecting(small, select):
     model, indexers = small
     with patch_sparse_generate(model, indexers, **{**RULES, "select": select, "cache": "full"}):
+        rows = together(model, prompts()[:3], [33, 60, 12], {5: [(prompts()[4], 40)]})
+        for prompt, row in zip([*prompts()[:3], prompts()[4]], rows):
+            assert same_answer(alone(model, prompt, len(row[0])), row)
+
+
+@pytest.mark.parametrize("select", FOUND)
+def test_any_rule_of_selecting_that_reads_a_calibration(small, select):
+    model, _ = small
+    rules = {**RULES, "cache": "full", "evict": "window", "prefill": "exact"}
+    rules["select"] = {"minference": "minference:last_q=8,block=8"}.get(select, select)
+    with patch_sparse_generate(model, calibrations_for(model, select), **rules):
         rows = together(model, prompts()[:3], [33, 60, 12], {5: [(prompts()[4], 40)]})
         for prompt, row in zip([*prompts()[:3], prompts()[4]], rows):
             assert same_answer(alone(model, prompt, len(row[0])), row)

@@ -9,6 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from builders import rules_alone
+from calibrations import calibrations_for
 from click.testing import CliRunner
 from evals_subject import make_subject
 
@@ -23,6 +25,7 @@ from mlx_dsa.evals.policies import policy_names
 from mlx_dsa.evals.report.board import board, board_markdown, board_tables
 from mlx_dsa.registry import forget
 from mlx_dsa.rules import EvictRule, register, rule_names
+from mlx_dsa.rules.minference import MInference
 
 ROOT = Path(__file__).parent.parent
 BASE = SparseConfig(top_k=64, n_recent=16, prefill="dense")
@@ -129,12 +132,37 @@ def test_selections_of_rules_are_those_of_the_runtime():
     result = retrieval(subject, top_k=[32], length=200, queries=8, limit=2, select=["*"])
     masses = {r["policy"]: (r["value"], r["mass_value"]) for r in result["rows"] if r["layer"] is None}
     # Search projections are not what the subject has.
-    there = [f"select:{n}" for n in rule_names("select") if n not in ("projections", "hnsw")]
+    there = [f"select:{n}" for n in rules_alone()]
     assert set(masses) == {"index", "random", "window", "attention", *there}
     assert masses["select:lightning"] == masses["index"] and masses["select:window"] == masses["window"]
     assert masses["index"] != masses["window"]
     assert masses["select:random"][1] < masses["select:oracle"][1] <= masses["attention"][1]
     assert {(p["policy"], p["against"]) for p in result["pairs"]} >= {("index", "select:oracle")}
+
+
+def test_sets_of_each_head_are_measured():
+    subject = make_subject()
+    rules = ["quest:page=4", "quest:page=4,by_head=true"]
+    result = retrieval(subject, top_k=[32], length=200, queries=8, limit=2, select=rules)
+    masses = {r["policy"]: r["mass_value"] for r in result["rows"] if r["layer"] is None}
+    shared, own = (masses[f"select:{rule}"] for rule in rules)
+    assert shared != own and masses["window"] < own <= masses["attention"]
+
+
+def test_a_rule_whose_queries_are_read_together_is_asked_for_all(monkeypatch):
+    subject = make_subject()
+    subject = subject._replace(indexers=calibrations_for(subject.model, "minference"))
+    asked, select = set(), MInference.select
+
+    def spy(self, probe, cache, top_k, n_visible, end, forced):
+        asked.add((probe.queries.shape[2], len(n_visible), n_visible[-1].item(), end))
+        return select(self, probe, cache, top_k, n_visible, end, forced)
+
+    monkeypatch.setattr(MInference, "select", spy)
+    result = retrieval(subject, top_k=[32], length=200, queries=8, limit=1, select=["minference:block=8"])
+    masses = {r["policy"]: r["mass_value"] for r in result["rows"] if r["layer"] is None}
+    assert 0.1 < masses["select:minference:block=8"] <= masses["attention"] and "index" not in masses
+    assert asked == {(200, 200, 200, 200)}
 
 
 def test_selections_without_indexers():

@@ -12,7 +12,7 @@ from mlx_lm.perplexity import eval_ppl
 
 from mlx_dsa import BudgetKVCache
 from mlx_dsa.evals import gsm8k, make_policies, memory, ppl, retrieval
-from mlx_dsa.evals.fidelity import coverage, selection_mask, true_attention
+from mlx_dsa.evals.fidelity import coverage, selection_mask, slots_mask, true_attention
 from mlx_dsa.tasks.documents import load_documents, windows_of
 
 
@@ -136,6 +136,22 @@ def test_recall_and_mass_are_numpys(k):
             best = set(np.argsort(-logit)[:k].tolist())
             assert recall[head, row] == pytest.approx(len(best & chosen) / k)
             assert mass[head, row] == pytest.approx(_softmax(logit)[list(chosen)].sum(), abs=1e-5)
+
+
+def test_a_set_of_each_head_counts_for_its_group():
+    rng = np.random.default_rng(0)
+    queries, keys = (rng.standard_normal(shape).astype(np.float32) for shape in ((6, 7, 8), (2, 50, 8)))
+    logits, probabilities = true_attention(mx.array(queries), mx.array(keys), mx.arange(43, 50), 8**-0.5)
+    slots = np.sort(np.stack([[rng.permutation(44)[:9] for _ in range(7)] for _ in range(2)]))
+    slots[:, ::2, :3] = -1
+    together = coverage(slots_mask(mx.array(slots), 50), logits, probabilities, 9)
+    for head in range(6):
+        mask = slots_mask(mx.array(slots[head // 3]), 50)
+        alone = coverage(mask, logits[head : head + 1], probabilities[head : head + 1], 9)
+        for both, one in zip(together, alone):
+            assert mx.allclose(both[head], one[0])
+        assert (np.array(mask).sum(axis=-1) == (slots[head // 3] >= 0).sum(axis=-1)).all()
+    assert not mx.allclose(together[1], coverage(slots_mask(mx.array(slots)[::-1], 50), logits, probabilities, 9)[1])
 
 
 def test_retrieval_of_a_model(subject):

@@ -26,7 +26,7 @@ LAYERS = [
     {"ops"},
     {"families", "indexer", "indexer_args", "selection", "cache", "checkpoint", "checkpoint_file", "chunks",
      "crossovers", "projections"},
-    {"search", "convert"},
+    {"calibrated", "search", "convert"},
     {"rules"},
     {"eviction"},
     {"attention", "batch", "dense"},
@@ -34,7 +34,7 @@ LAYERS = [
     {"maker", "reach", "saved", "saved_before"},
     {"unfinished"},
     {"presets"},
-    {"train", "evals", "bench", "serve"},
+    {"train", "calibrate", "evals", "bench", "serve"},
     {"cli"},
 ]  # fmt: skip
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}

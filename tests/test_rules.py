@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import make_indexers, make_model, make_tokens
+from builders import make_indexers, make_model, make_tokens, rules_alone
 from click.testing import CliRunner
 from evals_subject import make_subject
 from local_models import write_indexers, write_model
@@ -199,8 +199,8 @@ def test_rules_in_a_list_keep_their_options():
     assert split_rules("dense, keydiff:pool=2,by_head=true,tova") == ["dense", "keydiff:pool=2,by_head=true", "tova"]
 
 
-# Search projections, and an index of them, are trained indexers of another kind: test_search.py, test_hnsw.py.
-@pytest.mark.parametrize("select", [n for n in rule_names("select") if n not in ("projections", "hnsw")])
+# Rules that read a file of another kind have tests of their own.
+@pytest.mark.parametrize("select", rules_alone())
 @pytest.mark.parametrize("prefill", ["exact", "tile", "dense"])
 def test_every_rule_of_selecting_with_room_for_all_is_dense(select, prefill):
     model, tokens = make_model(), make_tokens(70)

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SMALL_RULES, feed, feed_calls, layer_of, make_indexers, make_model, make_tokens
+from builders import SMALL_RULES, feed, feed_calls, layer_of, make_indexers, make_model, make_tokens, rules_alone
 from mlx_lm.models.cache import make_prompt_cache
 from probe import Probe
 from simulate import MARGIN, generate_calls, whole_calls
@@ -12,11 +12,11 @@ from mlx_dsa import FullKVCache, SparseConfig, patch_sparse_generate, sparse_att
 from mlx_dsa.evals.running.watch import Watch
 from mlx_dsa.ops import index_scores
 from mlx_dsa.rules import Probe as Queries
-from mlx_dsa.rules import make_rule, rule_names
+from mlx_dsa.rules import make_rule
 from numpy_reference import rules as expected
 
 SMALL = {"quest": "quest:page=4", "sparsek": "sparsek:window=6,stride=16", "top_p": "top_p:p=0.6"}
-KEYS_ALONE = ("window", "random", "oracle", "quest", "sparsek")
+KEYS_ALONE = ("window", "random", "oracle", "quest", "sparsek", "power")
 
 
 def integers(B=2, heads=4, kv_heads=2, length=90, width=8, seed=0):
@@ -113,6 +113,55 @@ def test_sparsek_reads_a_window_a_stride_and_the_largest_products(heads, kv_head
     assert other != numpy_sets(make, queries, keys, n_visible)
 
 
+@pytest.mark.parametrize("n_visible", [range(25, 91), [90], [64, 65]])
+@pytest.mark.parametrize("block", [1, 2, 5, 16, 100])
+def test_power_reads_distances_that_are_powers_of_two(block, n_visible):
+    queries, keys = integers()
+    ours = select(f"power:block={block}", queries, keys, n_visible)[0]
+    theirs = [expected.power(n, SMALL_RULES, block)[0] for n in n_visible]
+    assert ours == [theirs, theirs]
+    if block < 100:  # of blocks that reach over everything all is the window
+        assert theirs != [expected.power(n, SMALL_RULES, 100)[0] for n in n_visible]
+        assert ours[0] != [expected.power(n - 1, SMALL_RULES, block)[0] for n in n_visible]
+
+
+def test_power_reaches_every_token_in_as_many_layers_as_its_number_has_bits():
+    rules = dict(n_sink=0, n_recent=1, top_k=8)
+    _, slots = select("power", *integers(length=128), range(1, 129), **rules)
+    reads = np.zeros((128, 128), bool)
+    for t, row in enumerate(slots[0]):
+        reads[t, row[row >= 0]] = True
+    reach = [np.linalg.matrix_power(reads.astype(float), n)[127] > 0 for n in range(8)]
+    assert reach[7].all() and not reach[4].all()
+    # Where a window of as many keys reaches a third of them.
+    assert set(select("window", *integers(length=128), [128], **rules)[1][0, 0]) == set(range(120, 128))
+
+
+@pytest.mark.parametrize("block", [1, 16, 32])
+def test_a_tile_reads_whole_tiles_at_distances_that_are_powers_of_two(block):
+    rules = dict(n_sink=3, n_recent=5, top_k=80, cache="full", prefill="tile", tile_size=16)
+    for calls in ([160], [96, 64], [32] * 5):
+        sets = Probe(160).program(calls, select=f"power:block={block}", **rules)
+        for tile in range(96, 160, 16):
+            wide = max(block, 16)
+            powers = {tile // wide - 2**i for i in range(9)}
+            forced = expected.forced_of(tile, 3, 5)
+            order = sorted(set(range(tile)) - forced, key=lambda s: (s // wide in powers, s), reverse=True)
+            shared = forced | set(order[: 64 - len(forced)])
+            for t in range(tile, tile + 16):
+                assert sets[t] == shared | set(range(tile, t + 1))
+
+
+@pytest.mark.parametrize("calls", [[60] + [1] * 20, [30, 30] + [1] * 20])
+def test_power_with_a_budget_reads_by_the_text_and_then_what_is_kept(calls):
+    rules = dict(SMALL_RULES, cache="budget", prefill="exact", evict="window", select="power")
+    sets = Probe(80).program(calls, **rules)
+    for t in range(24, 61):  # one token ends the prompt
+        assert sets[t] == expected.power(t + 1, SMALL_RULES)[0]
+    for t in range(61, 80):
+        assert sets[t] == expected.forced_of(t + 1, 3, 21)
+
+
 def top_p_slots(text, seed=0, length=90, sharp=4.0):
     """Return a bound rule, its scores `[L, T]` and its slots for the queries from 25 on."""
     model = make_model()
@@ -191,6 +240,8 @@ FORMS = {
     "quest:page=4,by_head=true": lambda q, k, h: expected.quest(q, k, SMALL_RULES, 4, h),
     "sparsek:window=6,stride=16": lambda q, k, h: expected.sparsek(q, k, SMALL_RULES, 6, 16, h),
     "sparsek:window=6,by_head=true": lambda q, k, h: expected.sparsek(q, k, SMALL_RULES, 6, 128, h),
+    "power": lambda q, k, h: expected.power(k.shape[1], SMALL_RULES),
+    "power:block=4": lambda q, k, h: expected.power(k.shape[1], SMALL_RULES, 4),
     "oracle": lambda q, k, h: expected.oracle(q, k, SMALL_RULES, 32**-0.5),
 }
 
@@ -222,7 +273,7 @@ def test_a_patched_layer_attends_to_what_numpy_selects(text, calls):
     assert np.abs(run("window") - theirs).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", [n for n in rule_names("select") if n not in ("projections", "hnsw")])
+@pytest.mark.parametrize("name", rules_alone())
 @pytest.mark.parametrize("cache", ["full", "budget"])
 def test_a_budget_for_the_whole_text_is_dense_bit_for_bit(name, cache):
     model, tokens = make_model(), make_tokens(60)
@@ -238,7 +289,7 @@ def test_a_budget_for_the_whole_text_is_dense_bit_for_bit(name, cache):
         assert all(same) if is_dense else not all(same)
 
 
-@pytest.mark.parametrize("name", [n for n in rule_names("select") if n not in ("projections", "hnsw")])
+@pytest.mark.parametrize("name", rules_alone())
 def test_any_cut_of_a_prompt_gives_one_answer(name):
     model, tokens = make_model(), make_tokens(70)
     indexers = None if name in KEYS_ALONE else make_indexers(model)
@@ -328,6 +379,7 @@ def test_lightning_through_the_seam_is_its_index_scores():
     [
         (dict(select="quest:page=0"), "'page' must be at least 1"),
         (dict(select="quest:page=x"), "'page' must be a whole number"),
+        (dict(select="power:block=0"), "'block' must be at least 1"),
         (dict(select="sparsek:window=-1"), "'window' must be at least 0"),
         (dict(select="sparsek", top_k=68), "n_sink \\+ window \\+ 1 = 69"),
         (dict(select="top_p:p=0"), "'p' must be above 0"),

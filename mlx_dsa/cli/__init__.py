@@ -9,6 +9,7 @@ import click
 
 from .. import __version__
 from .bench import bench
+from .calibrate import calibrate
 from .chat import chat
 from .command import in_options
 from .compress import compress
@@ -41,5 +42,5 @@ def _show_warning(message: Warning | str, *_args: Any, **_options: Any) -> None:
     click.echo(f"Note: {text}", err=True)
 
 
-for _command in (chat, generate, compress, serve, train, convert, info, demo, evaluate, bench, tune):
+for _command in (chat, generate, compress, serve, train, calibrate, convert, info, demo, evaluate, bench, tune):
     main.add_command(_command)

@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .. import __version__, blas
+from ..calibrated import Calibration
 from ..crossovers import crossover_file, describe_args, describe_run, measured, plan_prefill
 from ..hub import INDEXER_FILES, MODEL_FILES, fetch, is_repository, read_object
 from ..machine import device_name, runs_float32
@@ -129,6 +130,8 @@ def _indexers(settings: Settings) -> str:
     if isinstance(one, Projections):
         shape = f"search projections to {one.args.index_head_dim}"
         return f"{path} ({len(indexers)} layers, {shape}, {count:,} parameters a layer)"
+    if isinstance(one, Calibration):
+        return f"{path} ({len(indexers)} layers, calibrated on {one.model} for --select {one.kind})"
     shape = f"{one.args.index_n_heads} heads of {one.args.index_head_dim}"
     return (
         f"{path} ({len(indexers)} layers, {shape}, RoPE on {one.args.index_rope_dim}, "

@@ -47,22 +47,24 @@ def selection_mask(scores: mx.array, k: int, positions: mx.array, n_sink: int = 
 
 
 def slots_mask(slots: mx.array, width: int) -> mx.array:
-    """Return slots `[R, K]`, -1 where there is none, as a mask `[R, width]`."""
-    mask = mx.zeros((slots.shape[0], width + 1), mx.bool_)
+    """Return slots `[..., K]`, -1 where there is none, as a mask `[..., width]`."""
+    mask = mx.zeros((*slots.shape[:-1], width + 1), mx.bool_)
     at = mx.where(slots < 0, width, slots)
-    return mx.put_along_axis(mask, at, mx.array(True), axis=-1)[:, :width]
+    return mx.put_along_axis(mask, at, mx.array(True), axis=-1)[..., :width]
 
 
 def coverage(selected: mx.array, logits: mx.array, probabilities: mx.array, k: int) -> tuple[mx.array, mx.array]:
     """Return recall@K and mass@K of a selection, for each head and query.
 
     Args:
-        selected (mx.array): mask `[R, T]`.
+        selected (mx.array): mask `[R, T]`, or `[Hkv, R, T]` where each key head has a set.
         logits, probabilities (mx.array): of `true_attention`.
         k (int): the K of recall: how many of a head's own top K are selected.
 
     Returns:
         (mx.array, mx.array): both `[Hq, R]`.
     """
+    if selected.ndim == 3:
+        selected = mx.repeat(selected, len(logits) // len(selected), axis=0)
     hit = (top_mask(logits, k) & selected).sum(axis=-1) / k
     return hit, mx.where(selected, probabilities, 0).sum(axis=-1)

@@ -85,10 +85,6 @@ def retrieval(
     for rule in rules:
         if not _has_what_it_reads(rule, kinds):
             raise ValueError(f"[retrieval] select {rule!r} reads indexers, and there are none of its kind.")
-        if getattr(make_rule("select", rule), "by_head", False):
-            raise ValueError(
-                f"[retrieval] select {rule!r} has a set for each head, and one a layer is measured. Leave by_head out."
-            )
     check_lengths("retrieval", subject, [length])
     usable = sorted({k for k in top_k if k <= length})
     if not usable:
@@ -190,9 +186,13 @@ class _Recorder(nn.Module):
             }
             for name, rule in self.rules.items():
                 probe, at = probes[name], rows[take]
-                probe = Probe(probe.queries[:, :, at], probe.weights[:, at])
-                end = int(here[use[-1]]) + 1
-                picked = rule.select(probe, self.caches[name], k, positions[take] + 1, end, always)
+                seen, end = positions[take] + 1, int(here[use[-1]]) + 1
+                if rule.together:  # the others are asked, too
+                    seen, end = mx.arange(offset + 1, offset + x.shape[1] + 1), offset + x.shape[1]
+                else:
+                    probe = Probe(probe.queries[:, :, at], probe.weights[:, at])
+                picked = rule.select(probe, self.caches[name], k, seen, end, always)
+                picked = picked[..., at, :] if rule.together else picked
                 masks[SELECT + name] = slots_mask(picked[0], keys.shape[2])
             for method, mask in masks.items():
                 recall, mass = coverage(mask, logits[:, take], probabilities[:, take], k)

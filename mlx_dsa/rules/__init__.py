@@ -3,6 +3,7 @@
 from ..registry import make_rule, register, rule_names
 from . import (  # noqa: F401
     baselines,
+    double_sparsity,
     expected,
     h2o,
     hnsw,
@@ -10,6 +11,9 @@ from . import (  # noqa: F401
     lagkv,
     lightning,
     merging,
+    minference,
+    mixture,
+    power,
     projections,
     quest,
     retention,

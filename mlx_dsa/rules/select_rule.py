@@ -28,12 +28,14 @@ class SelectRule(Rule):
           what :meth:`entry` returns. Without that it reads ``cache.keys``.
         fills (bool): Whether :meth:`select` leaves no slot empty.
         by_position (bool): Whether scores depend on positions alone.
+        together (bool): Whether what a query reads depends on the others that are read with it.
         reads (str): The kind of trained indexers that it wants, where it does.
     """
 
     keeps_entry: ClassVar[bool] = False
     fills: ClassVar[bool] = True
     by_position: ClassVar[bool] = False
+    together: ClassVar[bool] = False
     reads: ClassVar[str] = LIGHTNING
 
     def bind(self, layer: Layer, indexer: Any = None, backend: str = "auto"):

@@ -59,6 +59,18 @@ def sparsek(queries, keys, rules, window, stride, heads=None):
     return best(scores, forced, rules["top_k"])
 
 
+def power(n, rules, block=1, count=None):
+    """Return the set of a query that sees `n` keys; what it may hang on is no number."""
+    own = (n - 1) // block
+    powers = {own - 2**i for i in range(own.bit_length())}
+    chosen = forced_of(n, rules["n_sink"], rules["n_recent"])
+    keys = range(n)[::-1]
+    for s in [s for s in keys if s // block in powers] + [s for s in keys if s // block not in powers]:
+        if len(chosen) < (count or rules["top_k"]):
+            chosen.add(s)
+    return chosen, 1.0
+
+
 def oracle(queries, keys, rules, scale):
     total = 0
     for q, k in grouped(queries, keys):
@@ -67,6 +79,78 @@ def oracle(queries, keys, rules, scale):
         total = total + paid / paid.sum()
     forced = forced_of(keys.shape[1], rules["n_sink"], rules["n_recent"])
     return best(total / len(queries), forced, rules["top_k"])
+
+
+def double_sparsity(queries, keys, rules, channels, scale, heads=None):
+    """Of each key head some channels `[Hkv][n]` stand for its keys."""
+    n_kv_heads = len(keys)
+    group = len(queries) // n_kv_heads
+    total = 0
+    for h in range(n_kv_heads) if heads is None else heads:
+        for q in queries[h * group : (h + 1) * group]:
+            logits = keys[h][:, channels[h]] @ q[channels[h]] * scale
+            paid = np.exp(logits - logits.max())
+            total = total + paid / paid.sum()
+    forced = forced_of(keys.shape[1], rules["n_sink"], rules["n_recent"])
+    return best(total, forced, rules["top_k"])
+
+
+def minference(queries, keys, n_visible, rules, pattern, share, last_q, block, scale):
+    """Return a key head's sets for queries `[group, L, D]` that are read together, and the margin.
+
+    The pattern is "a", "lines" or "blocks"; `n_visible[t]` keys are seen by query `t`.
+    """
+    top_k, n_sink, n_recent = (rules[name] for name in ("top_k", "n_sink", "n_recent"))
+    T = len(keys)
+    count = min(max(round(share * top_k), n_sink), top_k - n_recent)
+    if pattern == "blocks":
+        return _blocks(queries, keys, n_visible, rules, block, scale)
+    vertical, slash, margin = set(range(count)), set(range(top_k - count)), 1.0
+    if pattern == "lines":
+        to_key, to_distance = np.zeros(T), np.zeros(T)
+        for query in queries:
+            for q, n in list(zip(query, n_visible))[-last_q:]:
+                paid = np.exp((logits := keys[:n] @ q * scale) - logits.max())
+                for s in range(n):
+                    to_key[s] += paid[s] / paid.sum()
+                    to_distance[n - 1 - s] += paid[s] / paid.sum()
+        if len(n_visible) == 1:
+            chosen, margin = best(to_key, forced_of(T, n_sink, n_recent), top_k)
+            return [chosen], margin
+        vertical, one = best(to_key, set(range(n_sink)), count)
+        slash, other = best(to_distance, set(range(n_recent)), top_k - count)
+        margin = min(one, other)
+    sets = [{s for s in vertical if s < n} | {n - 1 - d for d in slash if d < n} for n in n_visible]
+    return sets, margin
+
+
+def _blocks(queries, keys, n_visible, rules, block, scale):
+    sets, margin = [], 1.0
+    for n in n_visible:
+        own = (n - 1) // block
+        together = [t for t, other in enumerate(n_visible) if (other - 1) // block == own]
+        total = np.zeros(own)
+        for query in queries:
+            logits = np.array([keys[j * block : (j + 1) * block].mean(0) @ query[together].mean(0) for j in range(own)])
+            paid = np.exp((logits - logits.max(initial=-1e9)) * scale)
+            total += paid / paid.sum()
+        chosen = forced_of(n, rules["n_sink"], rules["n_recent"])
+        order = [own, *sorted(range(own), key=lambda j: (total[j], j), reverse=True)]
+        for place, j in enumerate(order):
+            wider = chosen | set(range(j * block, min((j + 1) * block, n)))
+            if len(wider) > rules["top_k"]:
+                if place > 1:
+                    margin = min(margin, (total[order[place - 1]] - total[j]) / total.max())
+                break
+            chosen = wider
+        sets.append(chosen)
+    return sets, margin
+
+
+def mixture(n, rules, alpha, beta):
+    """Return a key head's set of a query that sees `n` keys."""
+    width = min(max(int(np.floor(alpha + beta * n)), rules["n_recent"]), rules["top_k"] - rules["n_sink"])
+    return set(range(min(rules["n_sink"], n))) | set(range(max(n - width, 0), n))
 
 
 def top_p(scores, rules, p, least):
