@@ -41,6 +41,21 @@ def select_topk(
     return ops.select_topk(scores, top_k, n_visible, n_sink, n_recent, backend)
 
 
+def leave_out(slots: mx.array, wanted: mx.array, n_visible: mx.array, n_sink: int, n_recent: int) -> mx.array:
+    """Empty slots that are not wanted, but for sinks and newest keys.
+
+    Args:
+        slots (mx.array): ``[B, R, K]``, int32.
+        wanted (mx.array): Which of them are ``[B, R, K]``.
+        n_visible, n_sink, n_recent: As in :func:`select_topk`.
+
+    Returns:
+        mx.array: ``[B, R, K]``, ascending, what is empty (``-1``) first.
+    """
+    forced = (slots < n_sink) | (slots >= n_visible[:, None] - n_recent)
+    return mx.sort(mx.where(wanted | forced, slots, -1), axis=-1)
+
+
 def select_pages(
     bounds: mx.array,
     page: int,

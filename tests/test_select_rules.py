@@ -15,8 +15,13 @@ from mlx_dsa.rules import Probe as Queries
 from mlx_dsa.rules import make_rule, rule_names
 from numpy_reference import rules as expected
 
-SMALL = {"quest": "quest:page=4", "sparsek": "sparsek:window=6,stride=16", "top_p": "top_p:p=0.6"}
-KEYS_ALONE = ("window", "random", "oracle", "quest", "sparsek")
+SMALL = {
+    "quest": "quest:page=4",
+    "sparsek": "sparsek:window=6,stride=16",
+    "top_p": "top_p:p=0.6",
+    "anchor": "anchor:theta=1.5",
+}
+KEYS_ALONE = ("window", "random", "oracle", "quest", "sparsek", "anchor")
 
 
 def integers(B=2, heads=4, kv_heads=2, length=90, width=8, seed=0):

@@ -2,6 +2,7 @@
 
 from ..registry import make_rule, register, rule_names
 from . import (  # noqa: F401
+    anchor,
     baselines,
     expected,
     h2o,

@@ -1,0 +1,149 @@
+"""The papers' ways to read a prompt against NumPy, in prompts by query and by tile, and in decode."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from builders import SMALL_RULES, layer_of, make_model
+from simulate import MARGIN, whole_calls
+from test_select_rules import integers, layer_sets, numpy_sets, select
+
+from mlx_dsa import SparseConfig, patch_sparse_generate
+from numpy_reference import prompt_rules as expected
+from numpy_reference.rules import attention
+
+SCALE = 32**-0.5  # of the small model
+TILES = dict(SMALL_RULES, top_k=40, tile_size=16)
+
+
+def run_layer(model, x, calls, select, **rules):
+    """Return what a patched layer answers to hidden states `[L, dim]` in these calls."""
+    rules = {**SMALL_RULES, "cache": "full", "prefill": "exact", "evict": "window", "select": select, **rules}
+    with patch_sparse_generate(model, None, **rules) as patch:
+        (cache,), parts, start = patch.make_cache(), [], 0
+        for n in calls:
+            part = mx.array(x[None, start : start + n].astype(np.float32))
+            parts.append(np.array(patch.layers[0](part, None, cache)[0]))
+            patch.end_prompts([cache])
+            start += n
+    return np.concatenate(parts)
+
+
+def clear_case(make, find, length):
+    """Return hidden states for which `find(x)` leaves no doubt, and its answer."""
+    for seed in range(200):
+        x = np.random.default_rng(seed).standard_normal((length, 64)) * make
+        theirs, margin = find(x)
+        if margin > MARGIN:
+            return x, theirs
+    raise AssertionError("no seed is clear")
+
+
+def tiles_of(model, x, make, one):
+    """Return the output of tiles by NumPy, and the margin: of `make(queries, keys)` for a tile, and
+    `one(query, keys)` for a tile of one query."""
+    layer = layer_of(model)
+    queries, keys, values, _ = layer.project(mx.array(x[None].astype(np.float32)), 0)
+    q, k, v = (np.array(a[0]).astype(np.float64) for a in (queries, keys, values))
+    sets, margin, size = [], 1.0, TILES["tile_size"]
+    for start in range(0, len(x), size):
+        stop = min(start + size, len(x))
+        if stop <= TILES["top_k"]:
+            sets += [set(range(t + 1)) for t in range(start, stop)]
+            continue
+        if stop - start == 1:
+            chosen, m = one(q[:, start], k[:, :stop])
+            sets.append(chosen)
+        else:
+            shared, m = make(q[:, start:stop], k[:, :stop])
+            sets += [shared | set(range(start, t + 1)) for t in range(start, stop)]
+        margin = min(margin, m)
+    out = mx.array(attention(q, k, v, [sets] * len(k), layer.scale)[None].astype(np.float32))
+    return np.array(layer.output(out, None)[0]), margin
+
+
+# rule -> its form for a query, and for a tile; a wrong rule beside it.
+FORMS = {
+    "anchor:theta=1.5": (
+        lambda q, k, h, r: expected.anchor(q, k, r, SCALE, 1.5, h),
+        lambda q, k: expected.anchor_tile(q, k, TILES, SCALE, 1.5),
+        "anchor:theta=0.8",
+    ),
+    "anchor:theta=1.5,by_head=true": (
+        lambda q, k, h, r: expected.anchor(q, k, r, SCALE, 1.5, h),
+        lambda q, k: expected.anchor_tile(q, k, TILES, SCALE, 1.5),
+        "anchor:theta=0.8",
+    ),
+    "anchor": (
+        lambda q, k, h, r: expected.anchor(q, k, r, SCALE, 12, h),
+        lambda q, k: expected.anchor_tile(q, k, TILES, SCALE, 12),
+        "anchor:theta=0.8",
+    ),
+}
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_a_layer_attends_to_what_numpy_selects(text):
+    """In prompts and in decode, wherever a text is cut."""
+    model = make_model(layers=1)
+    form, _, wrong = FORMS[text]
+
+    def find(x):
+        return layer_sets(model, x, lambda q, k, h: form(q, k, h, SMALL_RULES), "by_head" in text)
+
+    x, theirs = clear_case(1.0, find, 70)
+    for calls in ([70], whole_calls(70, 33), [31, 1, 30] + [1] * 8, [1] * 70):
+        assert np.abs(run_layer(model, x, calls, text) - theirs).max() < 1e-5
+    assert np.abs(run_layer(model, x, [70], wrong) - theirs).max() > 1e-3
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_a_layer_attends_by_tile_to_what_numpy_selects(text):
+    """And calls of whole tiles give the same. A call that ends inside a tile makes a tile of its own."""
+    model = make_model(layers=1)
+    form, tile, wrong = FORMS[text]
+
+    def find(x):
+        return tiles_of(model, x, tile, lambda q, k: form(q, k, None, TILES))
+
+    x, theirs = clear_case(1.0, find, 91)
+    for calls in ([91], [48, 43], [16] * 5 + [11]):
+        ours = run_layer(model, x, calls, text, **dict(TILES, prefill="tile"))
+        assert np.abs(ours - theirs).max() < 1e-5
+    other = run_layer(model, x, [91], wrong, **dict(TILES, prefill="tile"))
+    assert np.abs(other - theirs).max() > 1e-3
+
+
+@pytest.mark.parametrize("n_visible", [range(25, 91), [90], [90, 90, 40]])
+@pytest.mark.parametrize("theta", [0, 2, 12])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2), (3, 1)])
+def test_anchor_reads_what_falls_short_by_little(heads, kv_heads, theta, n_visible):
+    queries, keys = integers(heads=heads, kv_heads=kv_heads, seed=4)
+    scale = float(layer_of(make_model()).scale)
+
+    def make(q, k, some):
+        return expected.anchor(q, k, SMALL_RULES, scale, theta + 0.01, some)
+
+    text = f"anchor:theta={theta + 0.01}"
+    ours = select(text, queries, keys, n_visible)[0]
+    assert ours == numpy_sets(make, queries, keys, n_visible)
+    by_head = select(f"{text},by_head=true", queries, keys, n_visible)[0]
+    theirs = [numpy_sets(make, queries, keys, n_visible, [h]) for h in range(kv_heads)]
+    assert by_head == [list(of_heads) for of_heads in zip(*theirs)]
+    sizes = {len(s) for row in ours for s in row}
+    if theta == 12:
+        assert sizes == {24}
+    if theta == 0 and len(n_visible) > 3:  # a dynamic budget: from the forced ones on
+        assert len(sizes) > 5 and min(sizes) < 14
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(select="anchor:theta=-1"), "'theta' must be a number of at least 0"),
+        (dict(select="anchor:theta=nan"), "'theta' must be a number of at least 0"),
+        (dict(select="anchor", cache="tiered"), "reads the keys"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        SparseConfig(**fields)
