@@ -8,6 +8,7 @@ from simulate import MARGIN, whole_calls
 from test_select_rules import integers, layer_sets, numpy_sets, select
 
 from mlx_dsa import SparseConfig, patch_sparse_generate
+from mlx_dsa.rules.hip import Hip
 from numpy_reference import prompt_rules as expected
 from numpy_reference.rules import attention
 
@@ -78,6 +79,16 @@ FORMS = {
         lambda q, k: expected.anchor_tile(q, k, TILES, SCALE, 12),
         "anchor:theta=0.8",
     ),
+    "hip": (
+        lambda q, k, h, r: expected.hip(q, k, r, 1, h),
+        lambda q, k: expected.hip_tile(q, k, TILES, 1),
+        "sparsek:window=0,stride=0",
+    ),
+    "hip:block=3,by_head=true": (
+        lambda q, k, h, r: expected.hip(q, k, r, 3, h),
+        lambda q, k: expected.hip_tile(q, k, TILES, 3),
+        "hip:block=4",
+    ),
 }
 
 
@@ -136,11 +147,48 @@ def test_anchor_reads_what_falls_short_by_little(heads, kv_heads, theta, n_visib
         assert len(sizes) > 5 and min(sizes) < 14
 
 
+@pytest.mark.parametrize("n_visible", [range(25, 91), [90], [90, 90, 40]])
+@pytest.mark.parametrize("block", [1, 2, 5, 16, 40])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2), (3, 1)])
+def test_hip_reads_what_a_tree_search_finds(heads, kv_heads, block, n_visible):
+    queries, keys = integers(heads=heads, kv_heads=kv_heads, seed=5)
+
+    def make(q, k, some):
+        return expected.hip(q, k, SMALL_RULES, block, some)
+
+    ours = select(f"hip:block={block}", queries, keys, n_visible)[0]
+    assert ours == numpy_sets(make, queries, keys, n_visible)
+    by_head = select(f"hip:block={block},by_head=true", queries, keys, n_visible)[0]
+    theirs = [numpy_sets(make, queries, keys, n_visible, [h]) for h in range(kv_heads)]
+    assert by_head == [list(of_heads) for of_heads in zip(*theirs)]
+    # It is a search: the best keys are missed where they hide behind others, and it fills top_k.
+    best = select("sparsek:window=0,stride=0", queries, keys, n_visible)[0]
+    assert ours != best
+    if block == 1:
+        assert {len(s) for row in ours for s in row} == {24}
+
+
+def test_hip_looks_at_few_keys(monkeypatch):
+    """As many representatives a level as it keeps, twice, whatever the length of the text."""
+    looked = []
+    scores = Hip._scores
+    monkeypatch.setattr(Hip, "_scores", lambda self, q, k, s: looked.append(s.shape[-1]) or scores(self, q, k, s))
+    counts = []
+    for length in (100, 1600):
+        queries, keys = integers(B=1, heads=2, kv_heads=2, length=length)
+        looked.clear()
+        select("hip", queries, keys, [length])
+        assert set(looked) == {32}  # 16 nodes, halved
+        counts.append(len(looked))
+    assert counts == [3, 7]  # halvings of a node of 6, of 100
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [
         (dict(select="anchor:theta=-1"), "'theta' must be a number of at least 0"),
         (dict(select="anchor:theta=nan"), "'theta' must be a number of at least 0"),
+        (dict(select="hip:block=0"), "'block' must be at least 1"),
         (dict(select="anchor", cache="tiered"), "reads the keys"),
     ],
 )

@@ -21,7 +21,7 @@ SMALL = {
     "top_p": "top_p:p=0.6",
     "anchor": "anchor:theta=1.5",
 }
-KEYS_ALONE = ("window", "random", "oracle", "quest", "sparsek", "anchor")
+KEYS_ALONE = ("window", "random", "oracle", "quest", "sparsek", "anchor", "hip")
 
 
 def integers(B=2, heads=4, kv_heads=2, length=90, width=8, seed=0):

@@ -6,6 +6,7 @@ from . import (  # noqa: F401
     baselines,
     expected,
     h2o,
+    hip,
     hnsw,
     keydiff,
     lagkv,

@@ -45,3 +45,42 @@ def anchor_tile(queries, keys, rules, scale, theta):
         pooled = queries[h].mean(0)
         best = np.maximum(best, k[:before] @ pooled * scale - np.mean(anchors))
     return below_or_best(best, forced, rules["top_k"] - rules["tile_size"], -theta)
+
+
+def tree_search(n_sink, stop, n_nodes, block, score):
+    """Return the slots that a search in `[n_sink, stop)` ends at, and the margin."""
+    n = max(stop - n_sink, 0)
+    if n_nodes < 1:
+        return set(), 1.0
+    nodes = [(n_sink + j * n // n_nodes, n_sink + (j + 1) * n // n_nodes) for j in range(n_nodes)]
+    nodes, margin = [x for x in nodes if x[0] < x[1]], 1.0
+    while any(b - a > block for a, b in nodes):
+        halves = []
+        for a, b in nodes:
+            halves += [(a, (a + b) // 2), ((a + b) // 2, b)] if b - a > block else [(a, b)]
+        halves = [(a, b) for a, b in halves if a < b]
+        scores = {x: score((x[0] + x[1]) // 2) for x in halves}
+        halves.sort(key=lambda x: (scores[x], x), reverse=True)
+        if len(halves) > n_nodes:
+            apart = scores[halves[n_nodes - 1]] - scores[halves[n_nodes]]
+            margin = min(margin, apart / max(max(map(abs, scores.values())), 1e-9))
+        nodes = halves[:n_nodes]
+    return {s for a, b in nodes for s in range(a, b)}, margin
+
+
+def hip(queries, keys, rules, block, heads=None):
+    n = keys.shape[1]
+    forced = forced_of(n, rules["n_sink"], rules["n_recent"])
+    scores = sum(k @ q for q, k in grouped(queries, keys, heads))
+    n_nodes = (rules["top_k"] - rules["n_sink"] - rules["n_recent"]) // block
+    found, margin = tree_search(rules["n_sink"], n - rules["n_recent"], n_nodes, block, lambda s: scores[s])
+    return forced | found, margin
+
+
+def hip_tile(queries, keys, rules, block):
+    before = keys.shape[1] - queries.shape[1]
+    forced = forced_of(before, rules["n_sink"], rules["n_recent"])
+    scores = np.max([sum(k @ q for q, k in grouped(queries[:, r], keys)) for r in range(queries.shape[1])], axis=0)
+    n_nodes = (rules["top_k"] - rules["tile_size"] - rules["n_sink"] - rules["n_recent"]) // block
+    found, margin = tree_search(rules["n_sink"], before - rules["n_recent"], n_nodes, block, lambda s: scores[s])
+    return forced | found, margin
