@@ -1,5 +1,7 @@
 """The papers' ways to read a prompt against NumPy, in prompts by query and by tile, and in decode."""
 
+import sys
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -78,6 +80,16 @@ FORMS = {
         lambda q, k, h, r: expected.anchor(q, k, r, SCALE, 12, h),
         lambda q, k: expected.anchor_tile(q, k, TILES, SCALE, 12),
         "anchor:theta=0.8",
+    ),
+    "s2o:tau=0.2,block=3": (
+        lambda q, k, h, r: expected.s2o(q, k, r, SCALE, 0.2, 3, h),
+        lambda q, k: expected.s2o_tile(q, k, TILES, SCALE, 0.2, 3),
+        "s2o:tau=0.25,block=3",
+    ),
+    "s2o:tau=0.2,block=4,by_head=true": (
+        lambda q, k, h, r: expected.s2o(q, k, r, SCALE, 0.2, 4, h),
+        lambda q, k: expected.s2o_tile(q, k, TILES, SCALE, 0.2, 4),
+        "s2o:tau=0.2,block=3",
     ),
     "hip": (
         lambda q, k, h, r: expected.hip(q, k, r, 1, h),
@@ -183,12 +195,52 @@ def test_hip_looks_at_few_keys(monkeypatch):
     assert counts == [3, 7]  # halvings of a node of 6, of 100
 
 
+@pytest.mark.parametrize("n_visible", [range(25, 91), [90], [90, 90, 40]])
+@pytest.mark.parametrize("tau, block", [(0, 5), (0.1001, 1), (0.3001, 4), (0.9, 64)])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2), (3, 1)])
+def test_s2o_reads_until_a_block_adds_little(heads, kv_heads, tau, block, n_visible):
+    queries, keys = integers(heads=heads, kv_heads=kv_heads, seed=6)
+    scale = float(layer_of(make_model()).scale)
+
+    def make(q, k, some):
+        return expected.s2o(q, k, SMALL_RULES, scale, tau, block, some)
+
+    text = f"s2o:tau={tau},block={block}"
+    ours = select(text, queries, keys, n_visible)[0]
+    assert ours == numpy_sets(make, queries, keys, n_visible)
+    by_head = select(f"{text},by_head=true", queries, keys, n_visible)[0]
+    theirs = [numpy_sets(make, queries, keys, n_visible, [h]) for h in range(kv_heads)]
+    assert by_head == [list(of_heads) for of_heads in zip(*theirs)]
+    sizes = {len(s) for row in ours for s in row}
+    if not tau or block == 64:  # nothing stops, or one block is all
+        assert sizes == {24}
+        if not tau:
+            assert ours == select("sparsek:window=0,stride=0", queries, keys, n_visible)[0]
+    elif len(n_visible) > 3:
+        assert len(sizes) > 2 and max(sizes) <= 24
+
+
+@pytest.mark.parametrize("text", ["anchor:theta=1.5", "hip", "s2o:tau=0.2,block=3"])
+@pytest.mark.parametrize("prefill", ["exact", "tile"])
+def test_blocks_of_products_change_nothing(text, prefill, monkeypatch):
+    """Where a prompt is long its queries are taken some at a time."""
+    model, x = make_model(layers=1), np.random.default_rng(8).standard_normal((96, 64))
+    rules = dict(TILES, prefill=prefill)
+    whole = run_layer(model, x, [96], text, **rules)
+    module = sys.modules[f"mlx_dsa.rules.{text.partition(':')[0]}"]
+    for size in (1, 20_000):
+        monkeypatch.setattr(module, "_BLOCK", size)
+        assert np.abs(run_layer(model, x, [96], text, **rules) - whole).max() < 1e-5
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [
         (dict(select="anchor:theta=-1"), "'theta' must be a number of at least 0"),
         (dict(select="anchor:theta=nan"), "'theta' must be a number of at least 0"),
         (dict(select="hip:block=0"), "'block' must be at least 1"),
+        (dict(select="s2o:tau=1"), "'tau' must be at least 0 and below 1"),
+        (dict(select="s2o:block=0"), "'block' must be at least 1"),
         (dict(select="anchor", cache="tiered"), "reads the keys"),
     ],
 )

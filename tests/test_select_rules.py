@@ -20,8 +20,9 @@ SMALL = {
     "sparsek": "sparsek:window=6,stride=16",
     "top_p": "top_p:p=0.6",
     "anchor": "anchor:theta=1.5",
+    "s2o": "s2o:tau=0.2,block=4",
 }
-KEYS_ALONE = ("window", "random", "oracle", "quest", "sparsek", "anchor", "hip")
+KEYS_ALONE = ("window", "random", "oracle", "quest", "sparsek", "anchor", "hip", "s2o")
 
 
 def integers(B=2, heads=4, kv_heads=2, length=90, width=8, seed=0):

@@ -15,6 +15,7 @@ from . import (  # noqa: F401
     projections,
     quest,
     retention,
+    s2o,
     snapkv,
     sparsek,
     top_p,

@@ -22,6 +22,7 @@ import mlx.core as mx
 from ..ops import gather_rows
 from ..ops.reference import order_keys
 from ..registry import register
+from ..selection import forced_slots
 from .rule import at_least
 from .select_rule import SelectRule
 
@@ -78,16 +79,11 @@ class Hip(SelectRule):
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
     def _search_rows(self, queries, keys, top_k, n_visible, end, forced) -> mx.array:
-        B, n_rows = queries.shape[0], queries.shape[2]
-        n_sink, n_recent = min(forced[0], end), min(forced[1], end)
-        n_nodes = (top_k - n_sink - n_recent) // self.block
-        sinks = mx.broadcast_to(mx.arange(n_sink, dtype=mx.int32), (n_rows, n_sink))
-        newest = n_visible[:, None] - n_recent + mx.arange(n_recent, dtype=mx.int32)
-        # A newest key may be a sink, too, which is read once.
-        always = mx.concatenate([sinks, mx.where(newest < n_sink, -1, newest)], axis=-1)
-        found = mx.broadcast_to(always, (B, *always.shape))
+        always = forced_slots(n_visible, end, *forced)
+        n_nodes = (top_k - always.shape[-1]) // self.block
+        found = mx.broadcast_to(always, (queries.shape[0], *always.shape))
         if n_nodes > 0:
-            leaves = self._leaves(queries, keys, n_nodes, n_visible, end, (n_sink, n_recent))
+            leaves = self._leaves(queries, keys, n_nodes, n_visible, end, forced)
             found = mx.concatenate([found, leaves], axis=-1)
         found = mx.pad(found, [(0, 0), (0, 0), (0, top_k - found.shape[-1])], constant_values=-1)
         return mx.sort(found, axis=-1)

@@ -84,3 +84,43 @@ def hip_tile(queries, keys, rules, block):
     n_nodes = (rules["top_k"] - rules["tile_size"] - rules["n_sink"] - rules["n_recent"]) // block
     found, margin = tree_search(rules["n_sink"], before - rules["n_recent"], n_nodes, block, lambda s: scores[s])
     return forced | found, margin
+
+
+def s2o_segment(queries, keys, rules, scale, tau, block, before, count, heads=None):
+    """Read for the queries `[Hq, R, D]` of a segment, the last of which sees all keys; of the first
+    `before` slots at most `count`."""
+    R, T = queries.shape[1], keys.shape[1]
+    forced = forced_of(before, rules["n_sink"], rules["n_recent"])
+    asked = [pair for r in range(R) for pair in grouped(queries[:, r], keys, heads)]
+    sees = [T - R + 1 + r for r in range(R) for _ in range(len(asked) // R)]
+    worth = sum(k[:before] @ q for q, k in asked) / R
+    free = sorted(set(range(before)) - forced, key=lambda s: (worth[s], s), reverse=True)
+    room = max(count - len(forced), 0)
+    margin = 1.0
+    if 0 < room < len(free):
+        margin = (worth[free[room - 1]] - worth[free[room]]) / max(np.abs(worth).max(), 1e-9)
+    shares = [np.exp((k[:n] @ q - (k[:n] @ q).max()) * scale) for (q, k), n in zip(asked, sees)]
+    read = [forced | set(range(before, n)) for n in sees]
+    chosen = set(forced)
+    for start in range(0, min(room, len(free)), block):
+        new = free[start : min(start + block, room)]
+        if start + block < len(free):  # what of two stands in which block decides
+            edge = worth[free[start + block - 1]] - worth[free[start + block]]
+            margin = min(margin, edge / max(np.abs(worth).max(), 1e-9))
+        gain = np.mean([p[new].sum() / p[sorted(had)].sum() for p, had in zip(shares, read)])
+        chosen |= set(new)
+        margin = min(margin, abs(gain - tau))
+        if gain < tau:
+            break
+        read = [had | set(new) for had in read]
+    return chosen, margin
+
+
+def s2o(queries, keys, rules, scale, tau, block, heads=None):
+    n = keys.shape[1]
+    return s2o_segment(queries[:, None], keys, rules, scale, tau, block, n, rules["top_k"], heads)
+
+
+def s2o_tile(queries, keys, rules, scale, tau, block):
+    before = keys.shape[1] - queries.shape[1]
+    return s2o_segment(queries, keys, rules, scale, tau, block, before, rules["top_k"] - rules["tile_size"])
