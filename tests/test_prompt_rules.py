@@ -10,6 +10,7 @@ from simulate import MARGIN, whole_calls
 from test_select_rules import integers, layer_sets, numpy_sets, select
 
 from mlx_dsa import SparseConfig, patch_sparse_generate
+from mlx_dsa.rules import make_rule
 from mlx_dsa.rules.hip import Hip
 from numpy_reference import prompt_rules as expected
 from numpy_reference.rules import attention
@@ -90,6 +91,16 @@ FORMS = {
         lambda q, k, h, r: expected.s2o(q, k, r, SCALE, 0.2, 4, h),
         lambda q, k: expected.s2o_tile(q, k, TILES, SCALE, 0.2, 4),
         "s2o:tau=0.2,block=3",
+    ),
+    "dhsa:window=2,apart=2": (
+        lambda q, k, h, r: expected.dhsa(q, k, r, 2, 2),
+        lambda q, k: expected.dhsa_tile(q, k, TILES, 2, 2),
+        "dhsa:window=2,apart=3",
+    ),
+    "dhsa": (
+        lambda q, k, h, r: expected.dhsa(q, k, r, 4, 8),
+        lambda q, k: expected.dhsa_tile(q, k, TILES, 4, 8),
+        "dhsa:window=3",
     ),
     "hip": (
         lambda q, k, h, r: expected.hip(q, k, r, 1, h),
@@ -220,6 +231,47 @@ def test_s2o_reads_until_a_block_adds_little(heads, kv_heads, tau, block, n_visi
         assert len(sizes) > 2 and max(sizes) <= 24
 
 
+def runs(lengths, seed=0):
+    """Return keys `[1, 2, T, 8]` of one direction a run, and where runs begin."""
+    draw = np.random.default_rng(seed)
+    keys = [draw.standard_normal((2, 1, 8)) + 0.3 * draw.standard_normal((2, n, 8)) for n in lengths]
+    return np.concatenate(keys, axis=1)[None].astype(np.float32), np.cumsum([0, *lengths])[:-1]
+
+
+def test_dhsa_cuts_where_the_content_changes():
+    lengths = [9, 17, 6, 30, 12, 7, 20, 11]
+    keys, begins = runs(lengths)
+    rule = make_rule("select", "dhsa:window=3,apart=3").bind(layer_of(make_model()))
+    found = np.flatnonzero(np.array(rule.boundaries(mx.array(keys))[0]))
+    assert set(begins[1:]) <= set(found) and set(found) == set(expected.chunks(keys[0], 3, 3)[0][1:])
+    # What stands `apart + window` after a place, or later, is not looked at.
+    changed = keys.copy()
+    changed[:, :, 60:] = 9 - changed[:, :, 60:]
+    again = np.flatnonzero(np.array(rule.boundaries(mx.array(changed))[0]))
+    assert again[again <= 54].tolist() == found[found <= 54].tolist() and again.tolist() != found.tolist()
+
+
+def test_dhsa_weighs_chunks_by_the_root_of_their_length():
+    keys, _ = runs([9, 17, 6, 30, 12, 7, 20, 11], seed=3)
+    queries = np.random.default_rng(9).standard_normal((1, 4, keys.shape[2], 8)).astype(np.float32)
+    where = range(80, 112, 6)
+    ours = select("dhsa:window=3,apart=3", queries, keys, where)[0]
+    assert ours == numpy_sets(lambda q, k, _: expected.dhsa(q, k, SMALL_RULES, 3, 3), queries, keys, where)
+    # By the mean alone, or the sum, it is another set.
+    for power in (0, 1):
+
+        def wrong(q, k, _, power=power):
+            n = k.shape[1]
+            begins = [*expected.chunks(k, 3, 3)[0], n]
+            scores = np.zeros(n)
+            for a, b in zip(begins, begins[1:]):
+                means = k[:, a:b].mean(1) * (b - a) ** power
+                scores[a:b] = sum(means[h // 2] @ q[h] for h in range(4))
+            return expected.best_chunks(scores, expected.forced_of(n, 3, 5), 24)
+
+        assert numpy_sets(wrong, queries, keys, where) != ours
+
+
 @pytest.mark.parametrize("text", ["anchor:theta=1.5", "hip", "s2o:tau=0.2,block=3"])
 @pytest.mark.parametrize("prefill", ["exact", "tile"])
 def test_blocks_of_products_change_nothing(text, prefill, monkeypatch):
@@ -241,6 +293,8 @@ def test_blocks_of_products_change_nothing(text, prefill, monkeypatch):
         (dict(select="hip:block=0"), "'block' must be at least 1"),
         (dict(select="s2o:tau=1"), "'tau' must be at least 0 and below 1"),
         (dict(select="s2o:block=0"), "'block' must be at least 1"),
+        (dict(select="dhsa:window=0"), "'window' must be at least 1"),
+        (dict(select="dhsa:apart=-1"), "'apart' must be at least 0"),
         (dict(select="anchor", cache="tiered"), "reads the keys"),
     ],
 )

@@ -22,7 +22,7 @@ SMALL = {
     "anchor": "anchor:theta=1.5",
     "s2o": "s2o:tau=0.2,block=4",
 }
-KEYS_ALONE = ("window", "random", "oracle", "quest", "sparsek", "anchor", "hip", "s2o")
+KEYS_ALONE = ("window", "random", "oracle", "quest", "sparsek", "anchor", "hip", "s2o", "dhsa")
 
 
 def integers(B=2, heads=4, kv_heads=2, length=90, width=8, seed=0):

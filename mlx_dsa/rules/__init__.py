@@ -4,6 +4,7 @@ from ..registry import make_rule, register, rule_names
 from . import (  # noqa: F401
     anchor,
     baselines,
+    dhsa,
     expected,
     h2o,
     hip,

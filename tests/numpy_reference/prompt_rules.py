@@ -124,3 +124,57 @@ def s2o(queries, keys, rules, scale, tau, block, heads=None):
 def s2o_tile(queries, keys, rules, scale, tau, block):
     before = keys.shape[1] - queries.shape[1]
     return s2o_segment(queries, keys, rules, scale, tau, block, before, rules["top_k"] - rules["tile_size"])
+
+
+def chunks(keys, window, apart):
+    """Return where chunks of `[Hkv, n, D]` begin, the first at 0, and the margin."""
+    n = keys.shape[1]
+    flat = np.concatenate(list(keys), axis=-1)
+    differ, margin = {}, 1.0
+    for i in range(1, n - window + 1):
+        a, b = flat[max(i - window, 0) : i].sum(0), flat[i : i + window].sum(0)
+        differ[i] = 1 - a @ b / np.sqrt(a @ a * (b @ b))
+    begins = [0]
+    for i in range(1, n - window - apart + 1):
+        others = [differ[j] for j in range(i - apart, i + apart + 1) if j in differ and j != i]
+        if not others:
+            begins.append(i)
+            continue
+        margin = min(margin, abs(differ[i] - max(others)))
+        if differ[i] > max(others):
+            begins.append(i)
+    return begins, margin
+
+
+def dhsa_scores(queries, keys, window, apart, seen):
+    """Return the scores `[seen]` for a query `[Hq, D]` that sees as many keys."""
+    begins, margin = chunks(keys[:, :seen], window, apart)
+    scores = np.zeros(seen)
+    for start, stop in zip(begins, [*begins[1:], seen]):
+        vectors = keys[:, start:stop].mean(1) * np.sqrt(stop - start)
+        scores[start:stop] = sum(k @ q for q, k in grouped(queries, vectors[:, None]))
+    return scores, margin
+
+
+def best_chunks(scores, forced, count):
+    """As `best`, but tokens of one chunk are as good as each other."""
+    free = sorted(set(range(len(scores))) - forced, key=lambda s: (scores[s], s), reverse=True)
+    room, margin = max(count - len(forced), 0), 1.0
+    if 0 < room < len(free) and scores[free[room - 1]] != scores[free[room]]:
+        margin = (scores[free[room - 1]] - scores[free[room]]) / max(np.abs(scores).max(), 1e-9)
+    return forced | set(free[:room]), margin
+
+
+def dhsa(queries, keys, rules, window, apart, heads=None):
+    n = keys.shape[1]
+    scores, clear = dhsa_scores(queries, keys, window, apart, n)
+    chosen, margin = best_chunks(scores, forced_of(n, rules["n_sink"], rules["n_recent"]), rules["top_k"])
+    return chosen, min(margin, clear)
+
+
+def dhsa_tile(queries, keys, rules, window, apart):
+    before = keys.shape[1] - queries.shape[1]
+    scores, clear = dhsa_scores(queries.mean(1), keys, window, apart, before)
+    forced = forced_of(before, rules["n_sink"], rules["n_recent"])
+    chosen, margin = best_chunks(scores, forced, rules["top_k"] - rules["tile_size"])
+    return chosen, min(margin, clear)
