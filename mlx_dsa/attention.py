@@ -89,6 +89,7 @@ class SparseAttention(nn.Module):
         Raises:
             ValueError: If the cache was not made for this patch.
         """
+        self.selecting.begin()
         if isinstance(cache, RowsCache):
             return attend_rows(self, x, cache)
         streams = self.prefill == "stream"
@@ -111,7 +112,7 @@ class SparseAttention(nn.Module):
                 "Make one with make_prompt_cache(model)."
             )
         if x.shape[1] > 1 and cache.prompt.held == "decode":
-            steps = [self(step, mask, cache) for step in mx.split(x, x.shape[1], axis=1)]
+            steps = [self.attend(step, cache, 1) for step in mx.split(x, x.shape[1], axis=1)]
             return mx.concatenate(steps, axis=1)
         return self.attend(x, cache, x.shape[1])
 

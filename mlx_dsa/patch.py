@@ -74,7 +74,10 @@ class SparsePatch:
         self.keeps_all = not set(layers) <= set(self.layers)
         limit = PositionLimit(self._family.max_positions(model), of_text=self.keeps_all)
         next(iter(self.layers.values())).limit = limit
+        before = None
         for sparse in self.layers.values():
+            sparse.selecting.follow(before)
+            before = sparse.selecting
             sparse.join()
             sparse.layer.put(sparse)
         model.make_cache = self._make_cache_for_mlx_lm

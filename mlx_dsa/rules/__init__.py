@@ -16,6 +16,7 @@ from . import (  # noqa: F401
     projections,
     quest,
     retention,
+    reuse,
     s2o,
     snapkv,
     sparsek,

@@ -50,6 +50,12 @@ class SelectRule(Rule):
             )
         return super().bind(layer, indexer, backend)
 
+    def follow(self, before: SelectRule | None):
+        """Take note of the rule of the sparse layer before, ``None`` for the first; a patch tells each."""
+
+    def begin(self):
+        """Take note that a call of the model reaches the layer."""
+
     def entry_width(self) -> int:
         """Return how many numbers of the layer's dtype :meth:`entry` keeps a token."""
         return 0
