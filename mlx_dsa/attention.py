@@ -301,8 +301,8 @@ class SparseAttention(nn.Module):
         top_k = self.config.top_k - self.config.tile_size
         slots = self.selecting.select_tiles(probe, cache, top_k, size, end, self._forced)
         entries = cache.keys[:, :, :end], cache.values[:, :, :end]
-        settings = self.layer.scale, self.config.backend, self.selecting.fills
-        return tile_attention(queries, *entries, slots, *settings)
+        scale, backend, fills = self.layer.scale, self.config.backend, self.selecting.fills
+        return tile_attention(queries, *entries, slots, scale, backend, fills)
 
     def attend_selected(self, queries, cache, slots) -> mx.array:
         """Attend from each query to its own slots: the evaluators look in here.

@@ -6,10 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from builders import SMALL_RULES, layer_of, make_model
+from click.testing import CliRunner
+from local_models import write_model
 from simulate import MARGIN, whole_calls
 from test_select_rules import integers, layer_sets, numpy_sets, select
 
 from mlx_dsa import SparseConfig, patch_sparse_generate
+from mlx_dsa.cli import main
 from mlx_dsa.rules import make_rule
 from mlx_dsa.rules.hip import Hip
 from numpy_reference import prompt_rules as expected
@@ -63,6 +66,11 @@ def tiles_of(model, x, make, one):
         margin = min(margin, m)
     out = mx.array(attention(q, k, v, [sets] * len(k), layer.scale)[None].astype(np.float32))
     return np.array(layer.output(out, None)[0]), margin
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(write_model(tmp_path_factory.mktemp("local") / "model"))
 
 
 # rule -> its form for a query, and for a tile; a wrong rule beside it.
@@ -283,6 +291,16 @@ def test_blocks_of_products_change_nothing(text, prefill, monkeypatch):
     for size in (1, 20_000):
         monkeypatch.setattr(module, "_BLOCK", size)
         assert np.abs(run_layer(model, x, [96], text, **rules) - whole).max() < 1e-5
+
+
+@pytest.mark.parametrize("text", [*FORMS, "reuse:of=hip", "reuse:of=quest:page=4,every=3"])
+def test_the_command_line_takes_them_by_name(text, folder):
+    small = ["--top-k", "32", "--n-recent", "8", "--tile-size", "8", "--max-tokens", "3"]
+    options = ["--select", text, "--evict", "window", "--cache", "full", "--prompt", "a " * 100]
+    for prefill in ("exact", "tile"):
+        arguments = ["generate", "--model", folder, *small, *options, "--prefill", prefill]
+        run = CliRunner().invoke(main, arguments)
+        assert run.exit_code == 0, run.output
 
 
 @pytest.mark.parametrize(

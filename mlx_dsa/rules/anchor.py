@@ -63,9 +63,10 @@ class Anchor(SelectRule):
 
     def _near(self, scores, top_k, n_visible, forced) -> mx.array:
         """Select the highest of scores ``[B, R, T]``, none below minus theta."""
-        slots = select_topk(scores, top_k, n_visible, *forced, self.backend)
+        n_sink, n_recent = forced
+        slots = select_topk(scores, top_k, n_visible, n_sink, n_recent, self.backend)
         here = mx.take_along_axis(scores, mx.maximum(slots, 0), axis=-1)
-        return leave_out(slots, here >= -self.theta, n_visible, *forced)
+        return leave_out(slots, here >= -self.theta, n_visible, n_sink, n_recent)
 
     def _differences(self, probe, cache, n_visible, end, forced, tile_size) -> mx.array:
         """Return by how much products exceed the anchor, on the mean of a tile's queries, the
