@@ -295,8 +295,8 @@ def test_blocks_of_products_change_nothing(text, prefill, monkeypatch):
 
 @pytest.mark.parametrize("text", [*FORMS, "reuse:of=hip", "reuse:of=quest:page=4,every=3"])
 def test_the_command_line_takes_them_by_name(text, folder):
-    small = ["--top-k", "32", "--n-recent", "8", "--tile-size", "8", "--max-tokens", "3"]
-    options = ["--select", text, "--evict", "window", "--cache", "full", "--prompt", "a " * 100]
+    small = ["--top-k", "96", "--n-recent", "8", "--max-tokens", "3"]
+    options = ["--select", text, "--evict", "window", "--cache", "full", "--prompt", "a " * 120]
     for prefill in ("exact", "tile"):
         arguments = ["generate", "--model", folder, *small, *options, "--prefill", prefill]
         run = CliRunner().invoke(main, arguments)
