@@ -21,7 +21,6 @@ from .positions import PositionLimit, check_turn
 from .projections import JoinedProjections
 from .rules import EvictRule, fold_heads, make_rule
 from .search import Projections
-from .selection import select_topk
 
 
 class SparseAttention(nn.Module):
@@ -90,6 +89,7 @@ class SparseAttention(nn.Module):
         Raises:
             ValueError: If the cache was not made for this patch.
         """
+        self.selecting.begin()
         if isinstance(cache, RowsCache):
             return attend_rows(self, x, cache)
         streams = self.prefill == "stream"
@@ -112,7 +112,7 @@ class SparseAttention(nn.Module):
                 "Make one with make_prompt_cache(model)."
             )
         if x.shape[1] > 1 and cache.prompt.held == "decode":
-            steps = [self(step, mask, cache) for step in mx.split(x, x.shape[1], axis=1)]
+            steps = [self.attend(step, cache, 1) for step in mx.split(x, x.shape[1], axis=1)]
             return mx.concatenate(steps, axis=1)
         return self.attend(x, cache, x.shape[1])
 
@@ -296,17 +296,13 @@ class SparseAttention(nn.Module):
 
     def _attend_tiles(self, queries, probe, cache, end) -> mx.array:
         """Attend with one selection a tile; the last query sees ``end`` slots."""
-        L = queries.shape[2]
-        size = min(self.config.tile_size, L)
-        n_visible = mx.array(list(range(end - L, end, size)))
-        first = end - L - self.config.n_recent
-        scores = self.selecting.tile_scores(probe, cache, size, end, first)
+        size = min(self.config.tile_size, queries.shape[2])
         # A tile's own keys count inside top_k, whole tile or not.
         top_k = self.config.top_k - self.config.tile_size
-        backend = self.config.backend
-        slots = select_topk(scores, top_k, n_visible, *self._forced, backend)
+        slots = self.selecting.select_tiles(probe, cache, top_k, size, end, self._forced)
         entries = cache.keys[:, :, :end], cache.values[:, :, :end]
-        return tile_attention(queries, *entries, slots, self.layer.scale, backend)
+        scale, backend, fills = self.layer.scale, self.config.backend, self.selecting.fills
+        return tile_attention(queries, *entries, slots, scale, backend, fills)
 
     def attend_selected(self, queries, cache, slots) -> mx.array:
         """Attend from each query to its own slots: the evaluators look in here.

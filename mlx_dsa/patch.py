@@ -60,10 +60,8 @@ class SparsePatch:
         self._caches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._cold_file: ColdFile | None = None
         self._claimed: HeldFile | None = None  # the file that it is
-        found = None
-        if config.prefill == "auto" and config.select == SparseConfig.select:
-            found = lookup(describe(model, indexers, config))
-        plan = plan_prefill(found, config)
+        as_tuned = config.prefill == "auto" and config.select == SparseConfig.select
+        plan = plan_prefill(lookup(describe(model, indexers, config)) if as_tuned else None, config)
         self._family = family_of(model)
         layers = self._family.layers(model)
         self.layers = {
@@ -76,7 +74,9 @@ class SparsePatch:
         limit = PositionLimit(self._family.max_positions(model), of_text=self.keeps_all)
         next(iter(self.layers.values())).limit = limit
         self._dense = [DenseAttention(layer) for i, layer in layers.items() if i not in self.layers]
-        for sparse in self.layers.values():
+        rules = [sparse.selecting for sparse in self.layers.values()]
+        for before, sparse in zip([None, *rules], self.layers.values()):
+            sparse.selecting.follow(before)
             sparse.join()
         for put in (*self.layers.values(), *self._dense):
             put.layer.put(put)

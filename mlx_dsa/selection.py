@@ -41,6 +41,40 @@ def select_topk(
     return ops.select_topk(scores, top_k, n_visible, n_sink, n_recent, backend)
 
 
+def forced_slots(n_visible: mx.array, end: int, n_sink: int, n_recent: int) -> mx.array:
+    """Return sinks and newest keys of rows.
+
+    Args:
+        n_visible (mx.array): Keys that each row sees ``[R]``.
+        end (int): Keys there are.
+        n_sink, n_recent (int): How many first and newest ones.
+
+    Returns:
+        mx.array: Slots ``[R, n]``, int32, in no order, each once; empty ones are ``-1``.
+    """
+    n_visible = n_visible.astype(mx.int32)[:, None]
+    n_sink, n_recent = min(n_sink, end), min(n_recent, end)
+    sinks = mx.arange(n_sink, dtype=mx.int32)
+    newest = n_visible - n_recent + mx.arange(n_recent, dtype=mx.int32)
+    sinks, newest = mx.where(sinks < n_visible, sinks, -1), mx.where(newest < n_sink, -1, newest)
+    return mx.concatenate([sinks, newest], axis=-1)
+
+
+def leave_out(slots: mx.array, wanted: mx.array, n_visible: mx.array, n_sink: int, n_recent: int) -> mx.array:
+    """Empty slots that are not wanted, but for sinks and newest keys.
+
+    Args:
+        slots (mx.array): ``[B, R, K]``, int32.
+        wanted (mx.array): Which of them are ``[B, R, K]``.
+        n_visible, n_sink, n_recent: As in :func:`select_topk`.
+
+    Returns:
+        mx.array: ``[B, R, K]``, ascending, what is empty (``-1``) first.
+    """
+    forced = (slots < n_sink) | (slots >= n_visible[:, None] - n_recent)
+    return mx.sort(mx.where(wanted | forced, slots, -1), axis=-1)
+
+
 def select_pages(
     bounds: mx.array,
     page: int,

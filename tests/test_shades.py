@@ -182,7 +182,7 @@ def test_compress_writes_what_its_cache_keeps(folder, tmp_path, more):
     n_tokens = int(shown.rows[0][1].replace(",", ""))
     counts = np.zeros(n_tokens, int)
     for layer in range(2):
-        counts[np.array(arrays[f"{layer}.5"])[0]] += 1
+        counts[np.array(arrays[f"{layer}.positions"])[0]] += 1
     assert counts.sum() == 2 * 100
     rows = {row[0]: row[1] for row in shown.rows}
     assert rows["kept, mean of these"] == f"{100 * 100 / n_tokens:.1f}%"
@@ -200,7 +200,7 @@ def test_key_heads_that_keep_their_own_are_not_counted_as_layers(folder, tmp_pat
     rows = {row[0]: row[1] for row in shown.rows}
     assert rows["layers with a budget"] == "2 of 2"
     counts = np.zeros(int(rows["tokens read"].replace(",", "")), int)
-    kept = [np.array(arrays[f"{layer}.5"]) for layer in range(2)]
+    kept = [np.array(arrays[f"{layer}.positions"]) for layer in range(2)]
     assert [k.shape[0] for k in kept] == [2, 2]  # a row a key head
     for positions in (row for layer in kept for row in layer):
         counts[positions] += 1

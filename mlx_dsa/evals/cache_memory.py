@@ -84,6 +84,7 @@ def computed_bytes(subject: Preset, policy: Policy, length: int, itemsize: int) 
     keeps_score = config and make_rule("evict", config.evict).keeps_score
     if config and config.cache == "tiered":
         return None
+    before = None
     for i, layer in family_of(subject.model).layers(subject.model).items():
         entry = 2 * layer.n_kv_heads * layer.head_dim * itemsize
         if config is None or i not in subject.indexers or i in config.dense_layers:
@@ -91,6 +92,8 @@ def computed_bytes(subject: Preset, policy: Policy, length: int, itemsize: int) 
             continue
         indexer = subject.indexers[i]
         selecting = make_rule("select", config.select).bind(layer, indexer)
+        selecting.follow(before)
+        before = selecting
         sparse = entry + selecting.entry_width() * itemsize
         if config.cache == "full":
             total += length * sparse

@@ -22,7 +22,6 @@ from ..chunks import chunk_size
 from ..families import Layer, family_of
 from ..ops import index_scores
 from ..presets import Preset
-from ..registry import rule_class
 from ..rules import Probe, kind_of, make_rule
 from ..tasks.documents import load_documents, windows_of
 from .each_rule import SELECT, rules_alone
@@ -120,7 +119,7 @@ def retrieval(
 
 
 def _has_what_it_reads(name: str, kinds: set[str]) -> bool:
-    rule = rule_class("select", name)
+    rule = make_rule("select", name)
     return not rule.wants_indexer or rule.reads in kinds
 
 
@@ -141,6 +140,8 @@ class _Recorder(nn.Module):
 
     def __call__(self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None) -> mx.array:
         offset = cache.offset
+        for rule in self.rules.values():
+            rule.begin()
         output = self.attention(x, mask, cache)
         if self.indexer is not None:
             keys = self.indexer.project_keys(x, offset)
@@ -220,6 +221,11 @@ def _measure(
         i: _Recorder(layers[i], indexer and indexer.bind(layers[i]), positions, forced, rules, seed)
         for i, indexer in sorted(subject.indexers.items())
     }
+    for name in rules:
+        before = None
+        for recorder in recorders.values():
+            recorder.rules[name].follow(before)
+            before = recorder.rules[name]
     with wrapping(model, recorders):
         caches = make_prompt_cache(model)
         for start in range(0, ids.shape[1], chunk_size()):

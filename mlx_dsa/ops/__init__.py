@@ -113,16 +113,18 @@ def tile_attention(
     topk_indices: mx.array,
     scale: float,
     backend: str = "auto",
+    fills: bool = True,
 ) -> mx.array:
     """Attend from tiles of queries: see :func:`reference.tile_attention`.
 
-    Where no kernel attends, rows are gathered for MLX's own attention.
+    Where no kernel attends, or slots may be empty (``fills`` false), rows are gathered for
+    MLX's own attention.
 
     Raises:
         ValueError: If the backend can't run here.
     """
     arguments = (queries, keys, values, topk_indices, scale)
-    if gpu.attends(backends.device_language(), queries):
+    if fills and gpu.attends(backends.device_language(), queries):
         key = (keys.shape[3], keys.dtype)
         language = choose(
             backend,
@@ -133,7 +135,7 @@ def tile_attention(
         )
         if language is not None:
             return gpu.tile_attention(*arguments)
-    return reference.tile_attention(*arguments, partial(gather_tiles, backend=backend))
+    return reference.tile_attention(*arguments, partial(gather_tiles, backend=backend), fills)
 
 
 def sparse_attention(

@@ -273,6 +273,7 @@ def tile_attention(
     topk_indices: mx.array,
     scale: float,
     gather: Callable = gather_tiles,
+    fills: bool = True,
 ) -> mx.array:
     """Attend from tiles of queries to shared earlier keys and their own tile.
 
@@ -282,9 +283,10 @@ def tile_attention(
         keys (mx.array): ``[B, Hkv, T, D]``; the last ``L`` are the queries' own.
         values (mx.array): ``[B, Hkv, T, D]``.
         topk_indices (mx.array): Slots of each tile's earlier keys
-          ``[B, n_tiles, K]``, int32, none empty.
+          ``[B, n_tiles, K]``, int32, none empty unless ``fills`` is false.
         scale (float): Factor on the query-key products.
         gather (callable): What takes the rows. Default: :func:`gather_tiles`.
+        fills (bool): Whether no slot is empty. Default: ``True``.
 
     Returns:
         mx.array: ``[B, Hq, L, D]``.
@@ -299,16 +301,23 @@ def tile_attention(
     for start in range(0, n_tiles, block):
         part = slots[:, start : start + block]
         n = part.shape[1]
-        tiles = gather(keys, values, part)
+        # The own tile comes last, so the lower-right causal mask is the right one.
+        mask = "causal" if fills else _tile_mask(part, tile_size)
+        tiles = gather(keys, values, part if fills else mx.maximum(part, 0))
         rows = queries[:, :, start * tile_size : (start + n) * tile_size]
         rows = rows.reshape(B, n_heads, n, tile_size, head_dim)
-        # The own tile comes last, so the lower-right causal mask is the right one.
-        output = mx.fast.scaled_dot_product_attention(
-            rows.swapaxes(1, 2).flatten(0, 1), *tiles, scale=scale, mask="causal"
-        )
+        output = mx.fast.scaled_dot_product_attention(rows.swapaxes(1, 2).flatten(0, 1), *tiles, scale=scale, mask=mask)
         output = output.reshape(B, n, n_heads, tile_size, head_dim).swapaxes(1, 2)
         outputs.append(output.reshape(B, n_heads, n * tile_size, head_dim))
     return _join(outputs, axis=2)
+
+
+def _tile_mask(slots, tile_size):
+    """Return what queries of tiles see of their slots ``[B * n, 1, tile_size, K + tile_size]``."""
+    B, n, n_rows = slots.shape
+    there = mx.broadcast_to((slots >= 0)[:, :, None], (B, n, tile_size, n_rows))
+    causal = mx.tri(tile_size, n_rows, n_rows - tile_size, dtype=mx.bool_)
+    return (there & causal).flatten(0, 1)[:, None]
 
 
 def tile_slots(topk_indices: mx.array, L: int, T: int) -> mx.array:

@@ -2,10 +2,13 @@
 
 from ..registry import make_rule, register, rule_names
 from . import (  # noqa: F401
+    anchor,
     baselines,
+    dhsa,
     double_sparsity,
     expected,
     h2o,
+    hip,
     hnsw,
     keydiff,
     lagkv,
@@ -17,6 +20,8 @@ from . import (  # noqa: F401
     projections,
     quest,
     retention,
+    reuse,
+    s2o,
     snapkv,
     sparsek,
     top_p,

@@ -26,7 +26,7 @@ class SelectRule(Rule):
     Attributes:
         keeps_entry (bool): Whether it keeps something of each token beside key and value:
           what :meth:`entry` returns. Without that it reads ``cache.keys``.
-        fills (bool): Whether :meth:`select` leaves no slot empty.
+        fills (bool): Whether :meth:`select` and :meth:`select_tiles` leave no slot empty.
         by_position (bool): Whether scores depend on positions alone.
         together (bool): Whether what a query reads depends on the others that are read with it.
         reads (str): The kind of trained indexers that it wants, where it does.
@@ -51,6 +51,12 @@ class SelectRule(Rule):
                 f"'select' is {self.reads!r}. Set it to that, or give others."
             )
         return super().bind(layer, indexer, backend)
+
+    def follow(self, before: SelectRule | None):
+        """Take note of the rule of the sparse layer before, ``None`` for the first; a patch tells each."""
+
+    def begin(self):
+        """Take note that a call of the model reaches the layer."""
 
     def entry_width(self) -> int:
         """Return how many numbers of the layer's dtype :meth:`entry` keeps a token."""
@@ -141,4 +147,32 @@ class SelectRule(Rule):
             many and the rule :attr:`fills`.
         """
         scores = self.scores(probe, cache, n_visible, end)
+        return select_topk(scores, top_k, n_visible, *forced, self.backend)
+
+    def select_tiles(
+        self,
+        probe: Probe,
+        cache: SparseKVCache,
+        top_k: int,
+        tile_size: int,
+        end: int,
+        forced: tuple[int, int],
+    ) -> mx.array:
+        """Select entries before tiles of queries, which each read their tile's own, too; by
+        default the best by :meth:`tile_scores`.
+
+        Args:
+            probe (Probe): Of ``L`` queries, the last of which sees ``end`` entries.
+            cache (SparseKVCache): The entries.
+            top_k (int): Entries a tile, its own not counted.
+            tile_size (int): Neighbouring queries that share a selection; divides ``L``.
+            end (int): Entries that the last query sees.
+            forced (tuple of int): First entries and newest ones before a tile, always selected.
+
+        Returns:
+            mx.array: Slots ``[B, L / tile_size, top_k]``, as of :meth:`select`.
+        """
+        first = end - probe.queries.shape[2]
+        scores = self.tile_scores(probe, cache, tile_size, end, first - forced[1])
+        n_visible = mx.array(list(range(first, end, tile_size)))
         return select_topk(scores, top_k, n_visible, *forced, self.backend)
