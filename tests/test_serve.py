@@ -239,3 +239,10 @@ def test_metrics_are_prometheus_text(client):
             float(line.rsplit(" ", 1)[1])
     for name in ("queue_length", "rows_decoding", "kv_bytes", "snapshot_bytes", "entries_kept"):
         assert kinds[f"mlx_dsa_{name}"] == "gauge"
+
+
+def test_what_a_server_had_is_let_go_as_mlx_lm_lets_it_go():
+    with serving() as running:
+        provider = running.provider
+        assert provider.is_batchable
+    assert provider.model is None and provider.tokenizer is None and not provider.is_batchable

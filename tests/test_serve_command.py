@@ -89,7 +89,8 @@ def test_a_port_that_is_taken_is_told_in_a_line():
 @pytest.mark.parametrize(
     "options, said",
     [(["--max-body", "much"], "no number of bytes"), (["--port", "70000"], "range"),
-     (["--dense", "--top-k", "5"], "no effect"), (["--max-queue", "0"], "range"), (["--preset", "nothing"], "nothing")],
+     (["--dense", "--top-k", "5"], "no effect"), (["--dense", "--store", "kept"], "no effect"),
+     (["--max-queue", "0"], "range"), (["--preset", "nothing"], "nothing")],
 )  # fmt: skip
 def test_options_that_are_not_valid(options, said):
     result = CliRunner().invoke(main, ["serve", *options])

@@ -182,26 +182,41 @@ def test_the_guards_of_these_tests_see(open_page):
 
 
 @pytest.mark.skipif(not os.environ.get("MLX_DSA_PICTURES"), reason="pictures are made where MLX_DSA_PICTURES is set")
-def test_pictures(server, open_page):
-    long = page_server.TIDES * 12
-    server.add("minutes-of-march.txt", long[:9_000])
-    page = kept_page(server, open_page, long, width=1100, height=640)
-    page.click("#tab-chat")
-    say(page, "Where is the key?")
+def test_pictures(browser):
+    """The page beside the bundled model: what it answers is the model's own."""
+    from serving import Client, serving
+
+    with serving(dense=False) as real:
+        balloon = {"name": "balloon.txt", "text": (PICTURES.parent.parent / "prompts" / "balloon.txt").read_text()}
+        Client(real).send("POST", "/v1/documents", balloon)
+        page = asked(browser, real, viewport={"width": 1000, "height": 600})
+        shoot(page, "serve-chat")
+        page.click("button:text('What it read')")
+        page.wait_for_selector("mark.current")
+        page.evaluate("find('48213'); getSelection().anchorNode.parentElement.scrollIntoView({block: 'center'})")
+        page.evaluate("getSelection().removeAllRanges()")
+        shoot(page, "serve-kept")
+        phone = {"width": 390, "height": 780}
+        shoot(asked(browser, real, viewport=phone, color_scheme="dark", device_scale_factor=2), "serve-dark-phone")
+
+
+def asked(browser, real, **settings):
+    """Open the page, choose the document and ask it."""
+    page = browser.new_context(**settings).new_page()
+    page.goto(real.url)
+    page.wait_for_selector("#documents .option", state="attached")
+    if page.locator("#side[open]").count() == 0:
+        page.click("#side summary")
+    page.check("#documents .option:has-text('balloon.txt') input")
+    if settings["viewport"]["width"] < 800:
+        page.click("#side summary")
+    say(page, "What is the access code of the lighthouse?")
     answered(page)
-    shoot(page, "serve-chat")
-    page.click("button:text('What it read')")
-    page.wait_for_selector("mark.current")
-    shoot(page, "serve-kept")
-    phone = kept_page(server, open_page, long, width=390, height=780, color_scheme="dark", device_scale_factor=2)
-    phone.click("#side summary")
-    phone.click("#tab-chat")
-    say(phone, "Where is the key?")
-    answered(phone)
-    shoot(phone, "serve-dark-phone")
+    return page
 
 
 def shoot(page, name):
     PICTURES.mkdir(exist_ok=True)
+    page.wait_for_timeout(300)
     page.screenshot(path=PICTURES / f"{name}.png")
     assert (PICTURES / f"{name}.png").stat().st_size < 150_000

@@ -164,6 +164,10 @@ def serve(
     except ImportError as error:
         raise ValueError(f"[serve] this needs mlx-lm 0.32.2 or newer ({error}). Upgrade it.") from None
 
+    if dense and store:
+        raise click.UsageError(
+            "--store has no effect with --dense: only sparse caches have files. Leave one of them out."
+        )
     settings = settings_from(dense=dense, preset=preset, model=model, config=config, **given)
     name = subject_name(settings, preset, model, config).removeprefix("preset ")
     options = ServeOptions(

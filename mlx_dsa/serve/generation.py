@@ -200,7 +200,7 @@ class Generation(ResponseGenerator):
     def _check_queue(self) -> None:
         if len(self._waiting) >= self.options.max_queue:
             self.metrics.count("requests_refused")
-            raise overloaded(f"{len(self._waiting)} requests wait already. Ask again later.")
+            raise overloaded(f"As many requests wait as may ({len(self._waiting)}). Ask again later.")
 
     def _prompt_of(
         self, request: CompletionRequest, args: GenerationArguments

@@ -68,6 +68,7 @@ class Provider:
         if self.patch is not None:
             self.patch.restore()
         self.model = self.tokenizer = self.patch = None
+        self.is_batchable = False
 
 
 def open_provider(settings: Settings, name: str, options: ServeOptions, dense: bool = False) -> Provider:

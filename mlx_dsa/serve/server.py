@@ -65,7 +65,8 @@ class Server:
         try:
             generation.call(lambda: snapshots.attach(provider.patch))
             kept_in = folder and folder / "documents"
-            documents = Documents(generation, snapshots, folder=kept_in, think=options.think)
+            in_memory = options.snapshot_bytes if folder else None  # what is on disk can leave it
+            documents = Documents(generation, snapshots, folder=kept_in, memory_bytes=in_memory, think=options.think)
             documents.attach()
             add_routes(self, documents)
             generation.documents = documents
