@@ -128,7 +128,7 @@ def test_a_full_queue_is_told(server):
     connections += [send_chat(server) for _ in range(3)]
     wait_until(lambda: len(server.generation._waiting) == 3)
     status, headers, told = Client(server).send("POST", CHAT, ASK)
-    assert status == 503 and int(headers["Retry-After"]) > 0 and "wait already" in told["error"]["message"]
+    assert status == 503 and int(headers["Retry-After"]) > 0 and "wait as may" in told["error"]["message"]
     for connection in connections:
         connection.close()
 
