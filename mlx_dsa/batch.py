@@ -43,6 +43,6 @@ def attend_rows(sparse: SparseAttention, x: mx.array, cache: RowsCache) -> mx.ar
             return sparse.layer.output(attended, gate)
     outputs = []
     for i, (row, n) in enumerate(cache.parts(L)):
-        output = sparse.attend(x[i : i + 1, :n], row, L) if n else x[i : i + 1, :0]
+        output = sparse.attend(x[i : i + 1, :n], row, n) if n else x[i : i + 1, :0]
         outputs.append(mx.pad(output, [(0, 0), (0, L - n), (0, 0)]) if n < L else output)
     return mx.concatenate(outputs, axis=0)

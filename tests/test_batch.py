@@ -259,3 +259,36 @@ def test_tokens_since_a_streams_last_cut_can_be_taken_back(small, evict, positio
         assert [c.trim(14) for c in caches] == [0, 0]  # what was cut is gone
         patch.prune(caches)
         assert [c.trimmable for c in caches] == [0, 0]
+
+
+@pytest.mark.parametrize("evict", ["retention", "keydiff"])
+def test_tokens_that_were_written_in_a_batch_can_be_taken_back(small, evict):
+    """What its latest steps left to be made goes with them."""
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **{**RULES, "evict": evict, "top_k": 64, "n_recent": 16}):
+        texts, turn = [make_text(n, seed=n)[0].tolist() for n in (20, 30)], make_text(70, seed=2)[0].tolist()
+        for text, row in zip(texts, together(model, texts, [9, 9])):
+            for n in (3, 20):
+                mine, theirs = alone(model, text, 9)[2], [c.copy() for c in row[2]]
+                assert all(c.trim(n) == n for c in [*mine, *theirs])
+                assert same_answer(alone(model, turn, 30, mine), alone(model, turn, 30, theirs))
+
+
+def test_a_turn_of_pieces_of_one_token_is_a_prompt(small):
+    """A step of the answer before it would have evicted for it."""
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **{**RULES, "prefill": "exact"}):
+        before = [alone(model, prompt, 30)[2] for prompt in prompts()[:2]]
+        turns = [make_text(5, seed=n)[0].tolist() for n in (7, 8)]
+        for n_rows in (1, 2):
+            batch, rows = BatchGenerator(model), {}
+            for caches, turn in zip(before[:n_rows], turns):
+                pieces, own = [[turn[:1], turn[1:2], turn[2:]]], [[c.copy() for c in caches]]
+                (uid,) = batch.insert_segments(pieces, [20], own, [[]], samplers=[Script(turn)])
+                rows[uid] = ([], [], alone(model, turn, 20, [c.copy() for c in caches]))
+            while any(len(tokens) < 20 for tokens, *_ in rows.values()):
+                for r in batch.next()[1]:
+                    rows[r.uid][0].append(r.token)
+                    rows[r.uid][1].append(np.array(r.logprobs))
+            for tokens, logprobs, mine in rows.values():
+                assert same_answer(mine, (tokens, np.stack(logprobs)))

@@ -345,6 +345,7 @@ class BudgetKVCache(SparseKVCache):
             self.prompt.reopen()
         else:
             n = super().trim(n)
+        self._late.drop(n)
         if self.observed is not None and n:
             self.observed = self.observed.before(self.offset)
         return n

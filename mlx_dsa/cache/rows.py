@@ -34,6 +34,8 @@ class RowsCache:
         self._held = [_Held(cache) for cache in caches]
         self._stack: Stack | None = None
         self._left: list[int] | None = None  # tokens of each row's prompt, where they differ
+        # A merged batch is of prompts: mlx-lm deep-copies it to split off what is to be answered.
+        self._reads = True
 
     @property
     def rows(self) -> list[SparseKVCache]:
@@ -52,7 +54,10 @@ class RowsCache:
             if self._left is not None:
                 n = min(n_tokens, self._left[i])
                 self._left[i] -= n
-            yield self._own(i), n
+            row = self._own(i)
+            if self._reads and n:
+                row.prompt.reopen()  # a call of one token after an answer is not a step of it
+            yield row, n
 
     def stacked(
         self, make_room: Callable[[Any], Any], project: Callable[[mx.array, Any], Sequence[Any]], most_late: int
@@ -69,6 +74,8 @@ class RowsCache:
             Stack: ``None`` where a row's call is still of its prompt.
         """
         stack = self._stack
+        if self._reads:
+            return None
         if stack is None or len(stack.rows) < len(self._held):
             new = self._held[0 if stack is None else len(stack.rows) :]
             if not all(held.cache.prompt.decodes for held in new):
@@ -154,6 +161,7 @@ class RowsCache:
         self._unstack()
         other = RowsCache(())
         other._held, other._left = list(self._held), self._left and list(self._left)
+        other._reads = False
         for held in self._held:
             held.n += 1
         return other
