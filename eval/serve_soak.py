@@ -6,14 +6,15 @@ starts a server with a folder, and asks it at random moments: short texts with a
 budget), questions about shared documents, and second turns. Of the requests a share is cancelled, by closing the
 connection at a random moment: while it waits, is read, or is written. Then
 
-- every complete answer is compared with that of the same request alone, on a server that keeps nothing between requests.
-  A second turn goes on from what the first has left, if that is still there: where its answer differs, it is compared with that
-  of the same two turns alone on a server that keeps all, and on one that cuts what it keeps. An answer that still differs is
-  a tie if the two best tokens at the first difference are within 1e-3 (log-probability), else a fault.
+- every complete answer is compared with that of the same request alone, on a server that keeps nothing between
+  requests. A second turn goes on from what the first has left, if that is still there: where its answer differs, it is
+  compared with that of the same two turns alone on a server that keeps all, and on one that cuts what it keeps. One
+  that still differs is a tie if the two best tokens at the first difference are within 1e-3 (log-probability), else a
+  fault.
 - the queue and the rows must be empty, and memory that of after the first hundred requests within 2%. The bound of
   what is kept between requests is small, so that it is full by then: nothing is subtracted.
-- the server is killed (SIGKILL) while it reads a document and answers, three times, and started again with the same folder:
-  each document must be there and answer as before, or be absent.
+- the server is killed (SIGKILL) while it reads a document and answers, three times, and started again with the same
+  folder: each document must be there and answer as before, or be absent.
 """
 
 import argparse
@@ -93,7 +94,7 @@ class Server:
         """Send a request; return the connection."""
         raw = json.dumps(body).encode()
         connection = socket.create_connection(self.address, timeout=600)
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
         return connection
 
@@ -385,14 +386,29 @@ def main():
     last = memory[1]
     idle = not (last["queue_length"] or last["rows_reading"] or last["rows_decoding"])
     held = all(r["as before"] == r["documents"] == len(texts) for r in killed["rounds"])
-    passes = {"no failures": not failures and not counters["failures_total"], "idle": idle, "as alone": not counts.get("faults"),
-              "memory": all(g < LEEWAY for g in grown.values()), "killed": held}  # fmt: skip
-    how = {k: v for k, v in vars(args).items() if k not in ("out", "options")}
-    result = {"passes": passes, "arguments": how, "seconds": round(seconds, 1), "answers": len(answers), "compared": counts,
-              "differences": differences, "cancelled": {k: v for p in parts for k, v in p.counts.items()},
-              "failures": failures, "memory": memory, "grown": grown, "counters": counters, "killed": killed,
-              "device": device(), "versions": versions()}  # fmt: skip
-    result["cancelled"] = dict(sum((part.counts for part in parts), Counter()))
+    passes = {
+        "no failures": not failures and not counters["failures_total"],
+        "idle": idle,
+        "as alone": not counts.get("faults"),
+        "memory": all(g < LEEWAY for g in grown.values()),
+        "killed": held,
+    }
+    result = {
+        "passes": passes,
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "options")},
+        "seconds": round(seconds, 1),
+        "answers": len(answers),
+        "compared": counts,
+        "differences": differences,
+        "sent": dict(sum((part.counts for part in parts), Counter())),
+        "failures": failures,
+        "memory": memory,
+        "grown": grown,
+        "counters": counters,
+        "killed": killed,
+        "device": device(),
+        "versions": versions(),
+    }
     print(json.dumps(result, indent=1))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ def attend_rows(sparse: SparseAttention, x: mx.array, cache: RowsCache) -> mx.ar
         stack = cache.stacked(sparse.make_room, sparse.eviction.project, most_late)
         if stack is not None:
             for row in cache.rows:
-                sparse.limit.check(row, 1)
+                sparse.limit.check(row, 1 + stack.n_untold)
             queries, keys, values, gate = sparse.layer.project(x, stack.numbers, sparse.joined)
             stack.write(keys, values, x)
             scale = sparse.layer.scale

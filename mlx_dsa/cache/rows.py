@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 
@@ -13,11 +14,11 @@ from .stack import Stack
 
 
 class _Held:
-    """A row's cache, and how many batches count it theirs."""
+    """A row's cache, and the batches that count it theirs: one that mlx-lm has let go is none."""
 
-    def __init__(self, cache: SparseKVCache):
+    def __init__(self, cache: SparseKVCache, owner: RowsCache):
         self.cache = cache
-        self.n = 1
+        self.owners = WeakSet([owner])
 
 
 class RowsCache:
@@ -31,7 +32,7 @@ class RowsCache:
     """
 
     def __init__(self, caches: Sequence[SparseKVCache]):
-        self._held = [_Held(cache) for cache in caches]
+        self._held = [_Held(cache, self) for cache in caches]
         self._stack: Stack | None = None
         self._left: list[int] | None = None  # tokens of each row's prompt, where they differ
         # A merged batch is of prompts: mlx-lm deep-copies it to split off what is to be answered.
@@ -96,9 +97,9 @@ class RowsCache:
     def _own(self, i: int) -> SparseKVCache:
         """Return a row's cache, for this batch to change."""
         held = self._held[i]
-        if held.n > 1:
-            held.n -= 1
-            held = self._held[i] = _Held(held.cache.copy())
+        if len(held.owners) > 1:
+            held.owners.discard(self)
+            held = self._held[i] = _Held(held.cache.copy(), self)
         return held.cache
 
     def _unstack(self):
@@ -121,7 +122,7 @@ class RowsCache:
         else:
             self._unstack()
         for i in set(range(len(self._held))) - set(kept):
-            self._held[i].n -= 1
+            self._held[i].owners.discard(self)
         self._held = [self._held[i] for i in kept]
         if self._left is not None:
             self._left = [self._left[i] for i in kept]
@@ -129,6 +130,9 @@ class RowsCache:
     def extend(self, other: RowsCache):
         """Add another batch's rows after these."""
         other._unstack()
+        for held in other._held:
+            held.owners.discard(other)
+            held.owners.add(self)
         self._held += other._held
 
     def extract(self, idx: int) -> SparseKVCache:
@@ -163,7 +167,7 @@ class RowsCache:
         other._held, other._left = list(self._held), self._left and list(self._left)
         other._reads = False
         for held in self._held:
-            held.n += 1
+            held.owners.add(other)
         return other
 
     def size(self) -> int:

@@ -61,6 +61,11 @@ class Stack:
         return self._numbers + self._steps if self._steps else self._numbers
 
     @property
+    def n_untold(self) -> int:
+        """Steps of which the rows' own offsets don't know yet."""
+        return self._steps
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all entries and of what waits."""
         return self._late.nbytes + sum(x.nbytes for x in self._buffers if x is not None)

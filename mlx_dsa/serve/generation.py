@@ -6,13 +6,14 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from queue import Empty, Queue
 from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 from mlx_lm.server import CompletionRequest, GenerationArguments, ResponseGenerator
 
-from .errors import ApiError, bad, overloaded
+from .errors import ApiError, bad, overloaded, told_of
 from .metrics import Metrics
 from .options import ServeOptions
 from .provider import Provider
@@ -51,7 +52,7 @@ class Generation(ResponseGenerator):
         self.documents: Any = None
         self._segments = part("segments")
         self._rows: Rows | None = None
-        self._in_flight: set[Ticket] = set()
+        self._in_flight: set[object] = set()
         self.provider = provider
         super().__init__(cast(Any, provider), prompt_cache)
 
@@ -139,14 +140,22 @@ class Generation(ResponseGenerator):
             self._in_flight.discard(ticket)
             self._wake.notify_all()
 
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Have :meth:`drain` wait for what is done inside; refuse it with an ``ApiError`` after that."""
+        work = object()
+        with self._wake:
+            self._check_open()
+            self._in_flight.add(work)
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._in_flight.discard(work)
+                self._wake.notify_all()
+
     def call(self, function: Callable[[], T]) -> T:
-        """Run a function in the generation thread, between two steps.
-
-        Args:
-            function (callable): Takes nothing.
-
-        Returns:
-            What the function returns.
+        """Run a function in the generation thread, between two steps; return what it does.
 
         Raises:
             Exception: What the function raises.
@@ -267,7 +276,7 @@ class Generation(ResponseGenerator):
                 except Exception as error:
                     log.exception("A step failed; its requests are answered with an error.")
                     self.metrics.count("failures")
-                    rows.fail(_told(error))
+                    rows.fail(told_of(error))
         finally:
             self._end(rows)
 
@@ -305,7 +314,7 @@ class Generation(ResponseGenerator):
                 rows.add(ticket)
             except Exception as error:
                 log.warning("A request was not begun: %s", type(error).__name__)
-                ticket.put(_told(error))
+                ticket.put(told_of(error))
 
     def _publish(self, rows: Rows) -> None:
         store = self.prompt_cache
@@ -337,12 +346,3 @@ class Generation(ResponseGenerator):
         mx.synchronize()
         if hasattr(mx, "clear_streams"):
             mx.clear_streams()
-
-
-def _told(error: Exception) -> Exception:
-    """Return what a client is told of an error."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, ValueError):
-        return ApiError(500, f"The model can't go on: {' '.join(str(error).split())[:300]}")
-    return ApiError(500, f"The model failed ({type(error).__name__}). The server goes on.")
