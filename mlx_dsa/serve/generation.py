@@ -78,7 +78,9 @@ class Generation(ResponseGenerator):
         with self.tokenizing:
             prompt, segments, types, state = self._prompt_of(request, args)
             self._check_context(prompt, args)
-            stops = self._make_state_machine(provider.model_key, provider.tokenizer, args.stop_words)
+            # Stop texts are found in the text: as tokens, what stands before them in a piece would be lost.
+            make, key = self._make_state_machine, (provider.model_key, provider.tokenizer)
+            stops = make(*key, [])[0], make(*key, args.stop_words)[1]
         ticket = Ticket(request, args, prompt, segments, types, state, stops)
         with self._wake:
             self._check_open()
