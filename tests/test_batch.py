@@ -1,6 +1,7 @@
 """Rows of a batch answer as alone: with any rule, of any length, whenever they join and leave."""
 
 import copy
+import gc
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,7 @@ from test_retention import with_heads
 
 from mlx_dsa import patch_sparse_generate
 from mlx_dsa.cache import RowsCache, stack
+from mlx_dsa.positions import PositionLimit
 from mlx_dsa.registry import rule_names
 
 LENGTHS = [60, 9, 31, 17, 100]
@@ -292,3 +294,49 @@ def test_a_turn_of_pieces_of_one_token_is_a_prompt(small):
                     rows[r.uid][1].append(np.array(r.logprobs))
             for tokens, logprobs, mine in rows.values():
                 assert same_answer(mine, (tokens, np.stack(logprobs)))
+
+
+def test_a_copy_of_a_row_keeps_no_other_row_alive(small):
+    """Nor their late states, whatever place a row has in the batch."""
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **RULES):
+        batch, kept = BatchGenerator(model), []
+        batch.insert(prompts(), [200] * 5)
+        before = held_bytes()
+        for _ in range(40):
+            batch.next()
+            if len(batch._generation_batch) == 5:
+                kept.append(batch._generation_batch.extract_cache(0))
+                mx.eval([c.contents for c in kept[-1]])
+        batch.close()
+        del batch
+        n_bytes = sum(c.nbytes for caches in kept for c in caches)
+        assert len(kept) > 30 and held_bytes() - before < 1.4 * n_bytes  # what is shared up to 16 KB stays
+
+
+def held_bytes():
+    gc.collect()
+    mx.synchronize()
+    return mx.get_active_memory()
+
+
+def test_positions_are_checked_at_every_step_of_a_batch(small, monkeypatch):
+    """Rows are told of their steps seldom: a text that becomes too long must not be told late."""
+    model, indexers = small
+    checked = []
+    monkeypatch.setattr(PositionLimit, "check", lambda self, cache, n: checked.append(cache.number + n))
+    with patch_sparse_generate(model, indexers, **{**RULES, "top_k": 256, "n_recent": 64}):
+        texts = [make_text(20, seed=n)[0].tolist() for n in (1, 2)]
+        rows = together(model, texts, [40, 40])
+    assert max(checked) == max(c.offset for row in rows for c in row[2]) or max(checked) == 20 + 40 + 1
+
+
+def test_what_mlx_lm_has_let_go_is_no_reason_to_copy(small):
+    """A copy has no companion: an index of a whole text would be built anew for each turn."""
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **RULES):
+        caches = [alone(model, prompt, 3)[2][0] for prompt in prompts()[:2]]
+        batches = [caches[0].merge(caches)]
+        other = copy.deepcopy(batches[0])
+        batches.clear()
+        assert [row for row, _ in other.parts(1)] == caches

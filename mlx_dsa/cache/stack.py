@@ -182,7 +182,7 @@ class Stack:
         rows = [None if x is None else x[i : i + 1] for x in self._buffers]
         # A view would keep all rows alive for as long as this one.
         rows = [x if x is None else mx.roll(x, -place, 2) if place else mx.contiguous(x) for x in rows]
-        late = self._late.join()[i : i + 1] if len(self._late) else None
+        late = mx.contiguous(self._late.join()[i : i + 1]) if len(self._late) else None
         row.unpark([x if x is None else x[..., : row.size(), :] for x in rows], late)
 
     def _tell(self):
