@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
 from serving import Client, idle, long_text, serving, tiny, user, wait_until
 from test_serve_bounds import send_chat
 
 from mlx_dsa.serve import documents as documents_module
+from mlx_dsa.serve import row as row_module
+from mlx_dsa.serve import rows
 from mlx_dsa.serve import store as store_module
+from mlx_dsa.serve.answer import Answer
 from mlx_dsa.serve.errors import ApiError
 from mlx_dsa.serve.snapshots import Snapshots
 from mlx_dsa.serve.store import SnapshotStore
@@ -154,6 +156,36 @@ def test_a_snapshot_that_can_not_be_written_ends_no_thread(tmp_path, monkeypatch
         store.close()
 
 
+def test_a_client_that_does_not_read_holds_up_nobody_and_is_told(monkeypatch):
+    monkeypatch.setattr(row_module, "_MOST_WAITING", 50)
+    with serving(dense=False) as server:
+        taken, wait = Answer._tokens, threading.Event()
+
+        def slowly(self):
+            for piece in taken(self):
+                wait.wait(30)
+                yield piece
+
+        monkeypatch.setattr(Answer, "_tokens", slowly)
+        connection = send_chat(server, max_tokens=5000, stream=True, logit_bias={"2": -100, "0": -100})
+        wait_until(lambda: server.metrics["requests_cancelled"] == 1)
+        assert server.metrics["tokens_generated"] < 100
+        wait.set()
+        connection.settimeout(20)
+        got = b""
+        while b"0\r\n\r\n" not in got and (piece := connection.recv(65536)):
+            got += piece
+        assert b"was not taken" in got
+        assert Client(server).chat("Hi", max_tokens=2)
+        connection.close()
+
+
+def test_a_limit_of_memory_below_the_model_is_refused():
+    tiny()
+    with pytest.raises(ValueError, match="the model alone takes"), serving(memory_limit=1 << 20):
+        pass
+
+
 # What a client may send.
 
 
@@ -182,7 +214,7 @@ def test_characters_and_stops_that_lie_over_tokens(served):
     client, tokenizer = Client(served), tiny().tokenizer
     wanted = "naïve 日本 🙂 end"
     ids = tokenizer.encode(wanted, add_special_tokens=False)
-    assert len(ids) > 8 and make_prompt_cache is not None
+    assert len(ids) > 8
 
     class Forced:
         def __init__(self):
@@ -190,8 +222,6 @@ def test_characters_and_stops_that_lie_over_tokens(served):
 
         def __call__(self, logprobs):
             return mx.array([self.left.pop(0) if self.left else tokenizer.eos_token_id])
-
-    import mlx_dsa.serve.rows as rows
 
     original, rows.sampler_of = rows.sampler_of, lambda *_: Forced()
     try:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import mlx.core as mx
+
 from ..versions import package_version
 from .generation import Generation
 from .handler import Handler
@@ -35,6 +37,9 @@ class Server:
     """
 
     def __init__(self, provider: Provider, options: ServeOptions, prompt_cache: Any = None):
+        if options.memory_limit is not None and (held := mx.get_active_memory()) >= options.memory_limit:
+            told = f"the model alone takes {held / 1e9:.3g} GB but the limit is {options.memory_limit / 1e9:.3g} GB"
+            raise ValueError(f"[serve] {told}. Raise --memory-limit.")
         self.options = options
         self.provider = provider
         self.name = provider.name
