@@ -27,6 +27,7 @@ def attend_rows(sparse: SparseAttention, x: mx.array, cache: RowsCache) -> mx.ar
         mx.array: ``[B, L, dim]``.
     """
     L = x.shape[1]
+    cache.begin()
     together = sparse.config.cache == "budget" and not sparse.by_head and sparse.eviction.plans
     if L == 1 and together and len(cache.rows) > 1:
         most_late = sparse.config.n_recent
@@ -43,6 +44,6 @@ def attend_rows(sparse: SparseAttention, x: mx.array, cache: RowsCache) -> mx.ar
             return sparse.layer.output(attended, gate)
     outputs = []
     for i, (row, n) in enumerate(cache.parts(L)):
-        output = sparse.attend(x[i : i + 1, :n], row, L) if n else x[i : i + 1, :0]
+        output = sparse.attend(x[i : i + 1, :n], row, n) if n else x[i : i + 1, :0]
         outputs.append(mx.pad(output, [(0, 0), (0, L - n), (0, 0)]) if n < L else output)
     return mx.concatenate(outputs, axis=0)

@@ -1,6 +1,7 @@
 """Rows of a batch answer as alone: with any rule, of any length, whenever they join and leave."""
 
 import copy
+import gc
 import warnings
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from test_retention import with_heads
 from mlx_dsa import patch_sparse_generate
 from mlx_dsa.cache import RowsCache, stack
 from mlx_dsa.dense import DenseAttention
+from mlx_dsa.positions import PositionLimit
 from mlx_dsa.registry import rule_names
 
 LENGTHS = [60, 9, 31, 17, 100]
@@ -305,3 +307,98 @@ def test_a_row_that_outgrows_the_positions_is_told_at_that_token():
         answer(model, [make_text(n, seed=n)[0].tolist() for n in (70, 20)], [60, 60])
     # Its 101st token is fed for the 31st after its prompt, one ahead of what is given.
     assert seen[-1] == 1 and abs(seen.index(1) - 31) <= 1
+
+
+@pytest.mark.parametrize("evict", ["retention", "keydiff"])
+def test_tokens_that_were_written_in_a_batch_can_be_taken_back(small, evict):
+    """What its latest steps left to be made goes with them."""
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **{**RULES, "evict": evict, "top_k": 64, "n_recent": 16}):
+        texts, turn = [make_text(n, seed=n)[0].tolist() for n in (20, 30)], make_text(70, seed=2)[0].tolist()
+        for text, row in zip(texts, together(model, texts, [9, 9])):
+            for n in (3, 20):
+                mine, theirs = alone(model, text, 9)[2], [c.copy() for c in row[2]]
+                assert all(c.trim(n) == n for c in [*mine, *theirs])
+                assert same_answer(alone(model, turn, 30, mine), alone(model, turn, 30, theirs))
+
+
+def test_a_turn_of_pieces_of_one_token_is_a_prompt(small):
+    """A step of the answer before it would have evicted for it."""
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **{**RULES, "prefill": "exact"}):
+        before = [alone(model, prompt, 30)[2] for prompt in prompts()[:2]]
+        turns = [make_text(5, seed=n)[0].tolist() for n in (7, 8)]
+        for n_rows in (1, 2):
+            batch, rows = BatchGenerator(model), {}
+            for caches, turn in zip(before[:n_rows], turns):
+                pieces, own = [[turn[:1], turn[1:2], turn[2:]]], [[c.copy() for c in caches]]
+                (uid,) = batch.insert_segments(pieces, [20], own, [[]], samplers=[Script(turn)])
+                rows[uid] = ([], [], alone(model, turn, 20, [c.copy() for c in caches]))
+            while any(len(tokens) < 20 for tokens, *_ in rows.values()):
+                for r in batch.next()[1]:
+                    rows[r.uid][0].append(r.token)
+                    rows[r.uid][1].append(np.array(r.logprobs))
+            for tokens, logprobs, mine in rows.values():
+                assert same_answer(mine, (tokens, np.stack(logprobs)))
+
+
+def test_a_copy_of_a_row_keeps_no_other_row_alive(small):
+    """Nor their late states, whatever place a row has in the batch."""
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **{**RULES, "top_k": 512, "n_recent": 256}):
+        batch = BatchGenerator(model)
+        batch.insert([make_text(600, seed=n)[0].tolist() for n in range(6)], [400] * 6)
+        while len(batch._generation_batch) < 6:
+            batch.next()
+        for _ in range(260):
+            batch.next()
+        rows = batch._generation_batch.prompt_cache[0]
+        places = [place % rows._stack._n_slots for place in rows._stack._places]
+        assert 0 in places  # of a view
+        one = rows.extract(places.index(0))
+        mx.eval(one.contents)
+        batch.close()
+        del batch, rows
+        held = held_bytes()
+        n_bytes, one = one.nbytes, None
+        assert held - held_bytes() < 1.5 * n_bytes
+
+
+def held_bytes():
+    gc.collect()
+    mx.synchronize()
+    return mx.get_active_memory()
+
+
+def test_positions_are_checked_at_every_step_of_a_batch(small, monkeypatch):
+    """Rows are told of their steps seldom: a text that becomes too long must not be told late."""
+    model, indexers = small
+    checked = []
+    monkeypatch.setattr(PositionLimit, "check", lambda self, cache, n: checked.append(cache.number + n))
+    with patch_sparse_generate(model, indexers, **{**RULES, "top_k": 256, "n_recent": 64}):
+        texts = [make_text(20, seed=n)[0].tolist() for n in (1, 2)]
+        rows = together(model, texts, [40, 40])
+    assert max(checked) == max(c.offset for row in rows for c in row[2]) or max(checked) == 20 + 40 + 1
+
+
+def test_what_mlx_lm_has_let_go_is_no_reason_to_copy(small):
+    """A copy has no companion: an index of a whole text would be built anew for each turn."""
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **RULES):
+        caches = [alone(model, prompt, 3)[2][0] for prompt in prompts()[:2]]
+        batches = [caches[0].merge(caches)]
+        other = copy.deepcopy(batches[0])
+        batches.clear()
+        assert [row for row, _ in other.parts(1)] == caches
+
+
+def test_a_batch_whose_state_nobody_reads_comes_to_decode(small):
+    """It is not taken for a prompt for ever, in which nothing is evicted."""
+    model, indexers = small
+    with patch_sparse_generate(model, indexers, **RULES):
+        caches = [make_prompt_cache(model) for _ in range(2)]
+        batch = [row[0].merge(row) for row in zip(*caches)]
+        text = mx.concatenate([make_text(60, seed=n) for n in (1, 2)])
+        for start, stop in ((0, 30), (30, 45), *((i, i + 1) for i in range(45, 60))):
+            mx.eval(model(text[:, start:stop], cache=batch))
+        assert all(c.size() == RULES["top_k"] for c in batch)

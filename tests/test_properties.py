@@ -6,6 +6,7 @@ import pytest
 from builders import feed_calls, make_indexers, make_model, make_text, with_heads
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from simulate import LOGITS, difference, make_small, run_program, run_reference
 from test_cuts import kept, same
@@ -103,3 +104,99 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_or_loads_whole(tmp_path_fac
     else:  # numbers were changed, or a name into another that may stand there
         assert len(damaged) == len(whole)
         assert damaged[:header] != whole[:header] or sorted(loaded) == [0, 1]
+
+
+class Pool:
+    """Tokens of a conversation, each of which comes once: of two of one, either may be evicted."""
+
+    def __init__(self, tokens):
+        self.left = list(tokens)
+
+    def take(self, n):
+        return [self.left.pop() for _ in range(n)]
+
+    def __call__(self, logprobs):  # a sampler
+        return mx.array(self.take(1))
+
+
+class Turn:
+    """A turn of a conversation in a batch, and the caches of the same conversation alone."""
+
+    def __init__(self, prompt, pool, caches):
+        self.prompt, self.pool, self.caches = prompt, pool, caches
+        self.tokens, self.logprobs = [], []
+
+    def note(self, response):
+        self.tokens.append(response.token)
+        self.logprobs.append(np.array(response.logprobs))
+
+    def check(self, model):
+        """Compare the answer so far with that of the conversation alone; return what goes on alone."""
+        caches = [c.copy() for c in self.caches]
+        n, sampler = len(self.tokens), Pool(self.pool.left)
+        steps = generate_step(mx.array(self.prompt), model, max_tokens=n, prompt_cache=caches, sampler=sampler)
+        tokens, logprobs = zip(*((int(t), np.array(p)) for t, p in steps))
+        assert list(tokens) == self.tokens
+        assert np.abs(np.stack(logprobs) - np.stack(self.logprobs)).max() < LOGITS
+        return caches, Pool(self.pool.left[: -n - 2])
+
+
+WAYS_OF_BATCHES = {
+    "retention": dict(top_k=24),
+    "not full": dict(top_k=64, n_recent=16),
+    "keydiff": dict(top_k=24, evict="keydiff", positions="compact"),
+    "stream": dict(top_k=24, prefill="stream", stream_chunk=16, positions="compact"),
+    "full": dict(top_k=24, cache="full"),
+    "each step": dict(top_k=24, evict="index"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_OF_BATCHES)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_rows_that_come_and_go_answer_as_alone(with_retention, way, data):
+    """Join, go on, leave in any order, be copied in the middle, take tokens back, and begin another turn."""
+    model, indexers = with_retention
+    config = {"n_sink": 2, "n_recent": 5, "tile_size": 16, "prefill": "exact", **WAYS_OF_BATCHES[way]}
+    with patch_sparse_generate(model, indexers, **config):
+        batch, live, idle = BatchGenerator(model, prefill_step_size=16, prefill_batch_size=3), {}, []
+
+        def join(pool, caches=None, alone=None):
+            prompt = pool.take(data.draw(st.sampled_from([3, 4, 17, 33, 60]), label="prompt"))
+            cut = data.draw(st.integers(1, len(prompt) - 1), label="cut")
+            n = data.draw(st.sampled_from([1, 2, 7, 40]), label="n")
+            if caches is not None and data.draw(st.booleans(), label="takes back"):
+                n_back = data.draw(st.integers(0, min(c.trimmable for c in caches)), label="n_back")
+                assert all(c.trim(n_back) == n_back for c in [*caches, *alone])
+            segments = [[prompt[:cut], prompt[cut:]]]
+            given = None if caches is None else [caches]
+            (uid,) = batch.insert_segments(segments, [n], given, [[]], samplers=[Pool(pool.left)])
+            live[uid] = Turn(prompt, pool, make_prompt_cache(model) if alone is None else alone)
+
+        for _ in range(data.draw(st.integers(5, 25), label="moves")):
+            what = data.draw(st.sampled_from(["join", "turn", "step", "steps", "leave", "copy"]), label="move")
+            if what == "join" and len(live) < 6:
+                join(
+                    Pool(np.random.default_rng(data.draw(st.integers(0, 99), label="seed")).permutation(1024).tolist())
+                )
+            elif what == "turn" and idle and len(live) < 6:
+                caches, alone, pool = idle.pop(data.draw(st.integers(0, len(idle) - 1), label="which"))
+                if len(pool.left) > 200:
+                    join(pool, caches, alone)
+            elif what in ("step", "steps"):
+                for _ in range(1 if what == "step" else 12):
+                    for response in batch.next()[1]:
+                        turn = live[response.uid]
+                        turn.note(response)
+                        if response.finish_reason is not None:
+                            idle.append((response.prompt_cache, *turn.check(model)))
+                            del live[response.uid]
+            elif what in ("leave", "copy") and live:
+                uid = data.draw(st.sampled_from(sorted(live)), label="uid")
+                caches = batch.extract_cache([uid])[uid][0]  # also of a prompt half read
+                if live[uid].tokens:
+                    idle.append((caches, *live[uid].check(model)))
+                if what == "leave":
+                    batch.remove([uid])
+                    del live[uid]
+        batch.close()

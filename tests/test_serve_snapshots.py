@@ -1,5 +1,6 @@
 """What a server keeps of prompts, for prompts that begin alike."""
 
+import gc
 import logging
 import time
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
 from mlx_dsa import load_preset, patch_sparse_generate
 from mlx_dsa.serve import snapshots as module
+from mlx_dsa.serve.copies import hold
 from mlx_dsa.serve.segments import plain_segments, segments_of
 from mlx_dsa.serve.snapshots import Snapshots
 from mlx_dsa.serve.store import SnapshotStore
@@ -350,3 +352,20 @@ def test_long_prompts_are_not_encoded_again(tokenizer, monkeypatch):
     )
     segments_of(tokenizer, prompt, asked, {"chat_template": THINKS})
     assert sum(map(len, seen)) < 100
+
+
+def test_what_is_kept_takes_the_memory_that_it_is_counted_for():
+    """A cache has room to grow, which a copy would keep."""
+    preset = load_preset("tiny")
+    with patch_sparse_generate(preset.model, preset.indexers, **vars(preset.config)):
+        caches = make_prompt_cache(preset.model)
+        preset.model(mx.array([list(range(600))]), cache=caches)
+        kept = [cache.copy() for cache in caches]
+        hold(kept)
+        del caches
+        gc.collect()
+        mx.synchronize()
+        with_them, n_bytes = mx.get_active_memory(), sum(cache.nbytes for cache in kept)
+        del kept
+        gc.collect()
+        assert with_them - mx.get_active_memory() < 1.05 * n_bytes

@@ -66,8 +66,7 @@ class BudgetKVCache(SparseKVCache):
         self.observed: Observed | None = None
         self._late = LateStates(self.most_late)
         self._late_slots: list[mx.array] = []  # theirs, where no plan tells them
-        self.n_planned = 0
-        self._cut_at = 0
+        self.n_planned = self._cut_at = 0
 
     @property
     def n_late(self) -> int:
@@ -345,6 +344,7 @@ class BudgetKVCache(SparseKVCache):
             self.prompt.reopen()
         else:
             n = super().trim(n)
+        self._late.drop(n)
         if self.observed is not None and n:
             self.observed = self.observed.before(self.offset)
         return n

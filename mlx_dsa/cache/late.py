@@ -52,6 +52,13 @@ class LateStates:
         self._n_new += x.shape[1]
         return self._write() if self._n_new >= _WRITTEN else None
 
+    def drop(self, n: int):
+        """Forget the newest ``n`` states, or all where there are fewer."""
+        left = max(0, len(self) - n)
+        if self._new:
+            self._write()
+        self._n_written = left
+
     def join(self) -> mx.array:
         """Return all states ``[B, n, dim]``; at least one must be there."""
         if self._new:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 
@@ -13,11 +14,11 @@ from .stack import Stack
 
 
 class _Held:
-    """A row's cache, and how many batches count it theirs."""
+    """A row's cache, and the batches that count it theirs: one that mlx-lm has let go is none."""
 
-    def __init__(self, cache: SparseKVCache):
+    def __init__(self, cache: SparseKVCache, owner: RowsCache):
         self.cache = cache
-        self.n = 1
+        self.owners = WeakSet([owner])
 
 
 class RowsCache:
@@ -31,14 +32,23 @@ class RowsCache:
     """
 
     def __init__(self, caches: Sequence[SparseKVCache]):
-        self._held = [_Held(cache) for cache in caches]
+        self._held = [_Held(cache, self) for cache in caches]
         self._stack: Stack | None = None
         self._left: list[int] | None = None  # tokens of each row's prompt, where they differ
+        # A merged batch is of prompts: mlx-lm deep-copies it to split off what is to be answered,
+        # and reads its state after each call until then.
+        self._reads, self._called, self._state_read = True, False, False
 
     @property
     def rows(self) -> list[SparseKVCache]:
         """The caches, with their entries where these are not stacked."""
         return [held.cache for held in self._held]
+
+    def begin(self):
+        """Note that a call of the model begins."""
+        if self._called and not self._state_read:
+            self._reads = False
+        self._called, self._state_read = True, False
 
     def parts(self, n_tokens: int) -> Iterator[tuple[SparseKVCache, int]]:
         """Yield each row's cache, and how many of a call's tokens are its own, the first ones.
@@ -52,7 +62,10 @@ class RowsCache:
             if self._left is not None:
                 n = min(n_tokens, self._left[i])
                 self._left[i] -= n
-            yield self._own(i), n
+            row = self._own(i)
+            if self._reads and n:
+                row.prompt.reopen()  # a call of one token after an answer is not a step of it
+            yield row, n
 
     def stacked(
         self, make_room: Callable[[Any], Any], project: Callable[[mx.array, Any], Sequence[Any]], most_late: int
@@ -69,6 +82,8 @@ class RowsCache:
             Stack: ``None`` where a row's call is still of its prompt.
         """
         stack = self._stack
+        if self._reads:
+            return None
         if stack is None or len(stack.rows) < len(self._held):
             new = self._held[0 if stack is None else len(stack.rows) :]
             if not all(held.cache.prompt.decodes for held in new):
@@ -89,9 +104,9 @@ class RowsCache:
     def _own(self, i: int) -> SparseKVCache:
         """Return a row's cache, for this batch to change."""
         held = self._held[i]
-        if held.n > 1:
-            held.n -= 1
-            held = self._held[i] = _Held(held.cache.copy())
+        if len(held.owners) > 1:
+            held.owners.discard(self)
+            held = self._held[i] = _Held(held.cache.copy(), self)
         return held.cache
 
     def _unstack(self):
@@ -114,7 +129,7 @@ class RowsCache:
         else:
             self._unstack()
         for i in set(range(len(self._held))) - set(kept):
-            self._held[i].n -= 1
+            self._held[i].owners.discard(self)
         self._held = [self._held[i] for i in kept]
         if self._left is not None:
             self._left = [self._left[i] for i in kept]
@@ -122,6 +137,9 @@ class RowsCache:
     def extend(self, other: RowsCache):
         """Add another batch's rows after these."""
         other._unstack()
+        for held in other._held:
+            held.owners.discard(other)
+            held.owners.add(self)
         self._held += other._held
 
     def extract(self, idx: int) -> SparseKVCache:
@@ -154,8 +172,9 @@ class RowsCache:
         self._unstack()
         other = RowsCache(())
         other._held, other._left = list(self._held), self._left and list(self._left)
+        other._reads = False
         for held in self._held:
-            held.n += 1
+            held.owners.add(other)
         return other
 
     def size(self) -> int:
@@ -176,6 +195,7 @@ class RowsCache:
     def state(self) -> dict[str, Any]:
         """What has to be evaluated; mlx-lm reads it after each call of a prompt."""
         self._unstack()
+        self._state_read = True
         for row in self.rows:
             row.prompt.state_was_read()
         return marked({str(i): row.contents for i, row in enumerate(self.rows)})

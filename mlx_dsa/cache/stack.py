@@ -178,8 +178,9 @@ class Stack:
     def _give_back(self, i: int):
         row, place = self.rows[i], self._places[i]
         rows = [None if x is None else x[i : i + 1] for x in self._buffers]
-        rows = [x if x is None or not place else mx.roll(x, -place, 2) for x in rows]
-        late = self._late.join()[i : i + 1] if len(self._late) else None
+        # A view would keep all rows alive for as long as this one.
+        rows = [x if x is None else mx.roll(x, -place, 2) if place else mx.contiguous(x) for x in rows]
+        late = mx.contiguous(self._late.join()[i : i + 1]) if len(self._late) else None
         row.unpark([x if x is None else x[..., : row.size(), :] for x in rows], late)
 
     def _tell(self):

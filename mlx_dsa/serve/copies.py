@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..cache import SparseKVCache
+from ..cache import BudgetKVCache, FullKVCache, SparseKVCache
 
 
 def copies_of(caches: Sequence[Any]) -> list[Any]:
@@ -21,11 +21,15 @@ def copies_of(caches: Sequence[Any]) -> list[Any]:
 
 
 def hold(caches: Sequence[Any]):
-    """Compute what caches hold, so that they keep nothing alive that it is made of.
+    """Compute what caches hold, so that they keep nothing alive that it is made of, nor room to grow.
 
     Args:
         caches (Sequence): One cache a layer.
     """
+    for cache in caches:
+        if isinstance(cache, BudgetKVCache | FullKVCache):
+            held = cache.contents
+            cache.contents = {n: mx.contiguous(a) if isinstance(a, mx.array) else a for n, a in held.items()}
     mx.eval([c.contents if isinstance(c, SparseKVCache) else c.state for c in caches])
 
 

@@ -26,6 +26,7 @@ from .errors import ApiError, Gone, bad, overloaded
 from .generation import Generation
 from .looks import Looks, kept_tokens
 from .segments import Prompt
+from .snapshot import Snapshot
 from .snapshots import Snapshots
 from .store import KIND, name_of, packed, saved_in, unpacked
 from .ticket import Request
@@ -129,11 +130,16 @@ class Documents:
             ApiError: If it can't be read, or there is no room.
             Gone: If the client has gone: nothing is kept.
         """
-        _check(text, "text"), _check(name, "name"), _check(system or "", "system")
+        if any(map(is_broken, (text, name, system or ""))):
+            raise bad("'text', 'name' and 'system' must be text.")
         if not text.strip():
             raise bad("The document is empty.")
+        with self._generation.working():
+            return self._create(text, name, system or "", tell, has_gone)
+
+    def _create(self, text: str, name: str, system: str, tell: Any, has_gone: Any) -> dict[str, Any]:
         settings = repr(self._patch.config) if self._patch is not None else ""
-        known = name_of(self._maker, settings, str(self.prompts.think), system or "", text.strip())
+        known = name_of(self._maker, settings, str(self.prompts.think), system, text.strip())
         ident = f"doc-{known}"
         with self._changed:
             while ident in self._being_read:
@@ -144,7 +150,7 @@ class Documents:
                 return self._there[ident].told()
             self._being_read.add(ident)
         try:
-            return self._read(ident, text, name, system or "", tell, has_gone).told()
+            return self._read(ident, text, name, system, tell, has_gone).told()
         finally:
             with self._changed:
                 self._being_read.discard(ident)
@@ -177,9 +183,13 @@ class Documents:
         document = Document(ident, number, name, system, tokens, begins, entries, nbytes, int(time.time()))
         if self._folder is not None:
             self._save(document, caches, self._folder)
-        self._add(document)
-        generation.call(partial(self._pin, document, caches))
+        generation.call(partial(self._begin, document, caches))
         return document
+
+    def _begin(self, document: Document, caches: list[Any]):
+        # Between two steps: whoever finds it can ask or delete it.
+        self._pin(document, caches)
+        self._add(document)
 
     def _estimate(self, n_tokens: int) -> int:
         provider: Any = self._generation.model_provider
@@ -217,16 +227,22 @@ class Documents:
     def _pin(self, document: Document, caches: list[Any]):
         snapshots = self._snapshots
         snapshots.pin(document.number, document.tokens, caches)
-        if self._memory_bytes is None:
-            return
-        pinned = [(snapshots.pinned(d.number), d) for d in self._all() if d.path is not None and d is not document]
-        inside = sorted(((p.used, p.nbytes, d) for p, d in pinned if p is not None), key=lambda item: item[0])
-        held = sum(nbytes for _, nbytes, _ in inside) + document.nbytes
-        for _, nbytes, other in inside:
-            if held <= self._memory_bytes:
+        if self._memory_bytes is not None:
+            self.free(sum(p.nbytes for p, _ in self._inside()) - self._memory_bytes, document.number)
+
+    def _inside(self) -> list[tuple[Snapshot, Document]]:
+        """Return the documents in memory that are on disk, too, the one first that was asked least recently."""
+        pinned = [(self._snapshots.pinned(d.number), d) for d in self._all() if d.path is not None]
+        return sorted(((p, d) for p, d in pinned if p is not None), key=lambda item: item[0].used)
+
+    def free(self, n_bytes: int, but: int):
+        """Leave documents but one, by its number, on disk until some bytes are free; in the model's thread."""
+        for pinned, document in self._inside():
+            if n_bytes <= 0:
                 break
-            snapshots.unpin(other.number)
-            held -= nbytes
+            if document.number != but:
+                self._snapshots.unpin(document.number)
+                n_bytes -= pinned.nbytes
 
     def _bring(self, number: int):
         """Have a document in memory, in the model's thread."""
@@ -328,8 +344,3 @@ class Documents:
         shares[: max(document.begins, self._patch.config.n_sink if self._patch is not None else 0)] = 0
         best = np.argsort(-shares, kind="stable")[:_MOST_READ]
         return [[int(i), round(float(shares[i]), 6)] for i in best if shares[i] > 0]
-
-
-def _check(text: Any, name: str):
-    if not isinstance(text, str) or is_broken(text):
-        raise bad(f"'{name}' must be text.")

@@ -42,3 +42,12 @@ def overloaded(message: str, seconds: int = 1) -> ApiError:
 def bad(message: str, code: str | None = None) -> ApiError:
     """Return a 400."""
     return ApiError(400, message, code)
+
+
+def told_of(error: Exception) -> ApiError:
+    """Return what a client is told of an error of the generation."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ValueError):
+        return ApiError(500, f"The model can't go on: {' '.join(str(error).split())[:300]}")
+    return ApiError(500, f"The model failed ({type(error).__name__}). The server goes on.")

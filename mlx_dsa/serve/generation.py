@@ -6,13 +6,14 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from queue import Empty, Queue
 from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 from mlx_lm.server import CompletionRequest, GenerationArguments, ResponseGenerator
 
-from .errors import ApiError, bad, overloaded
+from .errors import ApiError, bad, overloaded, told_of
 from .metrics import Metrics
 from .options import ServeOptions
 from .provider import Provider
@@ -50,7 +51,7 @@ class Generation(ResponseGenerator):
         self.tokenizing = threading.RLock()
         self.documents: Any = None
         self._rows: Rows | None = None
-        self._in_flight: set[Ticket] = set()
+        self._in_flight: set[object] = set()
         self.provider = provider
         super().__init__(cast(Any, provider), prompt_cache)
 
@@ -76,7 +77,9 @@ class Generation(ResponseGenerator):
         with self.tokenizing:
             prompt, segments, types, state = self._prompt_of(request, args)
             self._check_context(prompt, args)
-            stops = self._make_state_machine(provider.model_key, provider.tokenizer, args.stop_words)
+            # Stop texts are found in the text: as tokens, what stands before them in a piece would be lost.
+            make, key = self._make_state_machine, (provider.model_key, provider.tokenizer)
+            stops = make(*key, [])[0], make(*key, args.stop_words)[1]
         ticket = Ticket(request, args, prompt, segments, types, state, stops)
         with self._wake:
             self._check_open()
@@ -138,14 +141,22 @@ class Generation(ResponseGenerator):
             self._in_flight.discard(ticket)
             self._wake.notify_all()
 
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Have :meth:`drain` wait for what is done inside; refuse it with an ``ApiError`` after that."""
+        work = object()
+        with self._wake:
+            self._check_open()
+            self._in_flight.add(work)
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._in_flight.discard(work)
+                self._wake.notify_all()
+
     def call(self, function: Callable[[], T]) -> T:
-        """Run a function in the generation thread, between two steps.
-
-        Args:
-            function (callable): Takes nothing.
-
-        Returns:
-            What the function returns.
+        """Run a function in the generation thread, between two steps; return what it does.
 
         Raises:
             Exception: What the function raises.
@@ -265,7 +276,7 @@ class Generation(ResponseGenerator):
                 except Exception as error:
                     log.exception("A step failed; its requests are answered with an error.")
                     self.metrics.count("failures")
-                    rows.fail(_told(error))
+                    rows.fail(told_of(error))
         finally:
             self._end(rows)
 
@@ -303,7 +314,7 @@ class Generation(ResponseGenerator):
                 rows.add(ticket)
             except Exception as error:
                 log.warning("A request was not begun: %s", type(error).__name__)
-                ticket.put(_told(error))
+                ticket.put(told_of(error))
 
     def _publish(self, rows: Rows) -> None:
         store = self.prompt_cache
@@ -335,12 +346,3 @@ class Generation(ResponseGenerator):
         mx.synchronize()
         if hasattr(mx, "clear_streams"):
             mx.clear_streams()
-
-
-def _told(error: Exception) -> Exception:
-    """Return what a client is told of an error."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, ValueError):
-        return ApiError(500, f"The model can't go on: {' '.join(str(error).split())[:300]}")
-    return ApiError(500, f"The model failed ({type(error).__name__}). The server goes on.")

@@ -174,6 +174,11 @@ class ChunkedWriter:
         """Write the end."""
         self._out.write(b"0\r\n\r\n")
 
+    def close(self) -> None:
+        """Close the file; what has not been ended stays so, which tells the client."""
+        self.closed = True
+        self._out.close()
+
 
 def check_address(host: str, port: int) -> None:
     """Refuse an address that can't be listened at, before a model is loaded for it.

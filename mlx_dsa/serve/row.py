@@ -9,10 +9,14 @@ import mlx.core as mx
 from mlx_lm.server import Response
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, SPMStreamingDetokenizer
 
+from .errors import ApiError
 from .metrics import Metrics
 from .provider import dense_bytes
 from .sampling import StopText, top_tokens
 from .ticket import Context, Extra, Ticket
+
+# Tokens that may wait for a client to take them.
+_MOST_WAITING = 4096
 
 
 class Row:
@@ -96,10 +100,17 @@ class Row:
             self._answer = Response(text, token, logprob, finish, top)
             if finish is None:
                 self.ticket.put(self._answer)
+                self._check_taken()
             return finish
         self.ticket.put(Response(text[:end], token, logprob, None, top))
         self._answer = Extra("", token, 0.0, "stop", cast(Any, ()))
         return "stop"
+
+    def _check_taken(self) -> None:
+        # A client that does not read holds up its own connection alone, but what waits for it is memory.
+        if self.ticket.said.qsize() > _MOST_WAITING:
+            self.ticket.put(ApiError(503, "The answer was not taken for too long. Ask again, and read it as it comes."))
+            self.ticket.cancel()
 
     def end(self, caches: list[Any] | None, n_seen: int) -> None:
         """Tell that the answer is complete.

@@ -65,11 +65,16 @@ class Rows:
         limit = self._owner.options.memory_limit
         if limit is None:
             return True
-        wanted = self._estimate(ticket)
+        # What those that are being answered may still take is spoken for.
+        held = sum(cache.nbytes for cache in self._caches())
+        promised = max(0, sum(self._estimate(row.ticket) for row in self._rows.values()) - held)
+        wanted = self._estimate(ticket) + promised
         if mx.get_active_memory() + wanted <= limit:
             return True
-        store = self._owner.prompt_cache
+        store, documents = self._owner.prompt_cache, self._owner.documents
         store.trim_to(n_bytes=max(0, store.nbytes - (mx.get_active_memory() + wanted - limit)))
+        if documents is not None:
+            documents.free(mx.get_active_memory() + wanted - limit, ticket.prompt[0])
         mx.clear_cache()
         return mx.get_active_memory() + wanted <= limit
 

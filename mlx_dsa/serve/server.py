@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
+
 from ..versions import package_version
 from .document_routes import add_routes
 from .documents import Documents
@@ -42,6 +44,9 @@ class Server:
     """
 
     def __init__(self, provider: Provider, options: ServeOptions, prompt_cache: Snapshots | None = None):
+        if options.memory_limit is not None and (held := mx.get_active_memory()) >= options.memory_limit:
+            told = f"the model alone takes {held / 1e9:.3g} GB but the limit is {options.memory_limit / 1e9:.3g} GB"
+            raise ValueError(f"[serve] {told}. Raise --memory-limit.")
         self.options = options
         self.provider = provider
         self.name = provider.name

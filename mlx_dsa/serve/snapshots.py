@@ -41,6 +41,7 @@ class Snapshots:
         self._names: dict[int, str] = {}  # of documents, by number
         self._reading: dict[bytes, int] = {}  # tokens of documents that are being read
         self._read: dict[int, list[Any]] = {}  # those that were
+        self._gone: set[int] = set()  # deleted, whatever is still being answered about them
         self._clock = 0
         self._counts: Counter[str] = Counter()
         # Has a document in memory, by its number, or raises: no model is asked with such a token.
@@ -123,11 +124,13 @@ class Snapshots:
             caches (list): One cache a layer.
             cache_type (str): What ends there; ``"assistant"`` is the end of an answer.
         """
-        number = self._reading_of(tokens)
+        # Another document that is being read may begin with all of this one.
+        number = self._reading.get(key_of(tokens)) if cache_type == "document" else None
         if number is not None:
-            if cache_type == "document":
-                self._cut(caches)
-                self._read[number] = caches
+            self._cut(caches)
+            self._read[number] = caches
+            return
+        if self._is_of_reading(tokens) or len(tokens) and tokens[0] in self._gone:
             return
         snapshot = Snapshot(model, np.array(tokens, np.int32), caches, cache_type)
         if cache_type == "user":
@@ -209,6 +212,7 @@ class Snapshots:
         """
         self._documents.pop(number, None)
         if forget:
+            self._gone.add(number)
             self._there = [snapshot for snapshot in self._there if snapshot.tokens[0] != number]
             name = self._names.pop(number, None)
             if self.store is not None and name is not None:
@@ -292,11 +296,8 @@ class Snapshots:
         self._clock += 1
         snapshot.used = self._clock
 
-    def _reading_of(self, tokens: Sequence[int]) -> int | None:
-        for key, number in self._reading.items():
-            if key_of(tokens[: len(key) // 4]) == key:
-                return number
-        return None
+    def _is_of_reading(self, tokens: Sequence[int]) -> bool:
+        return any(key_of(tokens[: len(key) // 4]) == key for key in self._reading)
 
     # On disk: the end of a user's turn, when the answer to it is over and nobody waits for
     # its next token, or earlier if it has to leave memory. An answer's own end is not worth

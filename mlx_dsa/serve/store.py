@@ -189,7 +189,8 @@ class SnapshotStore:
                 if stored.document in self._forgotten:
                     self._remove(stored)
                 self._shrink()
-            except (ValueError, OSError) as error:
+            # Whatever it is: a thread that ends would hold up the server's end.
+            except Exception as error:
                 logging.warning(f"{error} A conversation is not kept on disk.")
             finally:
                 self._pending.discard(stored.path)
