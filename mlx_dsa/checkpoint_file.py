@@ -19,6 +19,8 @@ KIND, LIGHTNING, PROJECTIONS = "kind", "lightning", "projections"
 DOUBLE_SPARSITY, MINFERENCE, MIXTURE = CALIBRATED = ("double_sparsity", "minference", "mixture")  # mlx-dsa calibrate
 _NAMES = {LIGHTNING: "lightning indexers", PROJECTIONS: "search projections"}
 _NAMES |= {DOUBLE_SPARSITY: "channels of keys", MINFERENCE: "patterns of heads", MIXTURE: "windows of heads"}
+_MADE_BY = {LIGHTNING: "mlx-dsa train", PROJECTIONS: "mlx-dsa train --rule projections"}
+_MADE_BY |= {rule: f"mlx-dsa calibrate --rule {rule}" for rule in (DOUBLE_SPARSITY, MINFERENCE, MIXTURE)}
 _FOREIGN = (".pt", ".pth", ".bin", ".gguf")  # what mlx-dsa convert reads
 
 
@@ -66,7 +68,7 @@ def check_kind(file: Path, wanted: str):
     if kind != wanted:
         raise ValueError(
             f"[load_indexers] {file} holds {_NAMES[kind]}, not {_NAMES[wanted]}. Use "
-            f"select='{kind}', or name another file."
+            f"select='{kind}', or name another file (--indexer); {_MADE_BY[wanted]} makes one for '{wanted}'."
         )
 
 

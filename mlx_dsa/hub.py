@@ -16,6 +16,18 @@ _OBJECTS = (
 )  # fmt: skip
 
 
+def check_place(name: str) -> Path:
+    """Return a name as a path.
+
+    Raises:
+        FileNotFoundError: If it is neither there nor the name of a repository.
+    """
+    path = Path(name).expanduser()
+    if not path.exists() and not is_repository(name):
+        raise FileNotFoundError(f"[mlx-dsa] there is no file or folder {name}.")
+    return path
+
+
 def fetch(name: str, patterns: tuple[str, ...] = MODEL_FILES, *, download: bool = True) -> Path:
     """Find a folder or file, or fetch a hub repository.
 
@@ -32,11 +44,9 @@ def fetch(name: str, patterns: tuple[str, ...] = MODEL_FILES, *, download: bool 
         FileNotFoundError: If there is no such path or repository, or it is not
           on this machine and may not be fetched.
     """
-    path = Path(name).expanduser()
+    path = check_place(name)
     if path.exists():
         return path
-    if not is_repository(name):
-        raise FileNotFoundError(f"[mlx-dsa] there is no file or folder {name}.")
     from huggingface_hub import snapshot_download
 
     try:

@@ -20,7 +20,7 @@ from .checkpoint_file import CALIBRATED, INDEXERS, PROJECTIONS
 from .config import SparseConfig, override
 from .families import family_of
 from .gguf import read_metadata
-from .hub import INDEXER_FILES, fetch, first_line, flawed_json, is_repository, read_object
+from .hub import INDEXER_FILES, check_place, fetch, first_line, flawed_json, is_repository, read_object
 from .indexer import Indexer
 from .machine import runs_float32
 from .registry import rule_class
@@ -304,6 +304,7 @@ def read_indexers(settings: Settings) -> dict[int, Indexer] | dict[int, Projecti
         ValueError: If none are named, or they cannot be loaded.
     """
     if settings.indexer is None:
+        check_place(settings.model)  # a name that is mistyped has none either
         raise ValueError(
             f"[mlx-dsa] no indexers are known for {settings.model}. Name some "
             f"(--indexer PATH), train them (mlx-dsa train), choose rules that need none "

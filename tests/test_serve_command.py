@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from serving import Client, user
 
 from mlx_dsa.cli import main
+from mlx_dsa.serve.store import claim_folder
 
 LONG = {"messages": user("Hi"), "max_tokens": 4000, "logit_bias": {"2": -100, "0": -100}}
 
@@ -90,11 +91,34 @@ def test_a_port_that_is_taken_is_told_in_a_line():
     "options, said",
     [(["--max-body", "much"], "no number of bytes"), (["--port", "70000"], "range"),
      (["--dense", "--top-k", "5"], "no effect"), (["--dense", "--store", "kept"], "no effect"),
-     (["--max-queue", "0"], "range"), (["--preset", "nothing"], "nothing")],
+     (["--max-queue", "0"], "range"), (["--preset", "nothing"], "nothing"), (["--api-key", ""], "is empty"),
+     (["--max-body", "0"], "at least 1024"), (["--allowed-origins", "http://a:1,nonsense"], "'nonsense'"),
+     (["--store", __file__], "is a file")],
 )  # fmt: skip
 def test_options_that_are_not_valid(options, said):
     result = CliRunner().invoke(main, ["serve", *options])
     assert result.exit_code == 2 and said in result.output
+
+
+def test_a_folder_is_of_one_server_and_a_killed_one_leaves_it(tmp_path):
+    (tmp_path / "kept").mkdir()
+    first = claim_folder(tmp_path / "kept")
+    with pytest.raises(ValueError, match="another server keeps its states in .*kept. Name another folder"):
+        claim_folder(tmp_path / "kept")
+    os.close(first._file)  # as the system does for a process that is killed
+    claim_folder(tmp_path / "kept").release()
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_a_key_that_is_an_empty_variable_is_no_key(monkeypatch):
+    monkeypatch.setenv("MLX_DSA_API_KEY", "")
+    result = CliRunner().invoke(main, ["serve", "--port", "0"])
+    assert result.exit_code == 2 and "is empty" in result.output
+
+
+def test_a_model_that_is_not_there_is_told_as_such():
+    result = CliRunner().invoke(main, ["serve", "--model", "/no/such/folder"])
+    assert result.exit_code == 1 and "there is no file or folder /no/such/folder" in result.output
 
 
 def test_without_a_key_beyond_this_machine_is_warned_of():

@@ -91,7 +91,7 @@ def calibrate(
         sys.exit(130)
     for line in result.told:
         click.echo(line)
-    click.echo(f"Wrote {result.path}. Use it with --select {rule} --indexer {out}.")
+    click.echo(f"Wrote {result.path}. Use it with --select {rule} --indexer {out} --cache full.")
     if result.left_out:
         click.echo(result.left_out, err=True)
 

@@ -164,6 +164,16 @@ def serve(
     except ImportError as error:
         raise ValueError(f"[serve] this needs mlx-lm 0.32.2 or newer ({error}). Upgrade it.") from None
 
+    if api_key == "" or api_key is None and os.environ.get("MLX_DSA_API_KEY") == "":
+        raise click.UsageError("the key (--api-key or MLX_DSA_API_KEY) is empty. Give one, or leave it out.")
+    if max_body < 1024:
+        raise click.UsageError(f"--max-body must be at least 1024 bytes but got {max_body}.")
+    origins = tuple(o.strip() for o in (allowed_origins or "").split(",") if o.strip())
+    for origin in origins:
+        if origin != "*" and not origin.startswith(("http://", "https://")):
+            raise click.UsageError(f"--allowed-origins takes http://host:port, or *, but got {origin!r}.")
+    if store and Path(store).is_file():
+        raise click.UsageError(f"--store takes a folder, and {store} is a file. Name another.")
     if dense and store:
         raise click.UsageError(
             "--store has no effect with --dense: only sparse caches have files. Leave one of them out."
@@ -174,7 +184,7 @@ def serve(
         host=host,
         port=port,
         api_key=api_key or None,
-        allowed_origins=tuple(o.strip() for o in (allowed_origins or "").split(",") if o.strip()),
+        allowed_origins=origins,
         max_tokens=max_tokens,
         max_context=max_context,
         max_queue=max_queue,

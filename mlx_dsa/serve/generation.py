@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_lm.server import CompletionRequest, GenerationArguments, ResponseGenerator
 
 from .errors import ApiError, bad, overloaded, told_of
+from .heap import Heap
 from .metrics import Metrics
 from .options import ServeOptions
 from .provider import Provider
@@ -50,6 +51,7 @@ class Generation(ResponseGenerator):
         self._wake = threading.Condition()
         self.tokenizing = threading.RLock()
         self.documents: Any = None
+        self._heap = Heap()
         self._rows: Rows | None = None
         self._in_flight: set[object] = set()
         self.provider = provider
@@ -174,10 +176,7 @@ class Generation(ResponseGenerator):
         return value
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests, and wait until those that were taken are answered.
-
-        Args:
-            timeout (float, optional): Seconds to wait at most. Default: ``None``.
+        """Take no more requests, and wait until those that were taken are answered, or some seconds.
 
         Returns:
             bool: Whether all are answered.
@@ -287,6 +286,7 @@ class Generation(ResponseGenerator):
         if rows:
             rows.step()
         self._publish(rows)
+        self._heap.note(bool(rows))
         if not rows:
             with self._wake:
                 if not self._waiting and not self._calls:

@@ -194,7 +194,10 @@ def check_address(host: str, port: int) -> None:
         HttpServer(host, port, None, 1).server_close()
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no address"
-        raise ValueError(f"[serve] can't listen at {host}, port {port}: {reason}.") from None
+        raise ValueError(
+            f"[serve] can't listen at {host or 'an empty --host'}, port {port}: {reason}. Give another --port "
+            f"(0 takes a free one) or --host."
+        ) from None
 
 
 class HttpServer(ThreadingHTTPServer):

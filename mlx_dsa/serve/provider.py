@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import SparseConfig
@@ -110,8 +110,9 @@ def token_bytes(model: nn.Module) -> int:
 
 
 def dense_bytes(token_nbytes: int, n_tokens: int) -> int:
-    """Return the bytes that mlx-lm's own caches of some tokens would have allocated."""
-    return -(-n_tokens // KVCache.step) * KVCache.step * token_nbytes
+    """Return the bytes of some tokens in mlx-lm's own caches, without their room to grow: what
+    is told of ours has none either."""
+    return n_tokens * token_nbytes
 
 
 def _parameters(model: nn.Module) -> list[tuple[str, Any]]:

@@ -20,7 +20,7 @@ from .metrics import Metrics
 from .options import ServeOptions
 from .provider import Provider
 from .snapshots import Snapshots
-from .store import SnapshotStore
+from .store import SnapshotStore, claim_folder
 
 Route = Callable[[Handler, str], None]
 
@@ -64,6 +64,7 @@ class Server:
             options.max_connections,
         )
         folder = None if options.store is None else Path(options.store)
+        self._claimed = None if folder is None else claim_folder(folder)
         store = None if folder is None else SnapshotStore(folder / "snapshots", options.snapshot_bytes)
         snapshots = prompt_cache if prompt_cache is not None else Snapshots(options.snapshot_bytes, store)
         self.generation = generation = Generation(provider, snapshots, options, self.metrics)
@@ -147,3 +148,5 @@ class Server:
         self.generation.wait_until_told(2.0)
         self._http.close_connections(5.0)
         self._http.server_close()
+        if self._claimed is not None:
+            self._claimed.release()

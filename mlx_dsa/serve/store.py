@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..files import is_part
+from ..files import HeldFile, is_part
 from ..maker import maker_of
 from ..patch import SparsePatch
 from ..saved import load_cache, pack_saved, peek_saved, write_saved
@@ -27,6 +27,22 @@ KIND = "kind"  # in a file's metadata: what the file is of
 _SNAPSHOT = "snapshot"
 # Snapshots that wait for the disk; each is as large as a cache, and none is needed.
 _WAITING = 2
+
+
+def claim_folder(folder: Path) -> HeldFile:
+    """Make a server's folder, and keep other servers out of it until that is released.
+
+    Raises:
+        ValueError: If it can't be made, or another server has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return HeldFile(folder / ".in use", b"mlx-dsa serve\n")
+    except BlockingIOError:
+        told = f"another server keeps its states in {folder}"
+    except OSError as error:
+        told = f"{folder} can't be used: {error.strerror}"
+    raise ValueError(f"[serve] {told}. Name another folder with --store.")
 
 
 @dataclass(eq=False)
