@@ -181,9 +181,9 @@ class Traffic:
     def run(self):
         for thread in self._threads:
             thread.start()
-        while any(thread.is_alive() for thread in self._threads):
-            self._threads[0].join(5)
-            print(f"{len(self.answers)} answers, {dict(self.counts)}", file=sys.stderr, flush=True)
+        for thread in self._threads:
+            thread.join()
+        print(f"{len(self.answers)} answers, {dict(self.counts)}", file=sys.stderr, flush=True)
 
     def _work(self):
         while True:
