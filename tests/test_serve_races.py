@@ -12,11 +12,13 @@ from serving import Client, idle, long_text, serving, tiny, user, wait_until
 from test_serve_bounds import send_chat
 
 from mlx_dsa.serve import documents as documents_module
+from mlx_dsa.serve import heap as heap_module
 from mlx_dsa.serve import row as row_module
 from mlx_dsa.serve import rows
 from mlx_dsa.serve import store as store_module
 from mlx_dsa.serve.answer import Answer
 from mlx_dsa.serve.errors import ApiError
+from mlx_dsa.serve.heap import Heap
 from mlx_dsa.serve.snapshots import Snapshots
 from mlx_dsa.serve.store import SnapshotStore
 
@@ -232,3 +234,14 @@ def test_characters_and_stops_that_lie_over_tokens(served):
             assert client.chat("Say it", max_tokens=len(ids) + 1, stop=stop)["choices"][0]["message"]["content"] == text
     finally:
         rows.sampler_of = original
+
+
+def test_what_is_free_is_given_back_once_after_work(monkeypatch):
+    heap, given = Heap(), []
+    monkeypatch.setattr(heap_module, "_IDLE_SECONDS", 0.05)
+    heap._trim = given.append
+    for is_busy, wait in ((False, 0), (True, 0), (False, 0), (True, 0.1), (False, 0.1), (False, 0), (False, 0.1)):
+        time.sleep(wait)
+        heap.note(is_busy)
+    assert given == [0]
+    Heap()._trim(0)  # what this system has
