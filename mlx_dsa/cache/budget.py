@@ -80,9 +80,8 @@ class BudgetKVCache(SparseKVCache):
             return super().positions
         if not self.n_late or self._late_slots:
             return self._positions[...]  # which writes in place don't reach
-        # Steps of a plan leave their positions to be written when they are wanted.
-        end = self._size - self.n_planned
-        new = mx.arange(self.offset - self.n_late, self.offset, dtype=mx.int32)[None]
+        end = self._size - self.n_planned  # steps of a plan leave their positions to be written when wanted
+        new = mx.arange(self.offset - self.n_late, self.offset, dtype=mx.int32)
         new = mx.broadcast_to(new, (self._positions.shape[0], self.n_late))
         before, after = self._positions[:, : end - self.n_late], self._positions[:, end:]
         return mx.concatenate([before, new, after], axis=1)
