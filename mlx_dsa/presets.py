@@ -23,7 +23,7 @@ from .gguf import read_metadata
 from .hub import INDEXER_FILES, check_place, fetch, first_line, flawed_json, is_repository, read_object
 from .indexer import Indexer
 from .machine import runs_float32
-from .registry import rule_class
+from .registry import make_rule
 from .rules.sparsek import sparsek_settings, with_model_settings
 from .search import Projections, load_projections
 
@@ -311,7 +311,7 @@ def read_indexers(settings: Settings) -> dict[int, Indexer] | dict[int, Projecti
             f"(--select, --evict), or run it dense (--dense)."
         )
     path = fetch(settings.indexer, INDEXER_FILES)
-    reads = rule_class("select", settings.config.select).reads
+    reads = make_rule("select", settings.config.select).reads
     if reads in CALIBRATED:
         return load_calibration(path, reads)
     return load_projections(path) if reads == PROJECTIONS else load_indexers(path)

@@ -15,7 +15,7 @@ from mlx_dsa.checkpoint_file import LIGHTNING
 from mlx_dsa.families import family_of
 from mlx_dsa.patch import patch_of
 from mlx_dsa.presets import resource
-from mlx_dsa.registry import rule_class, rule_names
+from mlx_dsa.registry import make_rule, rule_names
 
 VOCAB = 101
 
@@ -45,7 +45,7 @@ SHAPES = {
 
 def rules_alone():
     """Return the rules of selecting that read lightning indexers, or nothing."""
-    return [n for n in rule_names("select") if rule_class("select", n).reads == LIGHTNING]
+    return [n for n in rule_names("select") if make_rule("select", n).reads == LIGHTNING]
 
 
 def build_model(config, *, seed=0, norms=True, bits=None, group_size=32, dtype=None):
