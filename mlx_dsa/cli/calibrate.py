@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..calibrate import CALIBRATIONS, CalibrateConfig, CalibrateProgress
 from ..calibrate import calibrate as run_calibration
-from ..presets import load_model, preset_names
+from ..presets import load_model
 from ..train.state import CHECKPOINT, check_out
 from .command import Command
-from .interrupt import Interrupt
 from .options import settings_from
-from .outputs import OutputPath
+from .runs import RunDisplay, run_options
 from .session import hint_at_blas
 
 HELP = {
@@ -43,22 +40,7 @@ def _config_options(command: Callable) -> Callable:
 
 @click.command(cls=Command)
 @click.option("--rule", type=click.Choice(list(CALIBRATIONS)), required=True, help="The rule of selecting (--select).")
-@click.option("--preset", type=click.Choice(preset_names()), help="Whose model to use.")
-@click.option("--model", metavar="PATH|REPO", help="The model.  [default: tiny's]")
-@click.option(
-    "--data",
-    required=True,
-    metavar="FILE|NAME",
-    help="A .txt, .jsonl or .jsonl.gz file, or a dataset on the hub.",
-)
-@click.option(
-    "--out",
-    required=True,
-    metavar="DIR",
-    type=OutputPath(folder=True),
-    help="A new folder to write to.",
-)
-@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@run_options
 @_config_options
 def calibrate(
     rule: str, preset: str | None, model: str | None, data: str, out: str, resume: bool, **given: Any
@@ -96,43 +78,18 @@ def calibrate(
         click.echo(result.left_out, err=True)
 
 
-class Display:
-    """Show a bar. From the first call on, Ctrl-C ends the run after the sequence, when it is
-    saved; a second Ctrl-C ends it at once."""
+class Display(RunDisplay):
+    """Show how many sequences are read, and how fast."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
-            TextColumn("Calibrating"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task = self._bar.add_task("reading the data", total=None)
-        self._interrupt = Interrupt(self._say_that_it_stops)
+        super().__init__("Calibrating", "reading the data", "sequence")
         self._first: CalibrateProgress | None = None
 
     def __call__(self, now: CalibrateProgress) -> None:
         if self._first is None:
             self._first = now
-            self._interrupt.__enter__()
+            self.begin()
         tokens = now.tokens - self._first.tokens
         speed = f"{tokens / now.seconds:,.0f} tokens/s" if tokens and now.seconds > 0 else ""
-        self._bar.update(self._task, completed=now.done, total=now.total, description=speed)
-        if self._interrupt() and now.done < now.total:
-            raise KeyboardInterrupt
-
-    def __enter__(self) -> Display:
-        if self._bar.console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._interrupt.__exit__()
-        if self._bar.console.is_terminal:
-            self._bar.stop()
-
-    def _say_that_it_stops(self) -> None:
-        self._bar.console.print("Stopping after this sequence. Ctrl-C again stops at once.")
+        self.show(now.done, now.total, speed)
+        self.stop_if_asked(now.done, now.total)

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from ..hub import INDEXER_FILES, fetch
-from ..presets import load_model, preset_names
+from ..presets import load_model
 from ..train import (
     ProjectionsConfig,
     RetentionConfig,
@@ -27,7 +27,7 @@ from ..train.state import CHECKPOINT, FINISHED, check_out
 from .command import Command
 from .fitting import fitting_chat
 from .options import SEED, settings_from
-from .outputs import OutputPath
+from .runs import run_options
 from .session import hint_at_blas
 from .training import Display, describe, worst_layer
 
@@ -82,22 +82,7 @@ def _training_options(command: Callable) -> Callable:
 
 
 @click.command(cls=Command)
-@click.option("--preset", type=click.Choice(preset_names()), help="Whose model to use.")
-@click.option("--model", metavar="PATH|REPO", help="The model.  [default: tiny's]")
-@click.option(
-    "--data",
-    required=True,
-    metavar="FILE|NAME",
-    help="A .txt, .jsonl or .jsonl.gz file, or a dataset on the hub.",
-)
-@click.option(
-    "--out",
-    required=True,
-    metavar="DIR",
-    type=OutputPath(folder=True),
-    help="A new folder to write to.",
-)
-@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@run_options
 @click.option(
     "--rule",
     type=click.Choice(["lightning", "projections"]),

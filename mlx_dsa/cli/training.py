@@ -4,69 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from ..train import BothScore, LayerScore, RetentionScore, TrainProgress
-from .interrupt import Interrupt
+from .runs import RunDisplay
 
 _Scores = dict[int, Any]  # of LayerScore, RetentionScore or BothScore
 # Seconds over which the speed is estimated: a step of a large model takes a minute.
 _SPEED_PERIOD = 3600
 
 
-class Display:
-    """Show a bar with loss and speed, and a line for each evaluation.
-
-    From the first call on, Ctrl-C ends the run after the step, when it is saved; a
-    second Ctrl-C ends it at once.
-    """
+class Display(RunDisplay):
+    """Show a bar with loss and speed, and a line for each evaluation."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
-            TextColumn("Training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            speed_estimate_period=_SPEED_PERIOD,
-        )
-        self._task = self._bar.add_task("reading the data, first evaluation", total=None)
-        self._interrupt = Interrupt(self._say_that_it_stops)
+        first = "reading the data, first evaluation"
+        super().__init__("Training", first, "step", speed_estimate_period=_SPEED_PERIOD)
         self._first: TrainProgress | None = None
 
     def __call__(self, now: TrainProgress) -> None:
         if self._first is None:
             self._first = now
-            self._interrupt.__enter__()
+            self.begin()
         loss = "" if now.loss is None else f"loss {now.loss:.4f}{self._speed(now)}"
-        self._bar.update(self._task, completed=now.step, total=now.steps, description=loss)
+        self.show(now.step, now.steps, loss)
         if now.held_out:
             line = f"step {now.step:,}: held out {describe(now.held_out)}{self._speed(now)}"
             self._bar.console.print(line, soft_wrap=True, highlight=False)
-        if self._interrupt() and now.step < now.steps:
-            raise KeyboardInterrupt
-
-    def __enter__(self) -> Display:
-        if self._bar.console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._interrupt.__exit__()
-        if self._bar.console.is_terminal:
-            self._bar.stop()
+        self.stop_if_asked(now.step, now.steps)
 
     def _speed(self, now: TrainProgress) -> str:
         """Tell the tokens a second of this process, evaluations and all."""
         first = self._first or now
         tokens, seconds = now.tokens - first.tokens, now.seconds - first.seconds
         return f", {tokens / seconds:,.0f} tokens/s" if tokens and seconds > 0 else ""
-
-    def _say_that_it_stops(self) -> None:
-        self._bar.console.print("Stopping after this step. Ctrl-C again stops at once.")
 
 
 def describe(scores: _Scores) -> str:
