@@ -56,13 +56,6 @@ class Provider:
         """How the model is sparse; ``None`` for a dense one."""
         return self.patch.config if self.patch is not None else None
 
-    def load(self, *_names: Any) -> tuple[nn.Module, TokenizerWrapper]:
-        """Return the model and its tokenizer, whatever is asked for."""
-        return self.model, self.tokenizer
-
-    def load_default(self) -> None:
-        """Do nothing: the model is there."""
-
     def reset(self) -> None:
         """Let the model go. Called in the thread that ran it."""
         if self.patch is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..cache import RowsCache
+from .copies import copies_of
 from .errors import overloaded
 from .row import Row, cut_segments
 from .sampling import processors_of, sampler_of, try_out
@@ -236,7 +236,7 @@ class Rows:
 
     def _keep_copy(self, tokens: list[int], caches: list[Any], kind: str) -> None:
         try:
-            copied = copy.deepcopy(caches)
+            copied = copies_of(caches)
         except ValueError as error:  # of two tiers with a file: its entries are one conversation's
             log.warning("A state was not kept: %s", error)
             return
