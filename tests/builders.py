@@ -173,6 +173,20 @@ def make_text(length, seed=2):
     return mx.array(np.random.default_rng(seed).permutation(1024)[None, :length].astype(np.int32))
 
 
+def feed_layer(patch, x, calls):
+    """Feed hidden states `[L, dim]` to a patch's layer 0 in calls of these lengths.
+
+    Returns its answers `[L, dim]` and its cache; the model has one layer.
+    """
+    (cache,), parts, start = patch.make_cache(), [], 0
+    for n in calls:
+        part = mx.array(x[None, start : start + n].astype(np.float32))
+        parts.append(np.array(patch.layers[0](part, None, cache)[0]))
+        patch.end_prompts([cache])
+        start += n
+    return np.concatenate(parts), cache
+
+
 def feed(model, tokens, chunk, cache=None):
     """Feed tokens [B, L] in calls of `chunk`; return the cache and all logits."""
     cache = lm_cache.make_prompt_cache(model) if cache is None else cache

@@ -2,7 +2,11 @@
 
 import mlx.core as mx
 import numpy as np
+from builders import feed_calls, make_model, make_tokens
+from mlx_lm.models.cache import make_prompt_cache
+from simulate import generate_calls
 
+from mlx_dsa import patch_sparse_generate
 from mlx_dsa.calibrated import Calibration, digits_of
 from mlx_dsa.families import family_of
 
@@ -40,3 +44,16 @@ FOUND = {"double_sparsity": channels, "minference": patterns, "mixture": windows
 
 def calibrations_for(model, kind):
     return make_calibrations(model, kind, FOUND[kind])
+
+
+def assert_dense_with_room(kind, select=None, **rules):
+    """Where a rule has room for all keys the result is the dense one bit for bit, and not with less."""
+    model, tokens = make_model(), make_tokens(60)
+    calls = generate_calls(40, 16, 19)
+    dense = feed_calls(model, tokens, calls, make_prompt_cache(model))
+    rules = dict(n_sink=3, n_recent=5, prefill="exact", select=select or kind, **rules)
+    for top_k, is_dense in ((60, True), (24, False)):
+        with patch_sparse_generate(model, calibrations_for(model, kind), top_k, **rules):
+            ours = feed_calls(model, tokens, calls, make_prompt_cache(model))
+        same = [bool(mx.array_equal(a, b)) for a, b in zip(ours, dense)]
+        assert all(same) if is_dense else not all(same)

@@ -3,8 +3,8 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, SMALL_RULES, feed, feed_calls, layer_of, make_model, make_tokens
-from calibrations import calibrations_for
+from builders import SHAPES, SMALL_RULES, feed, feed_calls, feed_layer, layer_of, make_model, make_tokens
+from calibrations import assert_dense_with_room, calibrations_for
 from mlx_lm.models.cache import make_prompt_cache
 from simulate import MARGIN, generate_calls
 
@@ -57,16 +57,10 @@ def test_a_patched_layer_attends_to_what_numpy_selects(shape, by_head, calls):
     text = f"{NAME}:share=0.125,by_head={str(by_head).lower()}"
     rules = dict(SMALL_RULES, cache="full", prefill="exact", evict="window", select=text)
     with patch_sparse_generate(model, made, **rules) as patch:
-        (cache,), parts, start = patch.make_cache(), [], 0
-        for length in calls:
-            part = mx.array(x[None, start : start + length].astype(np.float32))
-            parts.append(np.array(patch.layers[0](part, None, cache)[0]))
-            patch.end_prompts([cache])
-            start += length
+        ours, cache = feed_layer(patch, x, calls)
         # The label cache is as large as is told, beside the keys.
         width = patch.layers[0].selecting.entry_width()
         assert width == layer_of(model).n_kv_heads * n and cache.index_keys.shape == (1, 1, 70, width)
-    ours = np.concatenate(parts)
     assert np.abs(ours - theirs).max() < 1e-5
     others = numpy_layer(model, made[0], x, n, by_head, shift=n)[0]  # by other channels
     assert np.abs(ours - others).max() > 1e-2
@@ -129,15 +123,7 @@ def test_any_cut_of_a_prompt_gives_one_answer(by_head):
 
 @pytest.mark.parametrize("cache, evict", [("full", "window"), ("budget", "window"), ("budget", "index")])
 def test_room_for_all_is_dense_bit_for_bit(cache, evict):
-    model, tokens = make_model(), make_tokens(60)
-    calls = generate_calls(40, 16, 19)
-    dense = feed_calls(model, tokens, calls, make_prompt_cache(model))
-    rules = dict(n_sink=3, n_recent=5, cache=cache, prefill="exact", evict=evict, select=NAME)
-    for top_k, is_dense in ((60, True), (24, False)):
-        with patch_sparse_generate(model, calibrations_for(model, NAME), top_k, **rules):
-            ours = feed_calls(model, tokens, calls, make_prompt_cache(model))
-        same = [bool(mx.array_equal(a, b)) for a, b in zip(ours, dense)]
-        assert all(same) if is_dense else not all(same)
+    assert_dense_with_room(NAME, cache=cache, evict=evict)
 
 
 def test_a_cold_store_recalls_what_labels_select():

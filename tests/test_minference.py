@@ -3,10 +3,9 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SHAPES, SMALL_RULES, feed, feed_calls, layer_of, make_model, make_tokens
-from calibrations import calibrations_for, make_calibrations
-from mlx_lm.models.cache import make_prompt_cache
-from simulate import MARGIN, generate_calls
+from builders import SHAPES, SMALL_RULES, feed, feed_layer, layer_of, make_model, make_tokens
+from calibrations import assert_dense_with_room, make_calibrations
+from simulate import MARGIN
 
 from mlx_dsa import SparseConfig, patch_sparse_generate
 from mlx_dsa.calibrate import CalibrateConfig
@@ -78,13 +77,7 @@ def test_a_patched_layer_attends_to_what_numpy_selects(heads, calls):
     def run(heads, text=TEXT):
         rules = dict(SMALL_RULES, cache="full", prefill="exact", evict="window", select=text)
         with patch_sparse_generate(model, with_heads(model, heads), **rules) as patch:
-            (cache,), parts, start = patch.make_cache(), [], 0
-            for length in calls:
-                part = mx.array(x[None, start : start + length].astype(np.float32))
-                parts.append(np.array(patch.layers[0](part, None, cache)[0]))
-                patch.end_prompts([cache])
-                start += length
-        return np.concatenate(parts)
+            return feed_layer(patch, x, calls)[0]
 
     assert np.abs(run(heads) - theirs).max() < 1e-5
     if heads[0] != heads[1]:  # each head has its own
@@ -171,15 +164,7 @@ def test_a_tile_takes_what_its_heads_pay_in_all(pattern):
 
 @pytest.mark.parametrize("cache", ["full", "budget"])
 def test_room_for_all_is_dense_bit_for_bit(cache):
-    model, tokens = make_model(), make_tokens(60)
-    calls = generate_calls(40, 16, 19)
-    dense = feed_calls(model, tokens, calls, make_prompt_cache(model))
-    rules = dict(n_sink=3, n_recent=5, cache=cache, prefill="exact", evict="window", select=TEXT)
-    for top_k, is_dense in ((60, True), (24, False)):
-        with patch_sparse_generate(model, calibrations_for(model, NAME), top_k, **rules):
-            ours = feed_calls(model, tokens, calls, make_prompt_cache(model))
-        same = [bool(mx.array_equal(a, b)) for a, b in zip(ours, dense)]
-        assert all(same) if is_dense else not all(same)
+    assert_dense_with_room(NAME, TEXT, cache=cache, evict="window")
 
 
 @pytest.mark.parametrize(

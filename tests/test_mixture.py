@@ -5,10 +5,8 @@ import itertools
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SMALL_RULES, feed, feed_calls, layer_of, make_model, make_tokens
-from calibrations import calibrations_for, make_calibrations
-from mlx_lm.models.cache import make_prompt_cache
-from simulate import generate_calls
+from builders import SMALL_RULES, feed, feed_layer, layer_of, make_model, make_tokens
+from calibrations import assert_dense_with_room, calibrations_for, make_calibrations
 
 from mlx_dsa import patch_sparse_generate
 from mlx_dsa.calibrate import CalibrateConfig
@@ -50,13 +48,7 @@ def test_a_patched_layer_attends_to_what_numpy_selects(windows, calls):
         return np.array(layer.output(out, None)[0])
 
     with patch_sparse_generate(model, with_windows(model, windows), **RULES) as patch:
-        (cache,), parts, start = patch.make_cache(), [], 0
-        for length in calls:
-            part = mx.array(x[None, start : start + length].astype(np.float32))
-            parts.append(np.array(patch.layers[0](part, None, cache)[0]))
-            patch.end_prompts([cache])
-            start += length
-    ours = np.concatenate(parts)
+        ours, _ = feed_layer(patch, x, calls)
     assert np.abs(ours - numpy(windows)).max() < 1e-5
     assert np.abs(ours - numpy([(a + 2, b - 0.125) for a, b in windows][::-1])).max() > 1e-2
 
@@ -89,15 +81,7 @@ def test_tiles_share_the_window():
 
 @pytest.mark.parametrize("cache, evict", [("full", "window"), ("budget", "window"), ("budget", "index")])
 def test_room_for_all_is_dense_bit_for_bit(cache, evict):
-    model, tokens = make_model(), make_tokens(60)
-    calls = generate_calls(40, 16, 19)
-    dense = feed_calls(model, tokens, calls, make_prompt_cache(model))
-    rules = dict(n_sink=3, n_recent=5, cache=cache, prefill="exact", evict=evict, select=NAME)
-    for top_k, is_dense in ((60, True), (24, False)):
-        with patch_sparse_generate(model, calibrations_for(model, NAME), top_k, **rules):
-            ours = feed_calls(model, tokens, calls, make_prompt_cache(model))
-        same = [bool(mx.array_equal(a, b)) for a, b in zip(ours, dense)]
-        assert all(same) if is_dense else not all(same)
+    assert_dense_with_room(NAME, cache=cache, evict=evict)
 
 
 # How windows are chosen.

@@ -5,7 +5,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SMALL_RULES, layer_of, make_model
+from builders import SMALL_RULES, feed_layer, layer_of, make_model
 from click.testing import CliRunner
 from local_models import write_model
 from simulate import MARGIN, whole_calls
@@ -26,13 +26,7 @@ def run_layer(model, x, calls, select, **rules):
     """Return what a patched layer answers to hidden states `[L, dim]` in these calls."""
     rules = {**SMALL_RULES, "cache": "full", "prefill": "exact", "evict": "window", "select": select, **rules}
     with patch_sparse_generate(model, None, **rules) as patch:
-        (cache,), parts, start = patch.make_cache(), [], 0
-        for n in calls:
-            part = mx.array(x[None, start : start + n].astype(np.float32))
-            parts.append(np.array(patch.layers[0](part, None, cache)[0]))
-            patch.end_prompts([cache])
-            start += n
-    return np.concatenate(parts)
+        return feed_layer(patch, x, calls)[0]
 
 
 def clear_case(make, find, length):

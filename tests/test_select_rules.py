@@ -3,7 +3,17 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from builders import SMALL_RULES, feed, feed_calls, layer_of, make_indexers, make_model, make_tokens, rules_alone
+from builders import (
+    SMALL_RULES,
+    feed,
+    feed_calls,
+    feed_layer,
+    layer_of,
+    make_indexers,
+    make_model,
+    make_tokens,
+    rules_alone,
+)
 from mlx_lm.models.cache import make_prompt_cache
 from probe import Probe
 from simulate import MARGIN, generate_calls, whole_calls
@@ -267,13 +277,7 @@ def test_a_patched_layer_attends_to_what_numpy_selects(text, calls):
     def run(select):
         rules = dict(SMALL_RULES, cache="full", prefill="exact", evict="window", select=select)
         with patch_sparse_generate(model, None, **rules) as patch:
-            (cache,), parts, start = patch.make_cache(), [], 0
-            for n in calls:
-                part = mx.array(x[None, start : start + n].astype(np.float32))
-                parts.append(np.array(patch.layers[0](part, None, cache)[0]))
-                patch.end_prompts([cache])
-                start += n
-        return np.concatenate(parts)
+            return feed_layer(patch, x, calls)[0]
 
     assert np.abs(run(text) - theirs).max() < 1e-5
     assert np.abs(run("window") - theirs).max() > 1e-2
